@@ -1,0 +1,154 @@
+"""Which keywords of `update` feed which arguments of a user's function.
+
+Data reach a solver as keyword arguments of `update` and are matched by name to the signature of the loss
+(or of a `grad_fn`), read once at construction.
+"""
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+# `update(updates, state, params, *, grad_fn=...)` has these names already: they can never reach a loss as keywords.
+_TAKEN = frozenset({"updates", "state", "params", "grad_fn"})
+
+# Generic trainers send these to every optimizer, so they are never read as misspelt data.
+_COMMON_EXTRAS = frozenset({"value", "grad", "value_fn"})
+
+_Parameter = inspect.Parameter
+
+
+@dataclasses.dataclass(frozen=True)
+class DataFunction:
+    """A function `f(params, *data)` and the names under which `update` receives its data.
+
+    Attributes:
+      function: the user's function; its first argument is the parameters.
+      role: how messages call it, such as "loss_fn".
+      required: names of the data arguments without a default.
+      optional: names of those with a default.
+      by_position: whether the data must be passed by position, in the order of `required`.
+    """
+
+    function: Callable[..., Any]
+    role: str
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    by_position: bool = False
+
+    def select(self, extra_args: Mapping[str, Any]) -> dict[str, Any]:
+        """Picks this function's data out of the keywords of one update.
+
+        Raises:
+          TypeError: a required argument is missing, or an unknown keyword looks like a misspelt argument.
+        """
+        known = (*self.required, *self.optional)
+        data = {name: extra_args[name] for name in known if name in extra_args}
+        unknown = [name for name in extra_args if name not in known]
+        unfilled = [name for name in known if name not in data]
+        for name in unknown:
+            near = None if name in _COMMON_EXTRAS else _near_miss(name, unfilled)
+            if near is not None:
+                raise TypeError(
+                    f"update() got a keyword {name!r}, which {self.role} does not take; did you mean "
+                    f"{near!r}? {self._usage()}"
+                )
+        missing = [name for name in self.required if name not in data]
+        if missing:
+            names = ", ".join(repr(name) for name in missing)
+            raise TypeError(f"update() is missing {names}, needed by {self.role}. {self._usage()}")
+        return data
+
+    def __call__(self, params: Any, data: Mapping[str, Any]) -> Any:
+        """Calls the function on parameters and selected data."""
+        if self.by_position:
+            return self.function(params, *(data[name] for name in self.required))
+        return self.function(params, **data)
+
+    def _usage(self) -> str:
+        keywords = "".join(f", {name}={name}" for name in self.required)
+        keywords += "".join(f"[, {name}={name}]" for name in self.optional)
+        return f"Pass data by keyword: tx.update(grads, state, params{keywords})."
+
+
+def _near_miss(name: str, candidates: Sequence[str]) -> str | None:
+    lowered = {candidate.lower(): candidate for candidate in candidates}
+    # 0.65 catches a swap in a three-letter name ("rgn" for "rng", ratio 0.67).
+    found = difflib.get_close_matches(name.lower(), list(lowered), n=1, cutoff=0.65)
+    return lowered[found[0]] if found else None
+
+
+def read_data_function(function: Callable[..., Any], role: str, argnames: Sequence[str] | None = None) -> DataFunction:
+    """Reads the data arguments of `function` from its signature, or takes them from `argnames`.
+
+    Args:
+      function: `function(params, *data)`; `functools.partial`, bound methods, jitted functions and decorators
+        with `functools.wraps` are read through.
+      role: how messages call it.
+      argnames: the names of the data arguments, for a signature that cannot be read by name.
+
+    Raises:
+      TypeError: `function` is not callable, or takes no parameters argument.
+      ValueError: the signature cannot be read by name and `argnames` is not given, `argnames` disagrees with the
+        signature, or a data argument has a name that `update` itself uses.
+    """
+    if not callable(function):
+        raise TypeError(f"{role} must be callable, got {type(function).__name__}.")
+    if isinstance(argnames, str):
+        argnames = (argnames,)
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # a builtin or C extension without a signature
+        parameters = [_Parameter("args", _Parameter.VAR_POSITIONAL)]
+    accepts_any = {_Parameter.VAR_POSITIONAL, _Parameter.VAR_KEYWORD}
+    if not parameters or parameters[0].kind in (_Parameter.KEYWORD_ONLY, _Parameter.VAR_KEYWORD):
+        raise TypeError(
+            f"{role} must take the parameters as its first positional argument, then its data: "
+            f"def {role}(params, batch). Its signature has no such argument."
+        )
+    first, rest = parameters[0], parameters[1:]
+    if first.kind is _Parameter.VAR_POSITIONAL:
+        rest = parameters
+    named = [p for p in rest if p.kind in (_Parameter.POSITIONAL_OR_KEYWORD, _Parameter.KEYWORD_ONLY)]
+    readable = len(named) == len(rest)
+    if argnames is None:
+        if not readable:
+            reasons = {
+                _Parameter.VAR_KEYWORD: "takes **{0}",
+                _Parameter.VAR_POSITIONAL: "takes *{0}",
+                _Parameter.POSITIONAL_ONLY: "takes {0!r} by position only",
+            }
+            why = next(reasons[p.kind].format(p.name) for p in rest if p not in named)
+            raise ValueError(
+                f"The data arguments of {role} cannot be read from its signature: it {why}. Name them with "
+                f'argnames=("batch", ...), or wrap the decorated function with functools.wraps.'
+            )
+        required = tuple(p.name for p in named if p.default is _Parameter.empty)
+        optional = tuple(p.name for p in named if p.default is not _Parameter.empty)
+        by_position = False
+    else:
+        required, optional = tuple(argnames), ()
+        names = {p.name for p in named}
+        fixed = {p.name for p in rest if p.kind is _Parameter.POSITIONAL_ONLY}
+        takes_keywords = any(p.kind is _Parameter.VAR_KEYWORD for p in rest)
+        by_position = not takes_keywords and not names.issuperset(required)
+        unlisted = [
+            p.name
+            for p in rest
+            if p.default is _Parameter.empty and p.kind not in accepts_any and p.name not in required
+        ]
+        takes_positions = any(p.kind is _Parameter.VAR_POSITIONAL for p in rest)
+        unknown = [n for n in required if not (n in names | fixed or takes_keywords or takes_positions)]
+        if unlisted or unknown:
+            raise ValueError(
+                f"argnames={required!r} disagrees with the signature of {role}: it "
+                + (f"needs {unlisted!r} too." if unlisted else f"has no argument {unknown!r}.")
+            )
+    taken = sorted(_TAKEN.intersection((*required, *optional)))
+    if taken:
+        raise ValueError(
+            f"{role} has a data argument named {taken[0]!r}, a name that update(updates, state, params, *, "
+            f"grad_fn) uses itself, so no keyword could reach it. Rename the argument."
+        )
+    return DataFunction(function, role, required, optional, by_position)

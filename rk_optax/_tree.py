@@ -1,0 +1,103 @@
+"""The little arithmetic on pytrees that every room shares: each leaf keeps its own dtype and sharding."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PyTree = Any
+Scalar = Any  # a Python or NumPy number, or a scalar jax.Array
+
+
+def default_float() -> np.dtype:
+    """The dtype of a float scalar held in state: float32, or float64 with `jax_enable_x64`."""
+    return jnp.zeros([], float).dtype
+
+
+def real_dtype(leaf: jax.Array) -> np.dtype:
+    """The dtype of a real number that scales `leaf` without promoting it."""
+    return jnp.finfo(leaf.dtype).dtype
+
+
+def scale(factor: Scalar, tree: PyTree) -> PyTree:
+    """`factor * tree`, the factor cast to the precision of each leaf."""
+    return jax.tree.map(lambda x: jnp.asarray(factor, real_dtype(x)) * x, tree)
+
+
+def add_scaled(x: PyTree, factor: Scalar, y: PyTree) -> PyTree:
+    """`x + factor * y`, the factor cast to the precision of each leaf."""
+    return jax.tree.map(lambda a, b: a + jnp.asarray(factor, real_dtype(b)) * b, x, y)
+
+
+def cast_like(tree: PyTree, like: PyTree) -> PyTree:
+    """`tree` in the dtypes of `like`."""
+    return jax.tree.map(lambda x, y: jnp.asarray(x).astype(y.dtype), tree, like)
+
+
+def all_finite(tree: PyTree) -> jax.Array:
+    """Whether every number in `tree` is finite: a boolean scalar."""
+    flags = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
+    return functools.reduce(jnp.logical_and, flags, jnp.asarray(True))
+
+
+def select(condition: jax.Array, on_true: PyTree, on_false: PyTree) -> PyTree:
+    """`on_true` where `condition` (a boolean scalar) holds, else `on_false`, leaf by leaf."""
+    return jax.tree.map(lambda t, f: jnp.where(condition, t, f), on_true, on_false)
+
+
+def is_inexact(leaf: Any) -> bool:
+    """Whether `leaf` is a real or complex floating-point array (or abstract array)."""
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+@dataclasses.dataclass(frozen=True)
+class Partition:
+    """Splits trees of one structure into the leaves that move and those that stay.
+
+    The moving part keeps the structure with `None` in place of each fixed leaf, so that no stage buffer is ever
+    allocated for it.
+    """
+
+    treedef: Any
+    moves: Sequence[bool]
+
+    def moving(self, tree: PyTree) -> PyTree:
+        """The leaves of `tree` that move."""
+        leaves = self.treedef.flatten_up_to(tree)
+        return self.treedef.unflatten([x if moves else None for x, moves in zip(leaves, self.moves, strict=True)])
+
+    def merge(self, moving: PyTree, whole: PyTree) -> PyTree:
+        """`whole` with its moving leaves replaced by those of `moving`."""
+        new, old = self.treedef.flatten_up_to(moving), self.treedef.flatten_up_to(whole)
+        return self.treedef.unflatten([n if moves else o for n, o, moves in zip(new, old, self.moves, strict=True)])
+
+
+def partition(mask: PyTree | Callable[[PyTree], PyTree] | None, params: PyTree) -> Partition:
+    """Reads a mask (as `optax.masked` takes it) against `params`: True moves, False stays.
+
+    Raises:
+      ValueError: the mask is neither a tree of booleans with the structure of `params`, nor a prefix of it.
+    """
+    treedef = jax.tree.structure(params)
+    # tree_map_params initialises with a placeholder that has no leaves, which no mask describes.
+    if mask is None or treedef.num_leaves == 0:
+        return Partition(treedef, (True,) * treedef.num_leaves)
+    flags = mask(params) if callable(mask) else mask
+    try:
+        spread = jax.tree.map(lambda flag, sub: jax.tree.map(lambda _: flag, sub), flags, params)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"mask must be a tree of booleans with the structure of params, a prefix of it, or a function of "
+            f"params that returns one; it does not fit: {error}"
+        ) from None
+    moves = jax.tree.leaves(spread)
+    wrong = [m for m in moves if not isinstance(m, bool | np.bool_)]
+    if wrong:
+        raise ValueError(f"mask must hold Python booleans (True: the leaf moves, False: it stays), got {wrong[0]!r}.")
+    return Partition(treedef, tuple(bool(m) for m in moves))

@@ -1,0 +1,32 @@
+"""Solvers: each turns a vector field into an effective gradient."""
+
+import difflib
+
+from rk_optax.solver._base import Cost, Solver, Step
+from rk_optax.solver.explicit import Explicit
+from rk_optax.tableau import TABLEAUS, ButcherTableau
+
+__all__ = ["Cost", "Explicit", "Solver", "Step", "as_solver"]
+
+
+def as_solver(solver: str | ButcherTableau | Solver) -> Solver:
+    """A solver from a name in `TABLEAUS`, a tableau, or a solver.
+
+    Raises:
+      ValueError: the name is unknown or the tableau is not explicit.
+      TypeError: anything else.
+    """
+    if isinstance(solver, Solver):
+        return solver
+    if isinstance(solver, ButcherTableau):
+        return Explicit(solver)
+    if isinstance(solver, str):
+        if solver in TABLEAUS:
+            return Explicit(TABLEAUS[solver])
+        near = difflib.get_close_matches(solver.lower(), TABLEAUS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known names: {', '.join(TABLEAUS)}."
+        raise ValueError(f"Unknown solver {solver!r}; {hint}")
+    raise TypeError(
+        f"solver must be a name, a ButcherTableau or a Solver, got {type(solver).__name__}"
+        + ("; pass an instance, not the class." if isinstance(solver, type) else ".")
+    )

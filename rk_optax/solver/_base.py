@@ -1,0 +1,74 @@
+"""What a solver is: one step of one method, from a vector field to an effective gradient."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rk_optax.problem import Capability, Problem
+
+PyTree = Any
+
+
+class Cost(NamedTuple):
+    """Work spent, each field an int32 scalar in state and a plain integer in a step."""
+
+    gradients: Any = 0  # gradients, stage 1 included whoever evaluated it
+    losses: Any = 0  # losses without a gradient
+    products: Any = 0  # Hessian, Gauss–Newton or Jacobian products
+    rows: Any = 0  # rows of an explicitly formed Jacobian
+
+    def plus(self, other: Cost) -> Cost:
+        """The sum, field by field, in int32."""
+        return Cost(*(jnp.asarray(x, jnp.int32) + y for x, y in zip(self, other, strict=True)))
+
+
+class Step(NamedTuple):
+    """The outcome of one solver step from θ with step size h."""
+
+    direction: PyTree  # g*, like params: the step proposes θ − h·g*
+    cost: Cost
+    ok: bool | jax.Array = True  # did every stage succeed? Non-finite numbers are the caller's to see
+    error: PyTree | None = None  # estimate of the local error, like params and in its units
+    predicted_fall: jax.Array | None = None  # of the loss, by the solver's own quadratic model
+    state: PyTree = ()
+
+
+class Solver(abc.ABC):
+    """A method for dθ/dt = −g(θ). Subclasses are frozen dataclasses; all that changes is in `state`.
+
+    Attributes:
+      needs: what the solver asks of a problem beyond its field; checked when a transformation is built.
+    """
+
+    needs: ClassVar[frozenset[Capability]] = frozenset()
+
+    def init(self, params: PyTree) -> PyTree:
+        """The solver's state; `params` may be abstract, and holds the moving leaves only."""
+        del params
+        return ()
+
+    @abc.abstractmethod
+    def step(
+        self,
+        problem: Problem,
+        params: PyTree,
+        k1: PyTree,
+        h: Any,
+        state: PyTree,
+        *,
+        want_error: bool = False,
+    ) -> Step:
+        """One step.
+
+        Args:
+          problem: the field; `problem(params, stage)` evaluates it.
+          params: θ, a pytree in the stage dtype.
+          k1: the field at θ (stage 1), like params.
+          h: the step size, in units of the flow's time (a learning rate): a number or a real scalar array.
+          state: what `init` or the last step returned.
+          want_error: whether to return an error estimate.
+        """

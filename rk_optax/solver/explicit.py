@@ -1,0 +1,123 @@
+"""Explicit Runge–Kutta methods, for any explicit Butcher tableau."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rk_optax import _tree
+from rk_optax.problem import Problem
+from rk_optax.solver._base import Cost, Solver, Step
+from rk_optax.tableau import ButcherTableau
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Explicit(Solver):
+    """The explicit Runge–Kutta method of a tableau: g* = Σ b_i k_i, k_i = g(θ − h Σ_{j<i} a_ij k_j).
+
+    A step costs one gradient for each stage that the weights use (`tableau.effective_stages`; with an error
+    estimate, also those that only b_hat uses), k1 included. Memory beside params: all stages, or one stage and the
+    weighted sum where each stage looks back only to the one before it (RK4, midpoint, Heun, Ralston).
+
+    Args:
+      tableau: an explicit Butcher tableau.
+
+    Raises:
+      TypeError: `tableau` is not a ButcherTableau.
+      ValueError: the tableau is not explicit.
+    """
+
+    tableau: ButcherTableau
+
+    def __post_init__(self):
+        if not isinstance(self.tableau, ButcherTableau):
+            raise TypeError(f"tableau must be a ButcherTableau, got {type(self.tableau).__name__}.")
+        if not self.tableau.is_explicit:
+            raise ValueError(
+                f"The tableau {self.tableau.name!r} is not explicit (a must be strictly lower triangular), so its "
+                "stages cannot be evaluated one after the other. Choose an explicit tableau: see "
+                "rk_optax.TABLEAUS."
+            )
+
+    def step(
+        self,
+        problem: Problem,
+        params: PyTree,
+        k1: PyTree,
+        h: Any,
+        state: PyTree,
+        *,
+        want_error: bool = False,
+    ) -> Step:
+        """One step; see `Solver.step`. `h` may be zero or traced."""
+        tableau = self.tableau
+        if want_error and tableau.b_hat is None:
+            raise ValueError(f"The tableau {tableau.name!r} has no embedded weights to estimate an error with.")
+        kept = np.array(tableau.needed_stages(with_error=want_error))
+        a, weights = tableau.a[np.ix_(kept, kept)], [tableau.b[kept]]
+        if tableau.b_hat is not None and want_error:
+            weights.append((tableau.b - tableau.b_hat)[kept])
+
+        # Both forms evaluate stages 2 to s in one scan, so that the loss is traced and compiled once whatever s is.
+        looks_back_once = not np.tril(a, -2).any()
+        combine = _chained_stages if looks_back_once else _stored_stages
+        direction, *errors = combine(problem, params, k1, h, a, weights)
+        error = _tree.scale(h, errors[0]) if want_error else None
+        return Step(direction, Cost(gradients=len(kept)), error=error, state=state)
+
+
+def _chained_stages(
+    problem: Problem, params: PyTree, k1: PyTree, h: Any, a: np.ndarray, weights: list[np.ndarray]
+) -> list[PyTree]:
+    """Σ w_i k_i for each row of weights, where a stage needs only the one before it, as in classical RK4.
+
+    Two trees beside params, where unrolling keeps a third and a fourth alive.
+    """
+
+    def stage(carry: Any, inputs: Any) -> tuple[Any, None]:
+        k, sums = carry
+        i, coefficient, new_weights = inputs
+        k = problem(_moved(params, h, _tree.scale(coefficient, k)), i)
+        return (k, [_tree.add_scaled(total, w, k) for total, w in zip(sums, new_weights, strict=True)]), None
+
+    sums = [_tree.scale(w[0], k1) for w in weights]
+    if len(a) == 1:  # an empty scan would trace the loss for nothing
+        return sums
+    stages = (np.arange(1, len(a)), np.diagonal(a, -1), np.stack(weights, axis=1)[1:])
+    (_, sums), _ = jax.lax.scan(stage, (k1, sums), jax.tree.map(jnp.asarray, stages))
+    return sums
+
+
+def _stored_stages(
+    problem: Problem, params: PyTree, k1: PyTree, h: Any, a: np.ndarray, weights: list[np.ndarray]
+) -> list[PyTree]:
+    """Σ w_i k_i for each row of weights, where later stages need several earlier ones: all are kept."""
+    s = len(a)
+
+    def combination(row: np.ndarray, ks: PyTree) -> PyTree:
+        # Only the stages a row uses are read. A product with the whole row reads twice as many for an eighth-order
+        # method, and a dot product would be rounded to bfloat16 or TF32 on accelerators.
+        used = np.flatnonzero(row) if row.any() else np.array([0])
+        return jax.tree.map(lambda k: sum(jnp.asarray(row[j], _tree.real_dtype(k)) * k[j] for j in used), ks)
+
+    rows = [functools.partial(combination, row) for row in a[1:]]
+
+    def stage(ks: PyTree, i: jax.Array) -> tuple[PyTree, None]:
+        k = problem(_moved(params, h, jax.lax.switch(i - 1, rows, ks)), i)
+        return jax.tree.map(lambda slots, new: jax.lax.dynamic_update_index_in_dim(slots, new, i, 0), ks, k), None
+
+    ks = jax.tree.map(lambda k: jnp.stack([k, *[jnp.zeros_like(k)] * (s - 1)]), k1)
+    ks, _ = jax.lax.scan(stage, ks, jnp.arange(1, s))
+    return [combination(w, ks) for w in weights]
+
+
+def _moved(params: PyTree, h: Any, offset: PyTree) -> PyTree:
+    """θ − h·offset."""
+    return jax.tree.map(lambda theta, d: theta - jnp.asarray(h, _tree.real_dtype(d)) * d, params, offset)

@@ -1,0 +1,449 @@
+"""Butcher tableaus: the type, its order checks, the named methods and the parametric families.
+
+A tableau (a, b, c) of s stages is the step k_i = f(y + h Σ_j a_ij k_j), y₊ = y + h Σ_i b_i k_i.
+Nothing here imports JAX: a tableau is float64 data that a solver reads when it is built.
+"""
+
+import numbers
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from itertools import pairwise
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.polynomial import Polynomial
+from numpy.typing import ArrayLike
+
+from rk_optax._coefficients import PUBLISHED
+from rk_optax._order_conditions import Array, missed_condition, tolerance
+
+# Families refuse larger coefficients: products of two of them cost float32 over half its digits.
+_LARGEST_COEFFICIENT = 100
+# |R| may exceed 1 by this much, so that a polynomial that only touches 1 is not cut off there.
+_TOUCH = 1e-9
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ButcherTableau:
+    """A Runge-Kutta method of s stages, checked against the orders it claims.
+
+    Arrays may be given as anything array-like, nested lists of `fractions.Fraction` included, and
+    are stored as read-only float64 NumPy arrays. Construction proves the declared orders: for every
+    rooted tree t of up to `order` nodes (200 trees for order 8) it evaluates the condition
+    Σ_i b_i Φ_i(t) = 1/γ(t) of Butcher (1963); see Hairer, Nørsett and Wanner, "Solving Ordinary
+    Differential Equations I", 1993, chapter II.2. Tableaus compare and hash by identity.
+
+    Attributes:
+        name: What messages and listings call the method.
+        a: Stage coefficients, shape (s, s); strictly lower triangular for an explicit method.
+        b: Weights the step uses, shape (s,).
+        c: Abscissae c_i = Σ_j a_ij, shape (s,).
+        order: Order of `b`.
+        b_hat: Weights of the embedded method, shape (s,), or None; the local error estimate of a
+            step is h Σ_i (b_i - b_hat_i) k_i.
+        order_hat: Order of `b_hat`, or None.
+        source: Where the coefficients were published.
+
+    Raises:
+        TypeError: If an argument has the wrong type; the message names it.
+        ValueError: If shapes disagree, a value is not finite, only one of `b_hat` and `order_hat`
+            is given, `b_hat` equals `b`, a row of `a` does not sum to c_i, or a declared order is
+            not reached; the message names the condition and its defect.
+
+    Example:
+        >>> method = ButcherTableau("my Heun", [[0, 0], [1, 0]], b=[0.5, 0.5], c=[0, 1], order=2)
+        >>> method.stages, method.is_explicit, method.b.dtype
+        (2, True, dtype('float64'))
+        >>> ButcherTableau("too bold", [[0, 0], [1, 0]], b=[0.5, 0.5], c=[0, 1], order=3)
+        ... # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: too bold: b misses the order-3 condition sum b_i c_i^2 = 1/3 by 0.167; ...
+    """
+
+    name: str
+    a: Array
+    b: Array
+    c: Array
+    order: int
+    b_hat: Array | None = None
+    order_hat: int | None = None
+    source: str = ""
+
+    if TYPE_CHECKING:  # what the generated __init__ takes, before __post_init__ converts it
+
+        def __init__(
+            self,
+            name: str,
+            a: ArrayLike | Sequence[Any],
+            b: ArrayLike | Sequence[Any],
+            c: ArrayLike | Sequence[Any],
+            order: int,
+            b_hat: ArrayLike | Sequence[Any] | None = None,
+            order_hat: int | None = None,
+            source: str = "",
+        ) -> None: ...
+
+    def __post_init__(self) -> None:
+        for label in ("name", "source"):
+            if not isinstance(getattr(self, label), str):
+                raise TypeError(f"{label} must be a str, got {getattr(self, label)!r}")
+        if (self.b_hat is None) != (self.order_hat is None):
+            missing = "b_hat" if self.b_hat is None else "order_hat"
+            raise ValueError(f"{self.name}: {missing} is missing; give b_hat and order_hat together, or neither")
+        self._set("a", self._numbers("a"))
+        if self.a.ndim != 2 or self.a.shape[0] != self.a.shape[1] or self.a.size == 0:
+            raise ValueError(f"{self.name}: a must be a square matrix, one row per stage, got shape {self.a.shape}")
+        stages = len(self.a)
+        for label in ("b", "c") if self.b_hat is None else ("b", "c", "b_hat"):
+            self._set(label, self._numbers(label))
+            if getattr(self, label).shape != (stages,):
+                raise ValueError(
+                    f"{self.name}: {label} must have shape ({stages},), one entry per stage of a, "
+                    f"got {getattr(self, label).shape}"
+                )
+        for label in ("order",) if self.order_hat is None else ("order", "order_hat"):
+            self._set(label, self._positive_integer(label))
+        if self.b_hat is not None and np.array_equal(self.b, self.b_hat):
+            raise ValueError(
+                f"{self.name}: b_hat equals b, so that every error estimate would be zero; "
+                "give the weights of another method, or drop b_hat and order_hat"
+            )
+        self._check_row_sums()
+        self._check_order("b", "order")
+        if self.b_hat is not None:
+            self._check_order("b_hat", "order_hat")
+
+    def __repr__(self) -> str:
+        orders = f"{self.order}" if self.order_hat is None else f"{self.order}({self.order_hat})"
+        return f"ButcherTableau({self.name!r}, stages={self.stages}, order={orders})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copies and pickles go through the constructor: NumPy forgets that an array was read-only.
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))
+
+    @property
+    def stages(self) -> int:
+        """Number of stages s.
+
+        >>> DOPRI5.stages
+        7
+        """
+        return len(self.b)
+
+    @property
+    def is_explicit(self) -> bool:
+        """Whether every stage needs earlier stages only: `a` is strictly lower triangular.
+
+        >>> RK4.is_explicit
+        True
+        """
+        return not np.triu(self.a).any()
+
+    @property
+    def effective_stages(self) -> int:
+        """Number of stages that a step without error estimate evaluates.
+
+        >>> DOPRI5.effective_stages  # the seventh stage serves the error estimate alone
+        6
+        """
+        return len(self.needed_stages(with_error=False))
+
+    def needed_stages(self, *, with_error: bool) -> tuple[int, ...]:
+        """The stages a step must evaluate.
+
+        Args:
+            with_error: Whether the error estimate is wanted beside the step.
+
+        Returns:
+            In increasing order, the indices (from 0) of the stages that carry weight in `b` (or,
+            with error, in `b_hat`) or feed, directly or not, one that does.
+
+        Raises:
+            ValueError: If the error estimate is wanted and there is no `b_hat`.
+
+        Example:
+            >>> BOGACKI_SHAMPINE.needed_stages(with_error=False)
+            (0, 1, 2)
+            >>> BOGACKI_SHAMPINE.needed_stages(with_error=True)
+            (0, 1, 2, 3)
+        """
+        needed = self.b != 0
+        if with_error:
+            if self.b_hat is None:
+                raise ValueError(
+                    f"{self.name} has no embedded weights b_hat to estimate the error with; "
+                    "use with_error=False or a method that has them"
+                )
+            needed = needed | (self.b_hat != 0)
+        for _ in range(self.stages):
+            needed = needed | (self.a[needed] != 0).any(axis=0)
+        return tuple(np.flatnonzero(needed).tolist())
+
+    @property
+    def stability_polynomial(self) -> Polynomial:
+        """R with y₊ = R(hλ) y on y' = λy, as a polynomial in z = hλ.
+
+        Raises:
+            ValueError: If the method is not explicit (R is then a rational function).
+
+        Example:
+            >>> HEUN.stability_polynomial.coef
+            array([1. , 1. , 0.5])
+        """
+        if not self.is_explicit:
+            raise ValueError(
+                f"{self.name} is not explicit, so that its stability function is not a polynomial; "
+                "evaluate 1 + z b^T (I - z a)^(-1) 1 instead"
+            )
+        coefficients, powers = [1.0], np.ones(self.stages)  # powers: a^(k-1) 1
+        for _ in range(self.stages):
+            coefficients.append(float(self.b @ powers))
+            powers = self.a @ powers
+        return Polynomial(coefficients, symbol="z").trim()
+
+    @property
+    def real_stability_interval(self) -> float:
+        """The largest x such that |R(-t)| <= 1 for all t in [0, x].
+
+        On a quadratic the step is stable up to h = x / (largest eigenvalue). Found from the roots of R(-t) = ±1; where
+        |R| touches 1 without exceeding it by more than 1e-9 the interval goes on. Good to nine digits for the named
+        methods and for undamped Chebyshev methods of up to ten stages; at twelve, x = 288, rounding makes it too small.
+
+        Raises:
+            ValueError: If the method is not explicit.
+
+        Example:
+            >>> round(RK4.real_stability_interval, 9)
+            2.785293563
+        """
+        decay = self.stability_polynomial(Polynomial([0.0, -1.0], symbol="z"))
+        limit = 1 + _TOUCH
+        crossings = _level_crossings(decay, limit)  # never empty: R'(0) = 1, R is not constant
+        spans = pairwise([*crossings, 2 * crossings[-1]])
+        leaves = (left for left, right in spans if abs(decay((left + right) / 2)) > limit)
+        left = next(leaves, crossings[-1])
+        exact = min(_level_crossings(decay, 1.0), key=lambda root: abs(root - left), default=left)
+        return exact if abs(exact - left) <= 1e-6 * left else left
+
+    def _set(self, label: str, value: Any) -> None:
+        object.__setattr__(self, label, value)  # the dataclass is frozen
+
+    def _numbers(self, label: str) -> Array:
+        value = getattr(self, label)
+        try:
+            array = np.asarray(value)
+            real = array.dtype.kind in "iuf" or (
+                array.dtype == object and all(isinstance(x, numbers.Real) for x in array.flat)
+            )
+            array = array.astype(np.float64) if real else array  # always a copy
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"{self.name}: {label} is not an array of numbers of one shape: {error}") from error
+        if not real:
+            raise TypeError(f"{self.name}: {label} must hold real numbers (int, float, Fraction), got {value!r}")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{self.name}: {label} must be finite, got {array.tolist()}")
+        array.setflags(write=False)
+        return array
+
+    def _positive_integer(self, label: str) -> int:
+        value = getattr(self, label)
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+            raise TypeError(f"{self.name}: {label} must be an int, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{self.name}: {label} must be at least 1, got {value}")
+        return int(value)
+
+    def _check_row_sums(self) -> None:
+        with np.errstate(over="ignore", invalid="ignore"):  # a non-finite defect is refused below
+            defects = self.a.sum(axis=1) - self.c
+        for i in np.flatnonzero(~(np.abs(defects) <= tolerance(np.abs(self.a).max())))[:1]:
+            raise ValueError(
+                f"{self.name}: row {i} of a (from 0) does not sum to c[{i}] = {self.c[i]:.16g}: the "
+                f"defect of c_i = sum a_ij is {defects[i]:.3g}; correct that row or that entry of c"
+            )
+
+    def _check_order(self, label: str, argument: str) -> None:
+        miss = missed_condition(self.a, getattr(self, label), getattr(self, argument), label)
+        if miss is not None:
+            lower = f", or declare {argument}={miss.order - 1}" if miss.order > 1 else ""
+            raise ValueError(
+                f"{self.name}: {label} misses the order-{miss.order} condition {miss.text} by "
+                f"{miss.defect:.3g}; correct the coefficients (all float64 digits){lower}"
+            )
+
+
+def _level_crossings(polynomial: Polynomial, level: float) -> list[float]:
+    """Where |polynomial| = level on the positive axis, ascending; nearly real roots count too."""
+    roots = np.concatenate([(polynomial - level).roots(), (polynomial + level).roots()])
+    # A point too many does no harm to the search for a sign change, a missing one would.
+    near = (roots.real > 1e-6) & (np.abs(roots.imag) <= 1e-3 * np.abs(roots.real))
+    return sorted(roots.real[near].tolist())
+
+
+def rk2(alpha: float) -> ButcherTableau:
+    """Every two-stage method of order 2, c = (0, α), with the embedded Euler method; Ralston (1962).
+
+    Args:
+        alpha: A real number: 1/2 is the midpoint method, 2/3 Ralston's, 1 Heun's. Coefficients are
+            formed exactly (a Fraction stays one) and rounded to float64 once.
+
+    Returns:
+        The checked tableau, s = 2.
+
+    Raises:
+        TypeError: If `alpha` is not a real number.
+        ValueError: If it is not finite, is 0 or makes a coefficient exceed 100.
+
+    Example:
+        >>> rk2(0.5).b
+        array([0., 1.])
+    """
+    x = _parameter("alpha", alpha)
+    member = _Member(f"rk2(alpha={float(x):.6g})", {"alpha = 0": x}, "take rk2(2/3), say")
+    weight = 1 / (2 * x)
+    return member.tableau(2, [[0, 0], [x, 0]], [1 - weight, weight], PUBLISHED["ralston"].source, [1, 0])
+
+
+def rk3(u: float, v: float) -> ButcherTableau:
+    """The generic three-stage methods of order 3, c = (0, u, v); Kutta (1901).
+
+    Args:
+        u: A real number, as in `rk2`.
+        v: A real number. (1/2, 1) is Kutta's method, (1/3, 2/3) Heun's, (1/2, 3/4) Ralston's and
+            (1, 1/2) the strong-stability-preserving one.
+
+    Returns:
+        The checked tableau, s = 3.
+
+    Raises:
+        TypeError: If a parameter is not a real number.
+        ValueError: If a parameter is not finite, the formulas divide by zero (u = 0, v = 0, u = v
+            or u = 2/3) or a coefficient exceeds 100.
+
+    Example:
+        >>> rk3(1, 0.5).b * 6
+        array([1., 1., 4.])
+    """
+    x, y = _parameter("u", u), _parameter("v", v)
+    member = _Member(
+        f"rk3(u={float(x):.6g}, v={float(y):.6g})",
+        {"u = 0": x, "v = 0": y, "u = v": y - x, "u = 2/3": 2 - 3 * x},
+        "take rk3(1/2, 3/4), say",
+    )
+    b2 = (3 * y - 2) / (6 * x * (y - x))
+    b3 = (2 - 3 * x) / (6 * y * (y - x))
+    a32 = y * (y - x) / (x * (2 - 3 * x))
+    a = [[0, 0, 0], [x, 0, 0], [y - a32, a32, 0]]
+    return member.tableau(3, a, [1 - b2 - b3, b2, b3], PUBLISHED["kutta3"].source)
+
+
+def rk4_family(u: float, v: float) -> ButcherTableau:
+    """Kutta's generic four-stage methods of order 4, c = (0, u, v, 1); Kutta (1901).
+
+    Args:
+        u: A real number, as in `rk2`.
+        v: A real number. (1/3, 2/3) is the 3/8 rule, (2/5, (14 - 3√5)/16) Ralston's method. The
+            classical method, u = v = 1/2, is no member: the formulas divide by zero. Use `RK4`.
+
+    Returns:
+        The checked tableau, s = 4.
+
+    Raises:
+        TypeError: If a parameter is not a real number.
+        ValueError: If a parameter is not finite, the formulas divide by zero (u or v in {0, 1},
+            u = v, u = 1/2 or 6uv - 4(u + v) + 3 = 0) or a coefficient exceeds 100.
+
+    Example:
+        >>> rk4_family(Fraction(1, 3), Fraction(2, 3)).b * 8
+        array([1., 3., 3., 1.])
+    """
+    x, y = _parameter("u", u), _parameter("v", v)
+    d = 6 * x * y - 4 * (x + y) + 3
+    member = _Member(
+        f"rk4_family(u={float(x):.6g}, v={float(y):.6g})",
+        {"u = 0": x, "v = 0": y, "u = 1": 1 - x, "v = 1": 1 - y, "u = v": y - x}
+        | {"u = 1/2": 1 - 2 * x, "6uv - 4(u + v) + 3 = 0": d},
+        "take rk4_family(1/3, 2/3), say, or RK4 for the classical method u = v = 1/2",
+    )
+    b2 = (2 * y - 1) / (12 * x * (y - x) * (1 - x))
+    b3 = (1 - 2 * x) / (12 * y * (y - x) * (1 - y))
+    b4 = d / (12 * (1 - x) * (1 - y))
+    a32 = y * (y - x) / (2 * x * (1 - 2 * x))
+    a42 = (1 - x) * (x + y - 1 - (2 * y - 1) ** 2) / (2 * x * (y - x) * d)
+    a43 = (1 - 2 * x) * (1 - x) * (1 - y) / (y * (y - x) * d)
+    a = [[0, 0, 0, 0], [x, 0, 0, 0], [y - a32, a32, 0, 0], [1 - a42 - a43, a42, a43, 0]]
+    return member.tableau(4, a, [1 - b2 - b3 - b4, b2, b3, b4], PUBLISHED["rk4"].source)
+
+
+def _parameter(label: str, value: Any) -> Fraction:
+    # Exact arithmetic from here on: the differences below would otherwise cancel digits.
+    if isinstance(value, numbers.Rational) and not isinstance(value, bool):
+        return Fraction(int(value.numerator), int(value.denominator))
+    array = np.asarray(value)
+    if array.ndim or array.dtype.kind not in "iuf":
+        raise TypeError(f"{label} must be a real number, got {value!r}")
+    if not np.isfinite(array):
+        raise ValueError(f"{label} must be finite, got {value!r}")
+    return Fraction(float(array))
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A member of a family: its call, the parameter sets it must keep away from, the way out."""
+
+    call: str
+    zeros: dict[str, Fraction]  # where the formulas divide by zero, and the divisor itself
+    remedy: str
+
+    def __post_init__(self) -> None:
+        for condition, divisor in self.zeros.items():
+            if divisor == 0:
+                raise ValueError(
+                    f"{self.call}: the family's formulas divide by zero at {condition} (and "
+                    f"degenerate at any of {', '.join(self.zeros)}); {self.remedy}"
+                )
+
+    def tableau(
+        self,
+        order: int,
+        a: list[list[Any]],
+        b: list[Any],
+        source: str,
+        b_hat: list[int] | None = None,
+    ) -> ButcherTableau:
+        largest = max(abs(x) for x in (*b, *(x for row in a for x in row)))
+        if largest > _LARGEST_COEFFICIENT:
+            raise ValueError(
+                f"{self.call}: a coefficient reaches {float(largest):.3g}, more than the "
+                f"{_LARGEST_COEFFICIENT} beyond which cancellation costs float32 half its digits; "
+                f"keep parameters of order 1 and away from {', '.join(self.zeros)}: {self.remedy}"
+            )
+        c = [sum(row) for row in a]
+        order_hat = None if b_hat is None else 1
+        return ButcherTableau(self.call, a, b, c, order, b_hat, order_hat, source)
+
+
+TABLEAUS: Mapping[str, ButcherTableau] = MappingProxyType(
+    {name: ButcherTableau(name, *published) for name, published in PUBLISHED.items()}
+)
+"""The named methods by name; `rk_optax/_coefficients.py` holds their coefficients and sources."""
+
+EULER = TABLEAUS["euler"]
+HEUN = TABLEAUS["heun"]
+MIDPOINT = TABLEAUS["midpoint"]
+RALSTON = TABLEAUS["ralston"]
+KUTTA3 = TABLEAUS["kutta3"]
+HEUN3 = TABLEAUS["heun3"]
+RALSTON3 = TABLEAUS["ralston3"]
+SSPRK3 = TABLEAUS["ssprk3"]
+BOGACKI_SHAMPINE = TABLEAUS["bogacki_shampine"]
+RK4 = TABLEAUS["rk4"]
+RK38 = TABLEAUS["rk38"]
+RALSTON4 = TABLEAUS["ralston4"]
+FEHLBERG45 = TABLEAUS["fehlberg45"]
+CASH_KARP = TABLEAUS["cash_karp"]
+DOPRI5 = TABLEAUS["dopri5"]
+TSIT5 = TABLEAUS["tsit5"]
+DOPRI8 = TABLEAUS["dopri8"]

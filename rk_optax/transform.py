@@ -1,0 +1,352 @@
+"""One controlled solver step as an Optax gradient transformation."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypedDict, TypeVar, Unpack
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rk_optax import _tree
+from rk_optax.problem import Objective, check_like_params, promote
+from rk_optax.solver import Cost, Solver, as_solver
+from rk_optax.step_size import LearningRate, Reason, as_schedule
+from rk_optax.tableau import ButcherTableau
+
+PyTree = Any
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class RungeKuttaState(NamedTuple):
+    """State of `scale_by_rk` and of every ready optimizer.
+
+    `rk_optax.Reason(int(state.reason)).message` says in words why the latest step was refused.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] # shape=(), int32: updates so far, refused ones included
+    step_size: jax.Array  # shape=(), float: h of the latest update
+    cost: Cost  # shape=(), int32 each: work so far, stage 1 included
+    accepted: jax.Array  # shape=(), bool: whether the latest step was taken
+    reason: jax.Array  # shape=(), int32: a `Reason`
+    rejected: jax.Array  # shape=(), int32: refused updates so far
+    solver: PyTree  # the solver's own
+    after: PyTree  # of the transformation between solver and step size
+
+
+class Options(TypedDict, total=False):
+    """Keywords that `scale_by_rk` and every ready optimizer share; `scale_by_rk` describes them."""
+
+    grad_fn: Callable[..., Any] | None
+    has_aux: bool
+    mask: PyTree | Callable[[PyTree], PyTree] | None
+    reuse_updates: bool
+    argnames: Sequence[str] | None
+    stage_dtype: Any
+    skip_nonfinite: bool
+
+
+def _transformation(
+    loss_fn: Callable[..., Any] | None,
+    learning_rate: LearningRate,
+    solver: str | ButcherTableau | Solver,
+    after: optax.GradientTransformation | None,
+    emit: Callable[[PyTree, Any], PyTree],
+    *,
+    grad_fn: Callable[..., Any] | None = None,
+    has_aux: bool = False,
+    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+    reuse_updates: bool = True,
+    argnames: Sequence[str] | None = None,
+    stage_dtype: Any = "float32",
+    skip_nonfinite: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    method = as_solver(solver)
+    schedule = as_schedule(learning_rate)
+    objective = Objective(loss_fn, grad_fn=grad_fn, has_aux=has_aux, argnames=argnames, needs=method.needs)
+    _check_stage_dtype(stage_dtype)
+    between = optax.with_extra_args_support(optax.identity() if after is None else after)
+
+    def init(params: PyTree) -> RungeKuttaState:
+        _refuse_masked_nodes(params)
+        moving = _tree.partition(mask, params).moving(params)
+
+        def zero(dtype: Any) -> jax.Array:
+            return jnp.zeros([], dtype)
+
+        return RungeKuttaState(
+            count=zero(jnp.int32),
+            step_size=zero(_tree.default_float()),
+            # Separate buffers: one shared by all fields could not be donated.
+            cost=Cost(*(zero(jnp.int32) for _ in Cost._fields)),
+            accepted=jnp.ones([], bool),
+            reason=zero(jnp.int32),
+            rejected=zero(jnp.int32),
+            solver=method.init(moving),
+            after=between.init(moving),
+        )
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, RungeKuttaState]:
+        if params is None:
+            raise ValueError(
+                "params is None: a Runge–Kutta step evaluates the loss around params, so pass them: "
+                "tx.update(grads, state, params, **data)."
+            )
+        _refuse_masked_nodes(params)
+        _refuse_masked_nodes(updates)
+        check_like_params(updates, params, "updates")
+        params = jax.tree.map(jnp.asarray, params)
+        part = _tree.partition(mask, params)
+        moving = part.moving(params)
+        _check_differentiable(moving)
+        theta = promote(moving, stage_dtype)
+        problem = objective.bind(extra_args, params, part, stage_dtype)
+        k1 = _first_stage(part.moving(updates), theta) if reuse_updates else problem(theta)
+
+        h = schedule(state.count)
+        step = method.step(problem, theta, k1, h, state.solver)
+        direction, after_state = between.update(
+            _tree.cast_like(step.direction, moving), state.after, moving, **extra_args
+        )
+        emitted = _tree.cast_like(emit(promote(direction, stage_dtype), h), moving)
+
+        accepted, reason = _judge(step.ok, emitted, h, skip_nonfinite)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        emitted, solver_state, after_state = _tree.select(
+            accepted,
+            (emitted, step.state, after_state),
+            (part.moving(zeros), state.solver, state.after),
+        )
+        return part.merge(emitted, zeros), RungeKuttaState(
+            count=jnp.asarray(optax.safe_increment(state.count)),
+            step_size=jnp.asarray(h, state.step_size.dtype),
+            cost=state.cost.plus(step.cost),
+            accepted=accepted,
+            reason=reason,
+            rejected=state.rejected + ~accepted,
+            solver=solver_state,
+            after=after_state,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _judge(ok: Any, emitted: PyTree, h: Any, skip_nonfinite: bool) -> tuple[jax.Array, jax.Array]:
+    """Whether to take the step, and the `Reason`."""
+    ok = jnp.asarray(ok)
+    # A non-finite stage makes the sum of stages, and so what is emitted, non-finite.
+    finite = _tree.all_finite((emitted, h)) if skip_nonfinite else jnp.asarray(True)
+    reason = jnp.where(finite, jnp.where(ok, Reason.ACCEPTED, Reason.SOLVER_FAILED), Reason.NOT_FINITE)
+    return ok & finite, reason.astype(jnp.int32)
+
+
+def _first_stage(updates: PyTree, theta: PyTree) -> PyTree:
+    for leaf, like in zip(jax.tree.leaves(updates), jax.tree.leaves(theta), strict=True):
+        if jnp.iscomplexobj(leaf) and not jnp.iscomplexobj(like):
+            raise ValueError("updates are complex where params are real; pass the gradient at params.")
+    return _tree.cast_like(updates, theta)
+
+
+def _check_stage_dtype(stage_dtype: Any) -> None:
+    if stage_dtype is None:
+        return
+    if not jnp.issubdtype(stage_dtype, jnp.floating):
+        raise ValueError(f"stage_dtype must be a real floating-point dtype or None, got {stage_dtype!r}.")
+    if jnp.dtype(stage_dtype) == jnp.float64 and _tree.default_float() != jnp.float64:
+        raise ValueError("stage_dtype float64 needs jax.config.update('jax_enable_x64', True) first.")
+
+
+def _check_differentiable(moving: PyTree) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(moving):
+        if not _tree.is_inexact(leaf):
+            raise TypeError(
+                f"params{jax.tree_util.keystr(path)} has dtype {leaf.dtype}, which has no gradient; keep it fixed "
+                "with the solver's mask= (False for that leaf)."
+            )
+
+
+def _refuse_masked_nodes(tree: PyTree) -> None:
+    def is_masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    if any(map(is_masked, jax.tree.leaves(tree, is_leaf=is_masked))):
+        raise ValueError(
+            "params hold optax.MaskedNode: optax.masked and optax.partition hand down a tree that the loss cannot "
+            "read. Use the solver's own mask= instead: rk_optax.rk4(loss_fn, learning_rate, mask=mask) moves only "
+            "the leaves marked True, at every stage."
+        )
+
+
+def with_options_of(source: Callable[..., Any]) -> Callable[[_F], _F]:
+    """Shows the keywords of `source` where a function takes `**options` and passes them on.
+
+    `help` reads the result, and so does `optax.inject_hyperparams`, which cannot see through `**options`.
+    """
+    shared = [p for p in inspect.signature(source).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+    def decorate(function: _F) -> _F:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        names = {p.name for p in own}
+        parameters = [*own, *(p for p in shared if p.name not in names)]
+        vars(function)["__signature__"] = signature.replace(parameters=parameters)
+        return function
+
+    return decorate
+
+
+def _emit_direction(direction: PyTree, h: Any) -> PyTree:
+    del h
+    return direction
+
+
+def _emit_update(direction: PyTree, h: Any) -> PyTree:
+    return _tree.scale(-h, direction)
+
+
+@with_options_of(_transformation)
+def scale_by_rk(
+    loss_fn: Callable[..., Any] | None,
+    learning_rate: LearningRate,
+    solver: str | ButcherTableau | Solver = "rk4",
+    **options: Unpack[Options],
+) -> optax.GradientTransformationExtraArgs:
+    """Replaces the gradient by a Runge–Kutta method's effective gradient g*, without applying the step size.
+
+    Chain the step size, and whatever else, after it; the *same* rate on both sides makes the chain the method:
+
+    >>> import jax, jax.numpy as jnp, optax, rk_optax
+    >>> def loss_fn(w, x): return jnp.sum((w - x) ** 2)
+    >>> tx = optax.chain(rk_optax.scale_by_rk(loss_fn, 0.1, "rk4"), optax.scale_by_learning_rate(0.1))
+    >>> w, x = jnp.array(1.0), jnp.array(0.0)
+    >>> updates, state = tx.update(jax.grad(loss_fn)(w, x), tx.init(w), w, x=x)
+    >>> w = optax.apply_updates(w, updates)
+    >>> print(f"{w:.4f}, exp(-0.2) = {jnp.exp(-0.2):.4f}")
+    0.8187, exp(-0.2) = 0.8187
+
+    A refused step emits zeros, through which a later `optax.trace` still moves the parameters; the ready optimizers
+    (`rk_optax.rk4` and so on) run such a transformation inside, as `after=`, and do not have this gap.
+
+    Args:
+      loss_fn: `loss_fn(params, *data) -> scalar`. Data are passed to `update` by keyword and matched to the names in
+        its signature; what `update` gets beside them is ignored, unless it looks like a misspelt data argument. May
+        be None where `grad_fn` is given.
+      learning_rate: the step size h > 0, in the units of a gradient-descent learning rate: a number, a JAX scalar
+        (traced ones too) or an Optax schedule of the update count. h = 0 from a schedule is a step that stays.
+      solver: a name in `rk_optax.TABLEAUS`, a `ButcherTableau` or a `Solver`.
+      **options: shared by every optimizer of the package:
+        grad_fn: `grad_fn(params, *data) -> gradient`, used for the later stages instead of `jax.grad(loss_fn)`: for
+          micro-batches, `shard_map` with `pmean`, custom rules. It returns what you would pass as `updates`, so
+          conjugated for complex leaves. `update` takes a `grad_fn=` too, for that update.
+        has_aux: `loss_fn` returns `(loss, aux)` (and `grad_fn`, if given, `(gradient, aux)`); the stages discard
+          aux: take it from your own evaluation at params, once per step.
+        mask: as for `optax.masked`, a tree of booleans (or a prefix, or a function of params): leaves marked False
+          keep their value at every stage and get zero updates.
+        reuse_updates: whether the incoming updates are ∇loss at params on this batch and serve as stage 1. With
+          False stage 1 is evaluated again, for one gradient more.
+        argnames: names of the data arguments, for a loss whose signature cannot be read.
+        stage_dtype: the least precision of stages, "float32" by default; a loss of bfloat16 parameters sees float32
+          stages, since offsets below one ulp would vanish. None keeps the parameters' own dtypes.
+        skip_nonfinite: whether a step with a non-finite stage, step size or update is refused: zero update, solver
+          and momentum states restored, `state.accepted` False and `state.rejected` counted.
+
+    Returns:
+      A transformation whose `update(updates, state, params, **data)` returns g* in the dtypes of params. It costs
+      the solver's gradients less the one that came in.
+
+    Raises:
+      TypeError, ValueError: at construction for bad arguments; at the first update for missing or misspelt data, a
+        loss that is not a real scalar, params=None, or trees that do not fit one another.
+    """
+    return _transformation(loss_fn, learning_rate, solver, None, _emit_direction, **options)
+
+
+@with_options_of(_transformation)
+def runge_kutta(
+    loss_fn: Callable[..., Any] | None,
+    learning_rate: LearningRate,
+    solver: str | ButcherTableau | Solver = "rk4",
+    *,
+    momentum: float | jax.Array | None = None,
+    nesterov: bool = False,
+    after: optax.GradientTransformation | None = None,
+    **options: Unpack[Options],
+) -> optax.GradientTransformationExtraArgs:
+    """A ready optimizer for any solver: θ ← θ − h·after(g*(θ, h)).
+
+    >>> import jax, jax.numpy as jnp, optax, rk_optax
+    >>> def loss_fn(w, x): return jnp.sum((w - x) ** 2)
+    >>> tx = rk_optax.runge_kutta(loss_fn, 0.1, "ssprk3", momentum=0.9)
+    >>> w, x = jnp.array(1.0), jnp.array(0.0)
+    >>> updates, state = tx.update(jax.grad(loss_fn)(w, x), tx.init(w), w, x=x)
+    >>> int(state.cost.gradients)
+    3
+
+    Args:
+      loss_fn: as for `scale_by_rk`.
+      learning_rate: as for `scale_by_rk`.
+      solver: as for `scale_by_rk`.
+      momentum: decay of a trace between solver and step size, in [0, 1): shorthand for `after=optax.trace(momentum)`.
+      nesterov: whether that trace is Nesterov's.
+      after: any Optax transformation of g*, run inside so that a refused step restores its state too.
+      **options: as for `scale_by_rk`.
+
+    Returns:
+      A transformation that emits the update to add to params.
+
+    Raises:
+      ValueError: momentum outside [0, 1), both momentum and after, nesterov without momentum.
+      TypeError, ValueError: as for `scale_by_rk`.
+    """
+    return _transformation(loss_fn, learning_rate, solver, _between(momentum, nesterov, after), _emit_update, **options)
+
+
+def _between(
+    momentum: Any, nesterov: bool, after: optax.GradientTransformation | None
+) -> optax.GradientTransformation | None:
+    """The transformation between solver and step size."""
+    if momentum is None:
+        if nesterov:
+            raise ValueError("nesterov=True does nothing without momentum: pass momentum=0.9, say.")
+        if after is not None and not (hasattr(after, "init") and hasattr(after, "update")):
+            raise TypeError(f"after must be an optax.GradientTransformation, got {type(after).__name__}.")
+        return after
+    if after is not None:
+        raise ValueError(
+            "momentum and after are two ways to say what stands between solver and step size; pass one: "
+            "after=optax.chain(optax.trace(0.9), ...)."
+        )
+    if isinstance(momentum, bool) or (
+        isinstance(momentum, int | float) and not (math.isfinite(momentum) and 0 <= momentum < 1)
+    ):
+        raise ValueError(f"momentum must be in [0, 1), got {momentum!r}.")
+    return optax.trace(momentum, nesterov=nesterov)
+
+
+def inject_hyperparams(
+    factory: Callable[..., optax.GradientTransformation], **options: Any
+) -> Callable[..., optax.GradientTransformationExtraArgs]:
+    """`optax.inject_hyperparams` for the factories of this package, told that a loss is not a schedule.
+
+    >>> import jax, jax.numpy as jnp, rk_optax
+    >>> def loss_fn(w, x): return jnp.sum((w - x) ** 2)
+    >>> tx = rk_optax.inject_hyperparams(rk_optax.rk4)(loss_fn, learning_rate=0.1)
+    >>> state = tx.init(jnp.array(1.0))
+    >>> state.hyperparams["learning_rate"] = jnp.array(0.05)  # from the next update on
+
+    Args:
+      factory: `rk_optax.rk4`, `rk_optax.scale_by_rk` and so on.
+      **options: `hyperparam_dtype` and further `static_args`, as Optax has them.
+
+    Returns:
+      A factory with the arguments of `factory`, whose numeric ones live in `state.hyperparams`.
+    """
+    static = {"loss_fn", "grad_fn", "mask", "stage_dtype"} & set(inspect.signature(factory).parameters)
+    further = options.pop("static_args", ())
+    static |= {further} if isinstance(further, str) else set(further)
+    return optax.inject_hyperparams(factory, static_args=static, **options)
