@@ -1,0 +1,206 @@
+"""The comparison: tune every entrant, train it on every seed, then time it."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rk_optax.experiment.config import CompareConfig
+from rk_optax.experiment.data import load_dataset
+from rk_optax.experiment.errors import UsageError
+from rk_optax.experiment.models import build_model
+from rk_optax.experiment.plan import Entrant, make_plan
+from rk_optax.experiment.progress import Reporter
+from rk_optax.experiment.run_folder import RunFolder
+from rk_optax.experiment.training import Point, Score, Task, Trainer
+
+
+class Tuned(NamedTuple):
+    """The outcome of an entrant's learning-rate search."""
+
+    rate: float
+    losses: np.ndarray  # (trial,) mean late validation loss; inf where a run diverged
+    at_edge: str | None  # "lowest" or "highest" where the best rate bounds the grid
+
+
+class Curve(NamedTuple):
+    """An entrant's runs at the tuned rate."""
+
+    steps: np.ndarray  # (point,)
+    train_loss: np.ndarray  # (seed, point)
+    test_accuracy: np.ndarray  # (seed, point)
+
+
+class Timing(NamedTuple):
+    """An entrant's serial timed runs."""
+
+    steps: np.ndarray  # (point,)
+    seconds: np.ndarray  # (point,) median over the runs
+    compile_seconds: float
+
+
+class Result(NamedTuple):
+    """All that was found out about an entrant."""
+
+    entrant: Entrant
+    tuned: Tuned
+    curve: Curve
+    timing: Timing
+
+    @property
+    def gradients(self) -> np.ndarray:
+        """Gradient evaluations spent at every point of the curve."""
+        return self.curve.steps * self.entrant.gradients_per_step
+
+    @property
+    def seconds(self) -> np.ndarray:
+        """Median time at every point of the curve, linear between the points that were timed."""
+        return np.interp(self.curve.steps, self.timing.steps, self.timing.seconds)
+
+
+class Comparison:
+    """A comparison whose configuration is known to be possible, ready to run."""
+
+    def __init__(self, config: CompareConfig):
+        """Plans the comparison and loads its data.
+
+        Raises:
+            UsageError: if the configuration asks for something impossible.
+        """
+        self.plan = make_plan(config)
+        data = load_dataset(config.data)
+        model = build_model(config.model, data.classes)
+        self._task = Task(model, data, config.data.batch_size, config.model.l2)
+        self._config = config
+
+    def run(self, folder: RunFolder, report: Reporter) -> list[Result]:
+        """Tunes, trains and times every entrant, logging to the folder as it goes.
+
+        Args:
+            folder: where metrics go.
+            report: hears about progress.
+
+        Returns:
+            One result per entrant, in the order of the configuration.
+
+        Raises:
+            UsageError: if an entrant diverges at every learning rate.
+        """
+        config, entrants = self._config, self.plan.entrants
+        self._folder, self._report = folder, report
+        runs = config.tuning.trials * len(config.tuning.seeds) + len(config.seeds)
+        runs += config.timed_runs
+        report.start(len(entrants) * config.budget.gradients * runs)
+        tuned = [self._tune(entrant) for entrant in entrants]
+        rates = [best.rate for best in tuned]
+        curves = [self._train(*pair) for pair in zip(entrants, rates, strict=True)]
+        timings = self._time(rates)
+        return [Result(*parts) for parts in zip(entrants, tuned, curves, timings, strict=True)]
+
+    def _tune(self, entrant: Entrant) -> Tuned:
+        """Searches the grid; nothing but the validation split is looked at."""
+        self._report.stage(f"tuning {entrant.name}")
+        seeds, rates, trials = self._config.tuning.seeds, entrant.rates, len(entrant.rates)
+        trainer = Trainer(self._task, entrant.make, seeds, rates, self._config.budget.evaluate_every)
+        late = []
+        for point in self._run(trainer, entrant, len(seeds) * trials):
+            # A rate at the edge of stability can end well between two spikes, so that the last
+            # point alone would choose it.
+            if point.steps > entrant.steps / 2:
+                late.append(trainer.score(point, self._task.data.validation))
+        score = Score(*np.mean(late, axis=0))
+        for (row, trial), loss in np.ndenumerate(score.loss):
+            self._log(
+                "tune",
+                entrant,
+                rates[trial],
+                seeds[row],
+                entrant.steps,
+                trial=trial,
+                validation_loss=loss,
+                validation_accuracy=score.accuracy[row, trial],
+            )
+        losses = score.loss.mean(axis=0)
+        losses = np.where(np.isfinite(losses), losses, np.inf)
+        best, diverged = int(losses.argmin()), int(np.isinf(losses).sum())
+        if diverged == trials:
+            raise UsageError(
+                f"{entrant.name} diverged at every one of its {trials} learning rates: lower "
+                f"optimizers.{entrant.name}.learning_rates"
+            )
+        self._report.say(
+            f"tuned {entrant.name}: learning rate {rates[best]:.3g}, the best of {trials} "
+            f"from {rates[0]:.3g} to {rates[-1]:.3g}" + (f" ({diverged} diverged)" if diverged else "")
+        )
+        at_edge = {0: "lowest", trials - 1: "highest"}.get(best)
+        return Tuned(rates[best], losses, at_edge)
+
+    def _train(self, entrant: Entrant, rate: float) -> Curve:
+        """Trains on every seed at the tuned rate."""
+        self._report.stage(f"training {entrant.name}")
+        seeds, data = self._config.seeds, self._task.data
+        every = self._config.budget.evaluate_every
+        trainer = Trainer(self._task, entrant.make, seeds, [rate], every)
+        steps, losses, accuracies = [], [], []
+        for point in self._run(trainer, entrant, len(seeds)):
+            steps.append(point.steps)
+            losses.append(trainer.score(point, data.train).loss[:, 0])
+            accuracies.append(trainer.score(point, data.test).accuracy[:, 0])
+            for seed, loss, accuracy in zip(seeds, losses[-1], accuracies[-1], strict=True):
+                self._log("compare", entrant, rate, seed, point.steps, train_loss=loss, test_accuracy=accuracy)
+        return Curve(np.array(steps), np.stack(losses, axis=-1), np.stack(accuracies, axis=-1))
+
+    def _time(self, rates: list[float]) -> list[Timing]:
+        """Times serial runs of every entrant, each at its tuned rate."""
+        entrants, seed, data = self.plan.entrants, self._config.seeds[0], self._task.data
+        trainers = []
+        for entrant, rate in zip(entrants, rates, strict=True):
+            self._report.stage(f"compiling {entrant.name}")
+            # Chunks of equally many gradients: the cost of launching one then favours nobody.
+            chunk = self.plan.unit // entrant.gradients_per_step
+            trainers.append(Trainer(self._task, entrant.make, seed, rate, chunk))
+        runs = list(zip(entrants, rates, trainers, strict=True))
+        seconds: dict[str, list[list[float]]] = {entrant.name: [] for entrant in entrants}
+        for repeat in range(self._config.timed_runs):
+            # In turns, forth and back, so that a slow spell of the machine hits all alike.
+            for entrant, rate, trainer in runs if repeat % 2 == 0 else reversed(runs):
+                self._report.stage(f"timing {entrant.name}")
+                seconds[entrant.name].append([])
+                for point in self._run(trainer, entrant, 1):
+                    seconds[entrant.name][-1].append(point.seconds)
+                    self._log(
+                        "time",
+                        entrant,
+                        rate,
+                        seed,
+                        point.steps,
+                        repeat=repeat,
+                        seconds=point.seconds,
+                        train_loss=trainer.score(point, data.train).loss,
+                        test_accuracy=trainer.score(point, data.test).accuracy,
+                    )
+        timings = []
+        for entrant, _, trainer in runs:
+            median = np.median(seconds[entrant.name], axis=0)
+            steps = np.linspace(0, entrant.steps, len(median))
+            timings.append(Timing(steps, median, trainer.compile_seconds))
+        return timings
+
+    def _run(self, trainer: Trainer, entrant: Entrant, runs: int) -> Iterator[Point]:
+        """The points of a training, reported as progress."""
+        done = 0
+        for point in trainer.run(entrant.steps):
+            self._report.advance((point.steps - done) * entrant.gradients_per_step * runs)
+            done = point.steps
+            yield point
+
+    def _log(self, phase: str, entrant: Entrant, rate: float, seed: int, steps: int, **measured: Any) -> None:
+        self._folder.log(
+            phase=phase,
+            optimizer=entrant.name,
+            seed=seed,
+            learning_rate=rate,
+            steps=steps,
+            gradients=steps * entrant.gradients_per_step,
+            **measured,
+        )

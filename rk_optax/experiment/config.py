@@ -1,0 +1,241 @@
+"""Typed configurations: the dataclasses, the loader of `configs/<name>.py`, and the checks."""
+
+import dataclasses
+import importlib.util
+import math
+import re
+import sys
+import traceback
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import typeguard
+
+from rk_optax.experiment.errors import UsageError
+
+Config = TypeVar("Config")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The data set and how it is split and batched."""
+
+    name: Literal["digits"] = "digits"
+    """Data set: digits is the one shipped inside scikit-learn."""
+    validation_fraction: float = 0.15
+    """Fraction of the examples on which learning rates are tuned."""
+    test_fraction: float = 0.2
+    """Fraction of the examples on which accuracies are reported."""
+    split_seed: int = 0
+    """Seed of the stratified split, the same for every run."""
+    batch_size: int | None = 256
+    """Examples per batch; None takes the whole training set at every step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The network."""
+
+    name: Literal["mlp"] = "mlp"
+    """Architecture."""
+    hidden: tuple[int, ...] = (64, 64)
+    """Widths of the hidden layers."""
+    activation: Literal["tanh", "relu", "gelu"] = "tanh"
+    """Activation function of the hidden layers."""
+    l2: float = 1e-3
+    """The loss is the mean cross-entropy plus l2/2 times the squared norm of the parameters."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """One entrant of a comparison."""
+
+    factory: str
+    """sgd, momentum, adam, or the name of a solver (see `rk-optax solvers`)."""
+    learning_rates: tuple[float, float]
+    """Lowest and highest learning rate of the log-spaced grid that is searched."""
+    options: Mapping[str, float | bool] = dataclasses.field(default_factory=dict)
+    """Further keyword arguments of the factory, such as momentum."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BudgetConfig:
+    """What every run may spend, and where it is looked at."""
+
+    gradients: int = 2400
+    """Gradient evaluations of every run, whatever its solver."""
+    evaluate_every: int = 10
+    """Steps between two evaluation points."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningConfig:
+    """The search for each entrant's learning rate, by validation loss late in the run."""
+
+    trials: int = 11
+    """Learning rates tried for every entrant."""
+    seeds: tuple[int, ...] = (100, 101, 102)
+    """Seeds of the tuning runs; none of them may be a seed of the comparison."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig:
+    """A comparison of optimizers at an equal budget of gradient evaluations."""
+
+    optimizers: Mapping[str, OptimizerConfig]
+    """The entrants, by the name they are shown under."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    budget: BudgetConfig = BudgetConfig()
+    tuning: TuningConfig = TuningConfig()
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the compared runs: initial parameters and order of the batches."""
+    timed_runs: int = 7
+    """Serial timed runs of every entrant, of which the median time is reported."""
+
+
+def load(path: Path, kind: type[Config]) -> Config:
+    """Runs a configuration file and returns what its `get_config()` returns.
+
+    Args:
+        path: a Python file.
+        kind: the dataclass that `get_config()` has to return.
+
+    Returns:
+        The configuration, its fields checked to have the declared types.
+
+    Raises:
+        UsageError: if the file is missing, fails, or returns something else.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path}: no such config file")
+    module_name = f"_rk_optax_config_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"{path}: a config is a Python file whose name ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look up the module that defines them, so it has to be registered.
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+        get_config = getattr(module, "get_config", None)
+        if not callable(get_config):
+            raise UsageError(f"{path}: define get_config() and let it return a {kind.__name__} (see configs/digits.py)")
+        config = get_config()
+    except UsageError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever the file does wrong is the file's error
+        raise UsageError(f"{_place(error, path)}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, kind):
+        raise UsageError(f"{path}: get_config() must return a {kind.__name__}, got {type(config).__name__}")
+    try:
+        check_types(config)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
+    return config
+
+
+def check_types(config: Any, prefix: str = "") -> None:
+    """Checks that every field of a (nested) dataclass has its declared type.
+
+    Raises:
+        UsageError: if one has not; the message names the field.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        name, value, hint = prefix + field.name, getattr(config, field.name), hints[field.name]
+        try:
+            typeguard.check_type(
+                value,
+                hint,
+                collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS,
+            )
+        except typeguard.TypeCheckError as error:
+            raise UsageError(f"{name} = {value!r}: {error}") from error
+        if isinstance(value, bool) and hint in (int, float):  # Python counts bool among the ints
+            raise UsageError(f"{name} = {value!r}: bool is not a number")
+        children = value.items() if isinstance(value, Mapping) else [(None, value)]
+        for key, child in children:
+            if dataclasses.is_dataclass(child):
+                check_types(child, f"{name}." if key is None else f"{name}.{key}.")
+
+
+def check(config: CompareConfig) -> None:
+    """Checks types and values of a comparison.
+
+    Raises:
+        UsageError: if a value is out of range; the message names the field and what it may be.
+    """
+    check_types(config)
+    data, budget, tuning = config.data, config.budget, config.tuning
+    for name, fraction in [
+        ("data.validation_fraction", data.validation_fraction),
+        ("data.test_fraction", data.test_fraction),
+    ]:
+        _require(0 < fraction < 1, name, fraction, "must lie between 0 and 1")
+    _require(
+        data.validation_fraction + data.test_fraction < 1,
+        "data.validation_fraction + data.test_fraction",
+        data.validation_fraction + data.test_fraction,
+        "must be below 1 to leave training examples",
+    )
+    _require(data.split_seed >= 0, "data.split_seed", data.split_seed, "must not be negative")
+    _require(0 <= config.model.l2 < math.inf, "model.l2", config.model.l2, "must be finite, not negative")
+    for name, count in [
+        ("data.batch_size", 1 if data.batch_size is None else data.batch_size),
+        ("budget.gradients", budget.gradients),
+        ("budget.evaluate_every", budget.evaluate_every),
+        ("timed_runs", config.timed_runs),
+        *(("model.hidden", width) for width in config.model.hidden),
+    ]:
+        _require(count > 0, name, count, "must be positive")
+    _require(tuning.trials >= 2, "tuning.trials", tuning.trials, "must be at least 2")
+    for name, seeds in [("seeds", config.seeds), ("tuning.seeds", tuning.seeds)]:
+        valid = len(seeds) > 0 and all(0 <= seed < 2**31 for seed in seeds)
+        _require(
+            valid and len(set(seeds)) == len(seeds),
+            name,
+            seeds,
+            "must be one or more different integers from 0 to 2**31 - 1",
+        )
+    _require(
+        not set(config.seeds) & set(tuning.seeds),
+        "tuning.seeds",
+        tuning.seeds,
+        "must not contain a seed of the comparison: a rate tuned on the compared runs flatters it",
+    )
+    _require(len(config.optimizers) > 0, "optimizers", config.optimizers, "must name an entrant")
+    for name, entrant in config.optimizers.items():
+        where = f"optimizers.{name}"
+        _require(
+            re.fullmatch(r"\w[\w-]*", name) is not None,
+            "optimizers",
+            name,
+            "is no name for an entrant: use letters, digits, _ and -",
+        )
+        low, high = entrant.learning_rates
+        _require(
+            0 < low < high < math.inf,
+            f"{where}.learning_rates",
+            entrant.learning_rates,
+            "must be positive, finite, the lowest first",
+        )
+
+
+def _require(condition: bool, name: str, value: Any, message: str) -> None:
+    if not condition:
+        raise UsageError(f"{name} = {value!r} {message}")
+
+
+def _place(error: BaseException, path: Path) -> str:
+    """The line of the config file that an error came from, as `file:line`."""
+    if isinstance(error, SyntaxError) and error.lineno is not None:
+        return f"{path}:{error.lineno}"
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename) == path or Path(frame.filename) == path.resolve()
+    ]
+    return f"{path}:{lines[-1]}" if lines else str(path)

@@ -1,0 +1,97 @@
+"""Tables for a terminal, a pipe or a file."""
+
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from rk_optax.experiment.compare import Result
+from rk_optax.experiment.config import CompareConfig
+from rk_optax.experiment.summary import Row, Spread
+from rk_optax.tableau import ButcherTableau
+
+
+def make_console(*, stderr: bool = False, piped_width: int = 100) -> Console:
+    """A console on stdout or stderr; the width holds where there is no terminal to ask."""
+    stream = sys.stderr if stderr else sys.stdout
+    known = stream.isatty() or "COLUMNS" in os.environ
+    return Console(stderr=stderr, width=None if known else piped_width, highlight=False)
+
+
+def comparison_table(rows: Sequence[Row]) -> Table:
+    """The table of a comparison: a block each at equal steps, equal gradients, equal seconds."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("equal")
+    table.add_column("optimizer")
+    for heading in ("rate", "steps", "gradients", "seconds"):
+        table.add_column(heading, justify="right")
+    table.add_column("test accuracy, %", justify="right")
+    table.add_column("training loss", justify="right")
+    for index, row in enumerate(rows):
+        first = index == 0 or rows[index - 1].equal != row.equal
+        if first and index:
+            table.add_section()
+        table.add_row(
+            row.equal if first else "",
+            row.optimizer,
+            f"{row.learning_rate:.2g}",
+            str(row.steps),
+            str(row.gradients),
+            f"{row.seconds:.3f}" if row.seconds < 10 else f"{row.seconds:.1f}",
+            _spread(row.test_accuracy, lambda accuracy: f"{100 * accuracy:.1f}"),
+            _spread(row.train_loss, lambda loss: f"{loss:#.3g}"),
+        )
+    return table
+
+
+def comparison_notes(config: CompareConfig, results: Sequence[Result]) -> list[str]:
+    """What a reader has to know to read the table."""
+    compiled = ", ".join(f"{result.entrant.name} {result.timing.compile_seconds:.1f} s" for result in results)
+    notes = [
+        f"Mean [min, max] over {len(config.seeds)} seeds, which set initial parameters and batches.",
+        f"Rates: the best of {config.tuning.trials} for everyone, by validation loss over the last "
+        f"half of the budget, on {len(config.tuning.seeds)} other seeds.",
+        f"Seconds: training steps alone, one run at a time, median of {config.timed_runs}; at equal "
+        f"seconds, the last point evaluated (every {config.budget.evaluate_every} steps) by then.",
+        f"Compilation, not included: {compiled}.",
+    ]
+    notes += [
+        f"Caution: the rate of {result.entrant.name} is the {result.tuned.at_edge} of its grid; a "
+        f"better one may lie outside: widen optimizers.{result.entrant.name}.learning_rates."
+        for result in results
+        if result.tuned.at_edge
+    ]
+    return notes
+
+
+def solver_table(tableaus: Mapping[str, ButcherTableau]) -> Table:
+    """Every solver with its order, cost and stability."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("solver", no_wrap=True)
+    table.add_column("order", no_wrap=True)
+    for heading in ("stages", "gradients\nper step", "real\ninterval", "interval /\ngradient"):
+        table.add_column(heading, justify="right")
+    table.add_column("source", overflow="fold")
+    for name, tableau in tableaus.items():
+        interval = tableau.real_stability_interval
+        embedded = "" if tableau.order_hat is None else f"({tableau.order_hat})"
+        table.add_row(
+            name,
+            f"{tableau.order}{embedded}",
+            str(tableau.stages),
+            str(tableau.effective_stages),
+            f"{interval:.3f}",
+            f"{interval / tableau.effective_stages:.3f}",
+            tableau.source,
+        )
+    return table
+
+
+def _spread(spread: Spread, show: Callable[[float], str]) -> str:
+    if not math.isfinite(spread.mean):
+        return "diverged"
+    return f"{show(spread.mean)} [{show(spread.min)}, {show(spread.max)}]"

@@ -1,0 +1,78 @@
+import contextlib
+import dataclasses
+import io
+import types
+
+import pytest
+
+from rk_optax.experiment.cli import main
+from rk_optax.experiment.compare import Comparison
+
+from .helpers import SMOKE, Silent, read_metrics
+
+
+@pytest.fixture
+def smoke_config():
+    return SMOKE
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    """Writes a config file with this body of `get_config()`, after the usual imports."""
+
+    def write(body):
+        path = tmp_path / "some.py"
+        path.write_text(f"from rk_optax.experiment.config import *\ndef get_config():\n    {body}\n")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def smoke_file(config_file):
+    return config_file(f"return {SMOKE!r}")
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs the command line in this process: exit code, stdout, stderr."""
+
+    def run(*argv):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            main([str(argument) for argument in argv])
+        return exit_info.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    """One small comparison from the command line, which many tests look at."""
+    folder = tmp_path_factory.mktemp("smoke")
+    (folder / "tiny.py").write_text(
+        "from rk_optax.experiment.config import *\n"
+        f"def get_config(): return {dataclasses.replace(SMOKE, timed_runs=1, seeds=(7,))!r}\n"
+    )
+    seen = {}
+
+    def run(comparison, run_folder, report):
+        seen["reporter"] = Silent(report)
+        seen["results"] = original(comparison, run_folder, seen["reporter"])
+        return seen["results"]
+
+    original, out, err = Comparison.run, io.StringIO(), io.StringIO()
+    overrides = ["--timed-runs", str(SMOKE.timed_runs), "--seeds", *map(str, SMOKE.seeds)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Comparison, "run", run)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as exit_info:
+            main(["compare", str(folder / "tiny.py"), "--out", str(folder / "run"), *overrides])
+    return types.SimpleNamespace(
+        config=SMOKE,
+        path=folder / "run",
+        metrics=read_metrics(folder / "run"),
+        status=exit_info.value.code,
+        out=out.getvalue(),
+        err=err.getvalue(),
+        **seen,
+    )

@@ -1,0 +1,109 @@
+"""Every notebook runs, opens in Colab from its own path, and is committed with small and clean outputs."""
+
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+BADGE = re.compile(
+    r"\[!\[[^\]]+\]\(https://colab\.research\.google\.com/assets/colab-badge\.svg\)\]"
+    r"\(https://colab\.research\.google\.com/github/rk-optax/rk_optax/blob/main/([^)]+)\)"
+)
+INSTALL = """\
+try:
+    import rk_optax
+except ImportError:
+    %pip install -q "rk-optax[experiment] @ git+https://github.com/rk-optax/rk_optax"
+    import rk_optax"""
+MACHINE_PATH = re.compile(r"(?<![\w.:/])(/(home|root|Users|tmp|var|opt|usr|work|mnt|content|private)/|[A-Z]:\\\\?\w)")
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def path(request):
+    return request.param
+
+
+@pytest.fixture
+def notebook(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+
+
+def test_the_first_cell_has_a_title_and_a_badge_to_the_notebook_itself(path, notebook):
+    first = notebook.cells[0]
+    assert first.cell_type == "markdown"
+    assert first.source.startswith("# ")
+    assert BADGE.findall(first.source) == [path.relative_to(ROOT).as_posix()]
+
+
+def test_links_between_notebooks_lead_somewhere(notebook):
+    for cell in notebook.cells:
+        for target in re.findall(r"github/rk-optax/rk_optax/blob/main/([^)\s]+)", cell.source):
+            assert (ROOT / target).is_file()
+
+
+def test_the_first_code_cell_installs_the_package_where_it_is_missing(notebook):
+    assert code_cells(notebook)[0].source == INSTALL
+
+
+def test_only_the_first_code_cell_installs_anything(notebook):
+    assert not any(re.search(r"pip3? install", cell.source) for cell in code_cells(notebook)[1:])
+
+
+def test_committed_outputs_come_from_one_run_in_order_without_errors(notebook):
+    cells = code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert outputs
+    for output in outputs:
+        assert output.output_type != "error"
+        assert output.get("name") != "stderr"
+        assert "Traceback" not in json.dumps(output)
+
+
+def test_small(path):
+    assert path.stat().st_size < 400_000
+
+
+def test_no_trace_of_a_machine(notebook):
+    assert notebook.metadata.kernelspec.name == "python3"
+    for cell in notebook.cells:
+        assert "execution" not in cell.metadata  # the times at which it ran
+        texts = [cell.source]
+        for output in cell.get("outputs", []):
+            texts.append(output.get("text", ""))
+            # Base64 may spell anything.
+            texts.extend(text for kind, text in output.get("data", {}).items() if kind.startswith("text/"))
+        for text in texts:
+            assert not MACHINE_PATH.search(text)
+
+
+@pytest.mark.parametrize("text", ["/home/me/x.py", "in /tmp/a", "File '/usr/lib/x'", r"C:\Users\me", "(/content/a)"])
+def test_machine_paths_are_found(text):
+    assert MACHINE_PATH.search(text)
+
+
+@pytest.mark.parametrize("text", ["https://github.com/home/x", "h / 2", "a/tmp/b", "steps/usr", "T:\n", r"\theta"])
+def test_nothing_else_is_taken_for_a_machine_path(text):
+    assert not MACHINE_PATH.search(text)
+
+
+def test_runs(notebook, tmp_path, monkeypatch):
+    monkeypatch.setenv("RK_OPTAX_SMOKE", "1")
+    # The kernel is this interpreter and reads nobody's settings; conftest's eight devices are not for it.
+    for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
