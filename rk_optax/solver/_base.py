@@ -34,6 +34,7 @@ class Step(NamedTuple):
     ok: bool | jax.Array = True  # did every stage succeed? Non-finite numbers are the caller's to see
     error: PyTree | None = None  # estimate of the local error, like params and in its units
     predicted_fall: jax.Array | None = None  # of the loss, by the solver's own quadratic model
+    curvature: jax.Array | None = None  # ‖k1 − k2‖ / (a21 h ‖k1‖), about ‖Hg‖/‖g‖; None where not asked for
     state: PyTree = ()
 
 
@@ -45,6 +46,16 @@ class Solver(abc.ABC):
     """
 
     needs: ClassVar[frozenset[Capability]] = frozenset()
+
+    @property
+    def stages(self) -> int | None:
+        """Gradients of one step where that number is fixed, else None."""
+        return None
+
+    @property
+    def sees_curvature(self) -> bool:
+        """Whether `step` can return the curvature along k1 for nothing."""
+        return False
 
     def init(self, params: PyTree) -> PyTree:
         """The solver's state; `params` may be abstract, and holds the moving leaves only."""
@@ -61,6 +72,7 @@ class Solver(abc.ABC):
         state: PyTree,
         *,
         want_error: bool = False,
+        want_curvature: bool = False,
     ) -> Step:
         """One step.
 
@@ -71,4 +83,5 @@ class Solver(abc.ABC):
           h: the step size, in units of the flow's time (a learning rate): a number or a real scalar array.
           state: what `init` or the last step returned.
           want_error: whether to return an error estimate.
+          want_curvature: whether to return the curvature along k1; only where `sees_curvature`.
         """
