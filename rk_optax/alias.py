@@ -23,7 +23,7 @@ class AliasOptions(Options, total=False):
 
     nesterov: bool
     after: optax.GradientTransformation | None
-    weight_decay: float | jax.Array
+    weight_decay: float | jax.Array | None
 
 
 _SHARED_DOC = """

@@ -143,7 +143,7 @@ class Objective:
         has_aux: bool = False,
         argnames: Sequence[str] | None = None,
         needs: frozenset[Capability] = frozenset(),
-        l2: float | jax.Array = 0.0,
+        l2: float | jax.Array | None = None,
         stage_batches: StageBatches | None = None,
     ):
         """Reads the functions.
@@ -155,7 +155,7 @@ class Objective:
           has_aux: whether the functions also return auxiliary data, which the stages discard.
           argnames: names of the data arguments, where a signature cannot be read.
           needs: the capabilities that solver, step-size rule and preconditioner require.
-          l2: λ of a term (λ/2)‖θ‖² of the loss, over the moving leaves.
+          l2: λ of a term (λ/2)‖θ‖² of the loss, over the moving leaves; None for no such term.
           stage_batches: which part of the data each stage sees.
 
         Raises:
@@ -227,6 +227,8 @@ class Objective:
             return self.with_l2(jax.tree.map(jnp.conj, jax.grad(value)(moving, stage)), moving)
 
         def objective(moving: PyTree) -> jax.Array:
+            if self._l2 is None:
+                return value(moving, 0)
             return value(moving, 0) + 0.5 * self._l2 * _tree.inner(moving, moving)
 
         def derivative(moving: PyTree, vector: PyTree) -> PyTree:
@@ -236,9 +238,7 @@ class Objective:
 
     def with_l2(self, gradient: PyTree, params: PyTree) -> PyTree:
         """The gradient of the whole objective from the gradient of the loss."""
-        if isinstance(self._l2, int | float) and self._l2 == 0:
-            return gradient
-        return _tree.add_scaled(gradient, self._l2, params)
+        return gradient if self._l2 is None else _tree.add_scaled(gradient, self._l2, params)
 
     def _read_grad_fn(self, grad_fn: Callable[..., Any]) -> DataFunction:
         # argnames names what loss_fn takes; a grad_fn may well have a signature that can be read without it.
@@ -270,10 +270,9 @@ def _scalar_loss(result: Any, has_aux: bool) -> jax.Array:
         result = result[0]
     elif isinstance(result, tuple | list):
         raise TypeError(f"loss_fn returned a {type(result).__name__}; if it is (loss, aux), pass has_aux=True.")
-    try:
-        shape, dtype = jnp.shape(result), jnp.result_type(result)
-    except TypeError:
-        raise TypeError(f"loss_fn must return a real floating-point scalar, got {type(result).__name__}.") from None
+    if not hasattr(result, "dtype") and not isinstance(result, bool | int | float | complex):
+        raise TypeError(f"loss_fn must return a real floating-point scalar, got {type(result).__name__}.")
+    shape, dtype = jnp.shape(result), jnp.result_type(result)
     if shape != ():
         raise TypeError(f"loss_fn must return a scalar, got shape {shape}: reduce it, for example with jnp.mean.")
     if not jnp.issubdtype(dtype, jnp.floating):
@@ -290,7 +289,15 @@ def _checked_gradient(result: Any, params: PyTree, has_aux: bool) -> PyTree:
             raise TypeError(f"With has_aux=True, grad_fn must return (gradient, aux), got {type(result).__name__}.")
         result = result[0]
     check_like_params(result, params, "The result of grad_fn")
+    check_kinds(result, params, "The leaves that grad_fn returned")
     return result
+
+
+def check_kinds(tree: PyTree, params: PyTree, what: str) -> None:
+    """Raises a ValueError where `tree` is complex and `params` real: a cast would drop the imaginary part."""
+    for leaf, like in zip(jax.tree.leaves(tree), jax.tree.leaves(params), strict=True):
+        if jnp.iscomplexobj(leaf) and not jnp.iscomplexobj(like):
+            raise ValueError(f"{what} are complex where params are real; pass the gradient at params.")
 
 
 def check_like_params(tree: PyTree, params: PyTree, what: str) -> None:

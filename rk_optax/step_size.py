@@ -33,7 +33,7 @@ class Reason(enum.IntEnum):
 
     ACCEPTED = 0
     NOT_FINITE = 1
-    SOLVER_FAILED = 2
+    NOT_SOLVED = 2
 
     @property
     def message(self) -> str:
@@ -45,7 +45,7 @@ _MESSAGES = {
     Reason.ACCEPTED: "the step was taken",
     Reason.NOT_FINITE: "a stage, the step size or the update was not finite; parameters and solver were left as "
     "they were",
-    Reason.SOLVER_FAILED: "the solver could not complete a stage; parameters and solver were left as they were",
+    Reason.NOT_SOLVED: "the solver's own iteration did not converge; parameters and solver were left as they were",
 }
 
 
@@ -322,6 +322,8 @@ def as_schedule(learning_rate: Any, name: str = "learning_rate") -> Callable[[An
     if isinstance(learning_rate, jax.Array):
         h = _real_scalar(learning_rate, name)
         if not isinstance(h, jax.core.Tracer):
+            if jnp.imag(learning_rate) != 0:
+                raise ValueError(f"{name} must be real, got {learning_rate}.")
             _check_positive(float(h), name, zero_is_fine=True)
         return lambda count: h
     if isinstance(learning_rate, np.ndarray) and learning_rate.shape == ():

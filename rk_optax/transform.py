@@ -8,13 +8,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, Unpack
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from rk_optax import _tree
 from rk_optax.preconditioner import Preconditioner, no_preconditioner
-from rk_optax.problem import Objective, StageBatches, check_like_params, promote
-from rk_optax.solver import Cost, Solver, as_solver
+from rk_optax.problem import Objective, StageBatches, check_kinds, check_like_params, promote
+from rk_optax.solver import Cost, Solver, Step, as_solver
 from rk_optax.step_size import LearningRate, Reason, as_rule
 from rk_optax.tableau import ButcherTableau
 
@@ -51,7 +53,7 @@ class Options(TypedDict, total=False):
     stage_dtype: Any
     skip_nonfinite: bool
     preconditioner: Preconditioner | None
-    l2: float | jax.Array
+    l2: float | jax.Array | None
     stage_batches: Literal["same", "fresh", "split"]
     batch_argnames: Sequence[str]
 
@@ -71,7 +73,7 @@ def _transformation(
     stage_dtype: Any = "float32",
     skip_nonfinite: bool = True,
     preconditioner: Preconditioner | None = None,
-    l2: float | jax.Array = 0.0,
+    l2: float | jax.Array | None = None,
     stage_batches: Literal["same", "fresh", "split"] = "same",
     batch_argnames: Sequence[str] = (),
 ) -> optax.GradientTransformationExtraArgs:
@@ -134,20 +136,23 @@ def _transformation(
         _check_differentiable(moving)
         theta = promote(moving, stage_dtype)
         problem = objective.bind(extra_args, params, part, stage_dtype)
-        incoming = _first_stage(part.moving(updates), theta)
+        incoming = part.moving(updates)
+        check_kinds(incoming, theta, "updates")
+        incoming = _tree.cast_like(incoming, theta)
         k1 = objective.with_l2(incoming, theta) if reuse_updates else problem(theta)
         frozen, preconditioner_state, scale_cost = frozen_scale.update(k1, state.preconditioner, theta, problem)
         problem = problem.preconditioned(lambda gradient: frozen_scale.apply(gradient, frozen))
         k1 = frozen_scale.apply(k1, frozen)
 
         h, rule_state, rule_cost = rule.propose(state.count, state.rule, problem, theta, k1)
-        step = method.step(problem, theta, k1, h, state.solver, want_curvature=rule.wants_curvature)
+        wanted = {"want_curvature": True} if rule.wants_curvature else {}  # only solvers that see it know the keyword
+        step = method.step(problem, theta, k1, h, state.solver, **wanted)
         direction, after_state = between.update(
             _tree.cast_like(step.direction, moving), state.after, moving, **extra_args
         )
         emitted = _tree.cast_like(emit(promote(direction, stage_dtype), h), moving)
 
-        accepted, reason = _judge(step.ok, emitted, h, skip_nonfinite)
+        accepted, reason = _judge(step, emitted, h, skip_nonfinite)
         zeros = jax.tree.map(jnp.zeros_like, params)
         emitted, *kept = _tree.select(
             accepted,
@@ -171,20 +176,12 @@ def _transformation(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _judge(ok: Any, emitted: PyTree, h: Any, skip_nonfinite: bool) -> tuple[jax.Array, jax.Array]:
+def _judge(step: Step, emitted: PyTree, h: Any, skip_nonfinite: bool) -> tuple[jax.Array, jax.Array]:
     """Whether to take the step, and the `Reason`."""
-    ok = jnp.asarray(ok)
-    # A non-finite stage makes the sum of stages, and so what is emitted, non-finite.
-    finite = _tree.all_finite((emitted, h)) if skip_nonfinite else jnp.asarray(True)
-    reason = jnp.where(finite, jnp.where(ok, Reason.ACCEPTED, Reason.SOLVER_FAILED), Reason.NOT_FINITE)
-    return ok & finite, reason.astype(jnp.int32)
-
-
-def _first_stage(updates: PyTree, theta: PyTree) -> PyTree:
-    for leaf, like in zip(jax.tree.leaves(updates), jax.tree.leaves(theta), strict=True):
-        if jnp.iscomplexobj(leaf) and not jnp.iscomplexobj(like):
-            raise ValueError("updates are complex where params are real; pass the gradient at params.")
-    return _tree.cast_like(updates, theta)
+    # g* is looked at before `after`, which may clip an infinity, and what is emitted because h·g* may overflow.
+    finite = step.finite & _tree.all_finite((step.direction, emitted, h)) if skip_nonfinite else jnp.asarray(True)
+    reason = jnp.where(finite, jnp.where(step.solved, Reason.ACCEPTED, Reason.NOT_SOLVED), Reason.NOT_FINITE)
+    return finite & step.solved, reason.astype(jnp.int32)
 
 
 def _checked_decay(name: str, value: Any) -> Any:
@@ -214,7 +211,11 @@ def _stage_batches(policy: Any, names: Sequence[str], method: Solver) -> StageBa
 def _check_stage_dtype(stage_dtype: Any) -> None:
     if stage_dtype is None:
         return
-    if not jnp.issubdtype(stage_dtype, jnp.floating):
+    try:
+        floating = jnp.issubdtype(jnp.dtype(stage_dtype), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
         raise ValueError(f"stage_dtype must be a real floating-point dtype or None, got {stage_dtype!r}.")
     if jnp.dtype(stage_dtype) == jnp.float64 and _tree.default_float() != jnp.float64:
         raise ValueError("stage_dtype float64 needs jax.config.update('jax_enable_x64', True) first.")
@@ -347,7 +348,7 @@ def runge_kutta(
     momentum: float | jax.Array | None = None,
     nesterov: bool = False,
     after: optax.GradientTransformation | None = None,
-    weight_decay: float | jax.Array = 0.0,
+    weight_decay: float | jax.Array | None = None,
     **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
     """A ready optimizer for any solver: θ ← θ − h·(after(g*(θ, h)) + weight_decay·θ).
@@ -378,9 +379,9 @@ def runge_kutta(
       TypeError, ValueError: as for `scale_by_rk`.
     """
     between = _between(momentum, nesterov, after)
-    decay = _checked_decay("weight_decay", weight_decay)
-    if not (isinstance(decay, int | float) and decay == 0):
-        between = optax.chain(between or optax.identity(), optax.add_decayed_weights(decay))
+    if weight_decay is not None:
+        decay = optax.add_decayed_weights(_checked_decay("weight_decay", weight_decay))
+        between = decay if between is None else optax.chain(between, decay)
     return _transformation(loss_fn, learning_rate, solver, between, _emit_update, **options)
 
 
@@ -399,9 +400,10 @@ def _between(
             "momentum and after are two ways to say what stands between solver and step size; pass one: "
             "after=optax.chain(optax.trace(0.9), ...)."
         )
-    if isinstance(momentum, bool) or (
-        isinstance(momentum, int | float) and not (math.isfinite(momentum) and 0 <= momentum < 1)
-    ):
+    if isinstance(momentum, jax.core.Tracer):
+        return optax.trace(momentum, nesterov=nesterov)
+    number = isinstance(momentum, int | float | np.number | np.ndarray | jax.Array) and not isinstance(momentum, bool)
+    if not number or np.shape(momentum) != () or not 0 <= momentum < 1:
         raise ValueError(f"momentum must be in [0, 1), got {momentum!r}.")
     return optax.trace(momentum, nesterov=nesterov)
 

@@ -31,7 +31,10 @@ class Step(NamedTuple):
 
     direction: PyTree  # g*, like params: the step proposes θ − h·g*
     cost: Cost
-    ok: bool | jax.Array = True  # did every stage succeed? Non-finite numbers are the caller's to see
+    finite: bool | jax.Array = (
+        True  # was every stage finite? One may be hidden in g*: by a weight of 0, a saturated loss
+    )
+    solved: bool | jax.Array = True  # did the solver's own iteration, where it has one, converge?
     error: PyTree | None = None  # estimate of the local error, like params and in its units
     predicted_fall: jax.Array | None = None  # of the loss, by the solver's own quadratic model
     curvature: jax.Array | None = None  # ‖k1 − k2‖ / (a21 h ‖k1‖), about ‖Hg‖/‖g‖; None where not asked for
@@ -54,7 +57,7 @@ class Solver(abc.ABC):
 
     @property
     def sees_curvature(self) -> bool:
-        """Whether `step` can return the curvature along k1 for nothing."""
+        """Whether `step` takes `want_curvature=True`, and then returns the curvature along k1 for nothing."""
         return False
 
     def init(self, params: PyTree) -> PyTree:
@@ -72,7 +75,6 @@ class Solver(abc.ABC):
         state: PyTree,
         *,
         want_error: bool = False,
-        want_curvature: bool = False,
     ) -> Step:
         """One step.
 
@@ -83,5 +85,4 @@ class Solver(abc.ABC):
           h: the step size, in units of the flow's time (a learning rate): a number or a real scalar array.
           state: what `init` or the last step returned.
           want_error: whether to return an error estimate.
-          want_curvature: whether to return the curvature along k1; only where `sees_curvature`.
         """
