@@ -14,9 +14,17 @@ from rk_optax.alias import (
     ssprk3,
     tsit5,
 )
-from rk_optax.problem import Problem
+from rk_optax.preconditioner import (
+    Preconditioner,
+    precondition_by,
+    precondition_by_adagrad,
+    precondition_by_adam,
+    precondition_by_hutchinson,
+    precondition_by_rms,
+)
+from rk_optax.problem import Problem, first_stage_batch
 from rk_optax.solver import Cost, Explicit, Solver, Step
-from rk_optax.step_size import Reason
+from rk_optax.step_size import Reason, StepSizeRule, dal, sgd_g2
 from rk_optax.tableau import TABLEAUS, ButcherTableau, rk2, rk3, rk4_family
 from rk_optax.transform import RungeKuttaState, inject_hyperparams, runge_kutta, scale_by_rk
 
@@ -27,19 +35,28 @@ __all__ = [
     "ButcherTableau",
     "Cost",
     "Explicit",
+    "Preconditioner",
     "Problem",
     "Reason",
     "RungeKuttaState",
     "Solver",
     "Step",
+    "StepSizeRule",
     "bogacki_shampine",
+    "dal",
     "dopri5",
     "dopri8",
     "euler",
+    "first_stage_batch",
     "heun",
     "inject_hyperparams",
     "kutta3",
     "midpoint",
+    "precondition_by",
+    "precondition_by_adagrad",
+    "precondition_by_adam",
+    "precondition_by_hutchinson",
+    "precondition_by_rms",
     "ralston",
     "rk2",
     "rk3",
@@ -48,6 +65,7 @@ __all__ = [
     "rk38",
     "runge_kutta",
     "scale_by_rk",
+    "sgd_g2",
     "ssprk3",
     "tsit5",
 ]

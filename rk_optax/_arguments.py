@@ -28,14 +28,14 @@ class DataFunction:
       role: how messages call it, such as "loss_fn".
       required: names of the data arguments without a default.
       optional: names of those with a default.
-      by_position: whether the data must be passed by position, in the order of `required`.
+      positional: those that are passed by position, in this order; the others go by keyword.
     """
 
     function: Callable[..., Any]
     role: str
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
-    by_position: bool = False
+    positional: tuple[str, ...] = ()
 
     def select(self, extra_args: Mapping[str, Any]) -> dict[str, Any]:
         """Picks this function's data out of the keywords of one update.
@@ -62,9 +62,8 @@ class DataFunction:
 
     def __call__(self, params: Any, data: Mapping[str, Any]) -> Any:
         """Calls the function on parameters and selected data."""
-        if self.by_position:
-            return self.function(params, *(data[name] for name in self.required))
-        return self.function(params, **data)
+        keywords = {name: value for name, value in data.items() if name not in self.positional}
+        return self.function(params, *(data[name] for name in self.positional), **keywords)
 
     def _usage(self) -> str:
         keywords = "".join(f", {name}={name}" for name in self.required)
@@ -101,7 +100,6 @@ def read_data_function(function: Callable[..., Any], role: str, argnames: Sequen
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # a builtin or C extension without a signature
         parameters = [_Parameter("args", _Parameter.VAR_POSITIONAL)]
-    accepts_any = {_Parameter.VAR_POSITIONAL, _Parameter.VAR_KEYWORD}
     if not parameters or parameters[0].kind in (_Parameter.KEYWORD_ONLY, _Parameter.VAR_KEYWORD):
         raise TypeError(
             f"{role} must take the parameters as its first positional argument, then its data: "
@@ -110,45 +108,56 @@ def read_data_function(function: Callable[..., Any], role: str, argnames: Sequen
     first, rest = parameters[0], parameters[1:]
     if first.kind is _Parameter.VAR_POSITIONAL:
         rest = parameters
-    named = [p for p in rest if p.kind in (_Parameter.POSITIONAL_OR_KEYWORD, _Parameter.KEYWORD_ONLY)]
-    readable = len(named) == len(rest)
     if argnames is None:
-        if not readable:
-            reasons = {
-                _Parameter.VAR_KEYWORD: "takes **{0}",
-                _Parameter.VAR_POSITIONAL: "takes *{0}",
-                _Parameter.POSITIONAL_ONLY: "takes {0!r} by position only",
-            }
-            why = next(reasons[p.kind].format(p.name) for p in rest if p not in named)
-            raise ValueError(
-                f"The data arguments of {role} cannot be read from its signature: it {why}. Name them with "
-                f'argnames=("batch", ...), or wrap the decorated function with functools.wraps.'
-            )
-        required = tuple(p.name for p in named if p.default is _Parameter.empty)
-        optional = tuple(p.name for p in named if p.default is not _Parameter.empty)
-        by_position = False
+        required, optional = _readable_names(rest, role)
+        positional = ()
     else:
         required, optional = tuple(argnames), ()
-        names = {p.name for p in named}
-        fixed = {p.name for p in rest if p.kind is _Parameter.POSITIONAL_ONLY}
-        takes_keywords = any(p.kind is _Parameter.VAR_KEYWORD for p in rest)
-        by_position = not takes_keywords and not names.issuperset(required)
-        unlisted = [
-            p.name
-            for p in rest
-            if p.default is _Parameter.empty and p.kind not in accepts_any and p.name not in required
-        ]
-        takes_positions = any(p.kind is _Parameter.VAR_POSITIONAL for p in rest)
-        unknown = [n for n in required if not (n in names | fixed or takes_keywords or takes_positions)]
-        if unlisted or unknown:
-            raise ValueError(
-                f"argnames={required!r} disagrees with the signature of {role}: it "
-                + (f"needs {unlisted!r} too." if unlisted else f"has no argument {unknown!r}.")
-            )
+        positional = _positional_names(rest, required, role)
     taken = sorted(_TAKEN.intersection((*required, *optional)))
     if taken:
         raise ValueError(
             f"{role} has a data argument named {taken[0]!r}, a name that update(updates, state, params, *, "
             f"grad_fn) uses itself, so no keyword could reach it. Rename the argument."
         )
-    return DataFunction(function, role, required, optional, by_position)
+    return DataFunction(function, role, required, optional, positional)
+
+
+def _readable_names(parameters: Sequence[inspect.Parameter], role: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the data arguments without and with a default, all of which can be passed by keyword."""
+    reasons = {
+        _Parameter.VAR_KEYWORD: "takes **{0}",
+        _Parameter.VAR_POSITIONAL: "takes *{0}",
+        _Parameter.POSITIONAL_ONLY: "takes {0!r} by position only",
+    }
+    for p in parameters:
+        if p.kind in reasons:
+            raise ValueError(
+                f"The data arguments of {role} cannot be read from its signature: it {reasons[p.kind].format(p.name)}. "
+                'Name them with argnames=("batch", ...), or wrap the decorated function with functools.wraps.'
+            )
+    required = tuple(p.name for p in parameters if p.default is _Parameter.empty)
+    return required, tuple(p.name for p in parameters if p.default is not _Parameter.empty)
+
+
+def _positional_names(parameters: Sequence[inspect.Parameter], argnames: tuple[str, ...], role: str) -> tuple[str, ...]:
+    """Which of `argnames` must go by position, once they are known to fit the signature."""
+    kinds = {p.name: p.kind for p in parameters}
+    takes_keywords = _Parameter.VAR_KEYWORD in kinds.values()
+    takes_positions = _Parameter.VAR_POSITIONAL in kinds.values()
+    named = {n: k for n, k in kinds.items() if k not in (_Parameter.VAR_KEYWORD, _Parameter.VAR_POSITIONAL)}
+    unlisted = [p.name for p in parameters if p.name in named and p.default is _Parameter.empty]
+    unlisted = [name for name in unlisted if name not in argnames]
+    further = [name for name in argnames if name not in named]
+    unknown = [] if takes_keywords or takes_positions else further
+    if unlisted or unknown:
+        raise ValueError(
+            f"argnames={argnames!r} disagrees with the signature of {role}: it "
+            + (f"needs {unlisted!r} too." if unlisted else f"has no argument {unknown!r}.")
+        )
+    by_position = {_Parameter.POSITIONAL_ONLY}
+    if further and not takes_keywords:  # *args comes after whatever can be given by position
+        by_position.add(_Parameter.POSITIONAL_OR_KEYWORD)
+    else:
+        further = []
+    return (*(n for n, kind in named.items() if kind in by_position and n in argnames), *further)

@@ -51,6 +51,23 @@ def select(condition: jax.Array, on_true: PyTree, on_false: PyTree) -> PyTree:
     return jax.tree.map(lambda t, f: jnp.where(condition, t, f), on_true, on_false)
 
 
+def inner(x: PyTree, y: PyTree) -> jax.Array:
+    """Re⟨x, y⟩ over all leaves, complex leaves as pairs of reals: a real scalar."""
+    products = [jnp.sum(jnp.real(jnp.conj(a) * b)) for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)]
+    return functools.reduce(jnp.add, products, jnp.zeros([]))
+
+
+def norm(tree: PyTree) -> jax.Array:
+    """The 2-norm over all leaves: a real scalar."""
+    return jnp.sqrt(inner(tree, tree))
+
+
+def ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    """`numerator / denominator`, and 0 where the denominator is 0."""
+    positive = denominator > 0
+    return jnp.where(positive, numerator / jnp.where(positive, denominator, 1), 0)
+
+
 def is_inexact(leaf: Any) -> bool:
     """Whether `leaf` is a real or complex floating-point array (or abstract array)."""
     return jnp.issubdtype(leaf.dtype, jnp.inexact)

@@ -23,6 +23,7 @@ class AliasOptions(Options, total=False):
 
     nesterov: bool
     after: optax.GradientTransformation | None
+    weight_decay: float | jax.Array | None
 
 
 _SHARED_DOC = """
@@ -32,8 +33,9 @@ _SHARED_DOC = """
       learning_rate: the step size h, in the units of a gradient-descent learning rate: a positive number, a JAX
         scalar or an Optax schedule.
       momentum: decay of an `optax.trace` between solver and step size, in [0, 1), or None.
-      **options: `nesterov` and `after` as for `rk_optax.runge_kutta`; `grad_fn`, `has_aux`, `mask`,
-        `reuse_updates`, `argnames`, `stage_dtype` and `skip_nonfinite` as for `rk_optax.scale_by_rk`.
+      **options: `nesterov`, `after` and `weight_decay` as for `rk_optax.runge_kutta`; `grad_fn`, `has_aux`, `mask`,
+        `reuse_updates`, `argnames`, `stage_dtype`, `skip_nonfinite`, `preconditioner`, `l2`, `stage_batches`
+        and `batch_argnames` as for `rk_optax.scale_by_rk`.
 
     Returns:
       A transformation whose `update(updates, state, params, **data)` takes the gradient at params and emits the

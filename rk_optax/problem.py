@@ -17,9 +17,12 @@ from rk_optax import _tree
 from rk_optax._arguments import DataFunction, read_data_function
 
 PyTree = Any
-Capability = Literal["loss"]
+Capability = Literal["loss", "product"]
 
-_REMEDIES: dict[str, str] = {"loss": "pass loss_fn (a grad_fn alone has no loss to evaluate)"}
+_REMEDIES: dict[str, str] = {
+    "loss": "pass loss_fn (a grad_fn alone has no loss to evaluate)",
+    "product": "pass loss_fn (a grad_fn alone is not known to be differentiable)",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,20 +34,102 @@ class Problem:
     Attributes:
       field: `field(params, stage) -> gradient`.
       objective: `objective(params) -> scalar loss`, or None where there is only a `grad_fn`.
+      derivative: `derivative(params, vector) -> Jacobian of the field times vector`, or None likewise.
     """
 
     field: Callable[[PyTree, Any], PyTree]
     objective: Callable[[PyTree], jax.Array] | None = None
+    derivative: Callable[[PyTree, PyTree], PyTree] | None = None
 
     def __call__(self, params: PyTree, stage: int | jax.Array = 0) -> PyTree:
         """The gradient at `params`: what the flow follows downhill. `stage` may be traced. Costs one gradient."""
         return self.field(params, stage)
 
     def loss(self, params: PyTree) -> jax.Array:
-        """The loss at `params`, a scalar on the data of this update. Costs one loss."""
+        """The loss at `params`, a scalar, on the data of stage 1. Costs one loss."""
         if self.objective is None:
             raise ValueError(f"This problem has no loss: {_REMEDIES['loss']}.")
         return self.objective(params)
+
+    def product(self, params: PyTree, vector: PyTree) -> PyTree:
+        """The field's Jacobian at `params` times `vector`, on the data of stage 1. Costs one product."""
+        if self.derivative is None:
+            raise ValueError(f"This problem has no Hessian-vector product: {_REMEDIES['product']}.")
+        return self.derivative(params, vector)
+
+    def preconditioned(self, apply: Callable[[PyTree], PyTree]) -> Problem:
+        """The problem whose field is `apply` of this one's; `apply` must be linear for `product` to be exact."""
+        derivative = self.derivative
+        return dataclasses.replace(
+            self,
+            field=lambda params, stage: apply(self.field(params, stage)),
+            derivative=derivative and (lambda params, vector: apply(derivative(params, vector))),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class StageBatches:
+    """Which part of the data each stage sees.
+
+    Attributes:
+      policy: "same": all of it; "fresh": stage i sees `x[i]` of data with a leading axis of length `stages`; "split":
+        stage i sees the i-th of `stages` equal slices along the first axis.
+      names: the data arguments that are cut; the others are the same for all stages.
+      stages: gradients of one step.
+    """
+
+    policy: Literal["same", "fresh", "split"] = "same"
+    names: tuple[str, ...] = ()
+    stages: int = 1
+
+    def at(self, data: Mapping[str, Any], stage: int | jax.Array) -> dict[str, Any]:
+        """The data of one stage.
+
+        Raises:
+          ValueError: a leading axis that is not `stages` long ("fresh") or does not divide into `stages` ("split").
+        """
+        if self.policy == "same":
+            return dict(data)
+        cut = {name: jax.tree.map(lambda x, name=name: self._slice(x, name, stage), data[name]) for name in self.names}
+        return {**data, **cut}
+
+    def _slice(self, x: jax.Array, name: str, stage: int | jax.Array) -> jax.Array:
+        x = jnp.asarray(x)
+        length = x.shape[0] if x.ndim else None
+        if self.policy == "fresh" and length != self.stages:
+            raise ValueError(
+                f"stage_batches='fresh' needs a batch per stage: data argument {name!r} must have a leading axis of "
+                f"length {self.stages}, got shape {x.shape}. Stack {self.stages} batches with jnp.stack."
+            )
+        if self.policy == "split":
+            if length is None or length % self.stages:
+                raise ValueError(
+                    f"stage_batches='split' cuts a batch into {self.stages} equal parts, and data argument {name!r} "
+                    f"of shape {x.shape} does not divide. Use a batch size that is a multiple of {self.stages}."
+                )
+            x = x.reshape((self.stages, length // self.stages, *x.shape[1:]))
+        return jax.lax.dynamic_index_in_dim(x, stage, keepdims=False)
+
+
+def first_stage_batch(
+    data: Mapping[str, Any], stages: int, policy: Literal["fresh", "split"], batch_argnames: Sequence[str]
+) -> dict[str, Any]:
+    """The data on which to evaluate the gradient that `update` takes as stage 1, under a stage-batch policy.
+
+    >>> import jax.numpy as jnp, rk_optax
+    >>> rk_optax.first_stage_batch({"x": jnp.arange(8)}, 4, "split", ["x"])
+    {'x': Array([0, 1], dtype=int32)}
+
+    Args:
+      data: the keywords of `update`.
+      stages: gradients per step of the solver: 4 for RK4; `rk_optax.TABLEAUS[name].effective_stages`.
+      policy: the optimizer's `stage_batches`.
+      batch_argnames: the optimizer's.
+
+    Raises:
+      ValueError: sizes that do not divide.
+    """
+    return StageBatches(policy, tuple(batch_argnames), stages).at(data, 0)
 
 
 class Objective:
@@ -58,6 +143,8 @@ class Objective:
         has_aux: bool = False,
         argnames: Sequence[str] | None = None,
         needs: frozenset[Capability] = frozenset(),
+        l2: float | jax.Array | None = None,
+        stage_batches: StageBatches | None = None,
     ):
         """Reads the functions.
 
@@ -67,7 +154,9 @@ class Objective:
             (conjugated for complex leaves); `(gradient, aux)` with `has_aux`.
           has_aux: whether the functions also return auxiliary data, which the stages discard.
           argnames: names of the data arguments, where a signature cannot be read.
-          needs: the capabilities that the solver requires.
+          needs: the capabilities that solver, step-size rule and preconditioner require.
+          l2: λ of a term (λ/2)‖θ‖² of the loss, over the moving leaves; None for no such term.
+          stage_batches: which part of the data each stage sees.
 
         Raises:
           TypeError: a function is not callable or takes no parameters; neither function is given.
@@ -79,9 +168,16 @@ class Objective:
         self._argnames = argnames
         self._loss = None if loss_fn is None else read_data_function(loss_fn, "loss_fn", argnames)
         self._gradient = None if grad_fn is None else self._read_grad_fn(grad_fn)
-        available = {"loss"} if self._loss is not None else set()
+        self._l2 = l2
+        self._batches = StageBatches() if stage_batches is None else stage_batches
+        for function in filter(None, (self._loss, self._gradient)):
+            for name in set(self._batches.names) - {*function.required, *function.optional}:
+                raise ValueError(f"batch_argnames has {name!r}, which {function.role} does not take.")
+        available = {"loss", "product"} if self._loss is not None else set()
         for capability in sorted(needs - available):
-            raise ValueError(f"The solver needs {capability!r}: {_REMEDIES[capability]}.")
+            raise ValueError(
+                f"This solver, learning rate or preconditioner needs a {capability!r}: {_REMEDIES[capability]}."
+            )
         self._needs = needs
 
     def bind(self, extra_args: Mapping[str, Any], params: PyTree, part: _tree.Partition, stage_dtype: Any) -> Problem:
@@ -105,33 +201,44 @@ class Objective:
         def merged(moving: PyTree) -> PyTree:
             return part.merge(moving, whole)
 
-        objective: Callable[[PyTree], jax.Array] | None = None
-        if self._loss is not None and (gradient is None or "loss" in self._needs):
-            loss, loss_data = self._loss, self._loss.select(extra_args)
+        of_loss = None
+        if self._loss is not None and (gradient is None or self._needs):
+            of_loss = self._problem_of_loss(self._loss, self._loss.select(extra_args), merged)
+        if gradient is None:
+            assert of_loss is not None  # for the type checker: the constructor saw to it
+            return of_loss
+        gradient_data = gradient.select(extra_args)
 
-            def scalar_loss(moving: PyTree) -> jax.Array:
-                return _scalar_loss(loss(merged(moving), loss_data), self._has_aux)
+        def field(moving: PyTree, stage: Any) -> PyTree:
+            result = gradient(merged(moving), self._batches.at(gradient_data, stage))
+            result = part.moving(_checked_gradient(result, whole, self._has_aux))
+            return self.with_l2(_tree.cast_like(result, moving), moving)
 
-            objective = scalar_loss
+        return Problem(field) if of_loss is None else dataclasses.replace(of_loss, field=field)
 
-        if gradient is not None:
-            gradient_data = gradient.select(extra_args)
+    def _problem_of_loss(
+        self, loss: DataFunction, data: Mapping[str, Any], merged: Callable[[PyTree], PyTree]
+    ) -> Problem:
+        def value(moving: PyTree, stage: Any) -> jax.Array:
+            return _scalar_loss(loss(merged(moving), self._batches.at(data, stage)), self._has_aux)
 
-            def field(moving: PyTree, stage: Any) -> PyTree:
-                del stage
-                result = gradient(merged(moving), gradient_data)
-                result = _checked_gradient(result, whole, self._has_aux)
-                return _tree.cast_like(part.moving(result), moving)
+        def field(moving: PyTree, stage: Any) -> PyTree:
+            # Optax's convention: descent follows the conjugate of what jax.grad returns.
+            return self.with_l2(jax.tree.map(jnp.conj, jax.grad(value)(moving, stage)), moving)
 
-        else:
+        def objective(moving: PyTree) -> jax.Array:
+            if self._l2 is None:
+                return value(moving, 0)
+            return value(moving, 0) + 0.5 * self._l2 * _tree.inner(moving, moving)
 
-            def field(moving: PyTree, stage: Any) -> PyTree:
-                del stage
-                assert objective is not None  # for the type checker: the constructor asked for a loss or a grad_fn
-                # Optax's convention: descent follows the conjugate of what jax.grad returns.
-                return jax.tree.map(jnp.conj, jax.grad(objective)(moving))
+        def derivative(moving: PyTree, vector: PyTree) -> PyTree:
+            return jax.jvp(lambda theta: field(theta, 0), (moving,), (vector,))[1]
 
-        return Problem(field, objective)
+        return Problem(field, objective, derivative)
+
+    def with_l2(self, gradient: PyTree, params: PyTree) -> PyTree:
+        """The gradient of the whole objective from the gradient of the loss."""
+        return gradient if self._l2 is None else _tree.add_scaled(gradient, self._l2, params)
 
     def _read_grad_fn(self, grad_fn: Callable[..., Any]) -> DataFunction:
         # argnames names what loss_fn takes; a grad_fn may well have a signature that can be read without it.
@@ -163,10 +270,9 @@ def _scalar_loss(result: Any, has_aux: bool) -> jax.Array:
         result = result[0]
     elif isinstance(result, tuple | list):
         raise TypeError(f"loss_fn returned a {type(result).__name__}; if it is (loss, aux), pass has_aux=True.")
-    try:
-        shape, dtype = jnp.shape(result), jnp.result_type(result)
-    except TypeError:
-        raise TypeError(f"loss_fn must return a real floating-point scalar, got {type(result).__name__}.") from None
+    if not hasattr(result, "dtype") and not isinstance(result, bool | int | float | complex):
+        raise TypeError(f"loss_fn must return a real floating-point scalar, got {type(result).__name__}.")
+    shape, dtype = jnp.shape(result), jnp.result_type(result)
     if shape != ():
         raise TypeError(f"loss_fn must return a scalar, got shape {shape}: reduce it, for example with jnp.mean.")
     if not jnp.issubdtype(dtype, jnp.floating):
@@ -183,7 +289,15 @@ def _checked_gradient(result: Any, params: PyTree, has_aux: bool) -> PyTree:
             raise TypeError(f"With has_aux=True, grad_fn must return (gradient, aux), got {type(result).__name__}.")
         result = result[0]
     check_like_params(result, params, "The result of grad_fn")
+    check_kinds(result, params, "The leaves that grad_fn returned")
     return result
+
+
+def check_kinds(tree: PyTree, params: PyTree, what: str) -> None:
+    """Raises a ValueError where `tree` is complex and `params` real: a cast would drop the imaginary part."""
+    for leaf, like in zip(jax.tree.leaves(tree), jax.tree.leaves(params), strict=True):
+        if jnp.iscomplexobj(leaf) and not jnp.iscomplexobj(like):
+            raise ValueError(f"{what} are complex where params are real; pass the gradient at params.")
 
 
 def check_like_params(tree: PyTree, params: PyTree, what: str) -> None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypedDict, TypeVar, Unpack
+from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, Unpack
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from rk_optax import _tree
-from rk_optax.problem import Objective, check_like_params, promote
-from rk_optax.solver import Cost, Solver, as_solver
-from rk_optax.step_size import LearningRate, Reason, as_schedule
+from rk_optax.preconditioner import Preconditioner, no_preconditioner
+from rk_optax.problem import Objective, StageBatches, check_kinds, check_like_params, promote
+from rk_optax.solver import Cost, Solver, Step, as_solver
+from rk_optax.step_size import LearningRate, Reason, as_rule
 from rk_optax.tableau import ButcherTableau
 
 PyTree = Any
@@ -35,6 +38,8 @@ class RungeKuttaState(NamedTuple):
     rejected: jax.Array  # shape=(), int32: refused updates so far
     solver: PyTree  # the solver's own
     after: PyTree  # of the transformation between solver and step size
+    rule: PyTree  # of the step-size rule, with what it saw: `state.rule.ratio` of `dal`
+    preconditioner: PyTree  # of the preconditioner
 
 
 class Options(TypedDict, total=False):
@@ -47,6 +52,10 @@ class Options(TypedDict, total=False):
     argnames: Sequence[str] | None
     stage_dtype: Any
     skip_nonfinite: bool
+    preconditioner: Preconditioner | None
+    l2: float | jax.Array | None
+    stage_batches: Literal["same", "fresh", "split"]
+    batch_argnames: Sequence[str]
 
 
 def _transformation(
@@ -63,10 +72,29 @@ def _transformation(
     argnames: Sequence[str] | None = None,
     stage_dtype: Any = "float32",
     skip_nonfinite: bool = True,
+    preconditioner: Preconditioner | None = None,
+    l2: float | jax.Array | None = None,
+    stage_batches: Literal["same", "fresh", "split"] = "same",
+    batch_argnames: Sequence[str] = (),
 ) -> optax.GradientTransformationExtraArgs:
     method = as_solver(solver)
-    schedule = as_schedule(learning_rate)
-    objective = Objective(loss_fn, grad_fn=grad_fn, has_aux=has_aux, argnames=argnames, needs=method.needs)
+    rule = as_rule(learning_rate)
+    rule.check(method)
+    frozen_scale = no_preconditioner() if preconditioner is None else preconditioner
+    if not isinstance(frozen_scale, Preconditioner):
+        raise TypeError(
+            f"preconditioner must be a Preconditioner, got {type(frozen_scale).__name__}; an Optax transformation "
+            "becomes one with rk_optax.precondition_by(...)."
+        )
+    objective = Objective(
+        loss_fn,
+        grad_fn=grad_fn,
+        has_aux=has_aux,
+        argnames=argnames,
+        needs=method.needs | rule.needs | frozen_scale.needs,
+        l2=_checked_decay("l2", l2),
+        stage_batches=_stage_batches(stage_batches, batch_argnames, method),
+    )
     _check_stage_dtype(stage_dtype)
     between = optax.with_extra_args_support(optax.identity() if after is None else after)
 
@@ -87,6 +115,8 @@ def _transformation(
             rejected=zero(jnp.int32),
             solver=method.init(moving),
             after=between.init(moving),
+            rule=rule.init(),
+            preconditioner=frozen_scale.init(moving),
         )
 
     def update(
@@ -106,56 +136,86 @@ def _transformation(
         _check_differentiable(moving)
         theta = promote(moving, stage_dtype)
         problem = objective.bind(extra_args, params, part, stage_dtype)
-        k1 = _first_stage(part.moving(updates), theta) if reuse_updates else problem(theta)
+        incoming = part.moving(updates)
+        check_kinds(incoming, theta, "updates")
+        incoming = _tree.cast_like(incoming, theta)
+        k1 = objective.with_l2(incoming, theta) if reuse_updates else problem(theta)
+        frozen, preconditioner_state, scale_cost = frozen_scale.update(k1, state.preconditioner, theta, problem)
+        problem = problem.preconditioned(lambda gradient: frozen_scale.apply(gradient, frozen))
+        k1 = frozen_scale.apply(k1, frozen)
 
-        h = schedule(state.count)
-        step = method.step(problem, theta, k1, h, state.solver)
+        h, rule_state, rule_cost = rule.propose(state.count, state.rule, problem, theta, k1)
+        wanted = {"want_curvature": True} if rule.wants_curvature else {}  # only solvers that see it know the keyword
+        step = method.step(problem, theta, k1, h, state.solver, **wanted)
         direction, after_state = between.update(
             _tree.cast_like(step.direction, moving), state.after, moving, **extra_args
         )
         emitted = _tree.cast_like(emit(promote(direction, stage_dtype), h), moving)
 
-        accepted, reason = _judge(step.ok, emitted, h, skip_nonfinite)
+        accepted, reason = _judge(step, emitted, h, skip_nonfinite)
         zeros = jax.tree.map(jnp.zeros_like, params)
-        emitted, solver_state, after_state = _tree.select(
+        emitted, *kept = _tree.select(
             accepted,
-            (emitted, step.state, after_state),
-            (part.moving(zeros), state.solver, state.after),
+            (emitted, step.state, after_state, preconditioner_state),
+            (part.moving(zeros), state.solver, state.after, state.preconditioner),
         )
+        solver_state, after_state, preconditioner_state = kept
         return part.merge(emitted, zeros), RungeKuttaState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             step_size=jnp.asarray(h, state.step_size.dtype),
-            cost=state.cost.plus(step.cost),
+            cost=state.cost.plus(step.cost).plus(scale_cost).plus(rule_cost),
             accepted=accepted,
             reason=reason,
             rejected=state.rejected + ~accepted,
             solver=solver_state,
             after=after_state,
+            rule=rule.observe(rule_state, step),
+            preconditioner=preconditioner_state,
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _judge(ok: Any, emitted: PyTree, h: Any, skip_nonfinite: bool) -> tuple[jax.Array, jax.Array]:
+def _judge(step: Step, emitted: PyTree, h: Any, skip_nonfinite: bool) -> tuple[jax.Array, jax.Array]:
     """Whether to take the step, and the `Reason`."""
-    ok = jnp.asarray(ok)
-    # A non-finite stage makes the sum of stages, and so what is emitted, non-finite.
-    finite = _tree.all_finite((emitted, h)) if skip_nonfinite else jnp.asarray(True)
-    reason = jnp.where(finite, jnp.where(ok, Reason.ACCEPTED, Reason.SOLVER_FAILED), Reason.NOT_FINITE)
-    return ok & finite, reason.astype(jnp.int32)
+    # g* is looked at before `after`, which may clip an infinity, and what is emitted because h·g* may overflow.
+    finite = step.finite & _tree.all_finite((step.direction, emitted, h)) if skip_nonfinite else jnp.asarray(True)
+    reason = jnp.where(finite, jnp.where(step.solved, Reason.ACCEPTED, Reason.NOT_SOLVED), Reason.NOT_FINITE)
+    return finite & step.solved, reason.astype(jnp.int32)
 
 
-def _first_stage(updates: PyTree, theta: PyTree) -> PyTree:
-    for leaf, like in zip(jax.tree.leaves(updates), jax.tree.leaves(theta), strict=True):
-        if jnp.iscomplexobj(leaf) and not jnp.iscomplexobj(like):
-            raise ValueError("updates are complex where params are real; pass the gradient at params.")
-    return _tree.cast_like(updates, theta)
+def _checked_decay(name: str, value: Any) -> Any:
+    if isinstance(value, int | float) and not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and not negative, got {value!r}.")
+    return value
+
+
+def _stage_batches(policy: Any, names: Sequence[str], method: Solver) -> StageBatches:
+    names = (names,) if isinstance(names, str) else tuple(names)
+    if policy not in ("same", "fresh", "split"):
+        raise ValueError(f"stage_batches must be 'same', 'fresh' or 'split', got {policy!r}.")
+    if policy == "same":
+        if names:
+            raise ValueError("batch_argnames does nothing with stage_batches='same'; pass 'fresh' or 'split' too.")
+        return StageBatches()
+    if not names:
+        raise ValueError(f"stage_batches={policy!r} needs batch_argnames, the data arguments that hold batches.")
+    if method.stages is None:
+        raise ValueError(
+            f"stage_batches={policy!r} needs a solver with a fixed number of gradients per step, which "
+            f"{type(method).__name__} does not have."
+        )
+    return StageBatches(policy, names, method.stages)
 
 
 def _check_stage_dtype(stage_dtype: Any) -> None:
     if stage_dtype is None:
         return
-    if not jnp.issubdtype(stage_dtype, jnp.floating):
+    try:
+        floating = jnp.issubdtype(jnp.dtype(stage_dtype), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
         raise ValueError(f"stage_dtype must be a real floating-point dtype or None, got {stage_dtype!r}.")
     if jnp.dtype(stage_dtype) == jnp.float64 and _tree.default_float() != jnp.float64:
         raise ValueError("stage_dtype float64 needs jax.config.update('jax_enable_x64', True) first.")
@@ -254,6 +314,14 @@ def scale_by_rk(
           stages, since offsets below one ulp would vanish. None keeps the parameters' own dtypes.
         skip_nonfinite: whether a step with a non-finite stage, step size or update is refused: zero update, solver
           and momentum states restored, `state.accepted` False and `state.rejected` counted.
+        preconditioner: a `Preconditioner`, frozen within each step and applied to every stage.
+        l2: λ of a term (λ/2)‖θ‖² added to the loss, and so to the field at every stage; the incoming gradient is taken
+          to be without it.
+        stage_batches: "same" (one batch for all stages, one vector field per step), "fresh" (data in `batch_argnames`
+          have a leading axis with a batch per stage) or "split" (they are cut into equal slices, one per stage).
+          Except for "same", the incoming updates must be the gradient on the first stage's part, which
+          `rk_optax.first_stage_batch` cuts out; the order of the method is kept only in the mean.
+        batch_argnames: the data arguments that `stage_batches` cuts.
 
     Returns:
       A transformation whose `update(updates, state, params, **data)` returns g* in the dtypes of params. It costs
@@ -263,6 +331,11 @@ def scale_by_rk(
       TypeError, ValueError: at construction for bad arguments; at the first update for missing or misspelt data, a
         loss that is not a real scalar, params=None, or trees that do not fit one another.
     """
+    if as_rule(learning_rate).adaptive:
+        raise ValueError(
+            "scale_by_rk emits g* for a step size that you apply after it, and an adaptive one cannot reach you. Use "
+            "rk_optax.runge_kutta, or a ready optimizer, which apply it themselves."
+        )
     return _transformation(loss_fn, learning_rate, solver, None, _emit_direction, **options)
 
 
@@ -275,9 +348,10 @@ def runge_kutta(
     momentum: float | jax.Array | None = None,
     nesterov: bool = False,
     after: optax.GradientTransformation | None = None,
+    weight_decay: float | jax.Array | None = None,
     **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
-    """A ready optimizer for any solver: θ ← θ − h·after(g*(θ, h)).
+    """A ready optimizer for any solver: θ ← θ − h·(after(g*(θ, h)) + weight_decay·θ).
 
     >>> import jax, jax.numpy as jnp, optax, rk_optax
     >>> def loss_fn(w, x): return jnp.sum((w - x) ** 2)
@@ -294,6 +368,7 @@ def runge_kutta(
       momentum: decay of a trace between solver and step size, in [0, 1): shorthand for `after=optax.trace(momentum)`.
       nesterov: whether that trace is Nesterov's.
       after: any Optax transformation of g*, run inside so that a refused step restores its state too.
+      weight_decay: decoupled decay of the weights, as in `optax.adamw`; `l2` puts a decay inside the field instead.
       **options: as for `scale_by_rk`.
 
     Returns:
@@ -303,7 +378,11 @@ def runge_kutta(
       ValueError: momentum outside [0, 1), both momentum and after, nesterov without momentum.
       TypeError, ValueError: as for `scale_by_rk`.
     """
-    return _transformation(loss_fn, learning_rate, solver, _between(momentum, nesterov, after), _emit_update, **options)
+    between = _between(momentum, nesterov, after)
+    if weight_decay is not None:
+        decay = optax.add_decayed_weights(_checked_decay("weight_decay", weight_decay))
+        between = decay if between is None else optax.chain(between, decay)
+    return _transformation(loss_fn, learning_rate, solver, between, _emit_update, **options)
 
 
 def _between(
@@ -321,9 +400,10 @@ def _between(
             "momentum and after are two ways to say what stands between solver and step size; pass one: "
             "after=optax.chain(optax.trace(0.9), ...)."
         )
-    if isinstance(momentum, bool) or (
-        isinstance(momentum, int | float) and not (math.isfinite(momentum) and 0 <= momentum < 1)
-    ):
+    if isinstance(momentum, jax.core.Tracer):
+        return optax.trace(momentum, nesterov=nesterov)
+    number = isinstance(momentum, int | float | np.number | np.ndarray | jax.Array) and not isinstance(momentum, bool)
+    if not number or np.shape(momentum) != () or not 0 <= momentum < 1:
         raise ValueError(f"momentum must be in [0, 1), got {momentum!r}.")
     return optax.trace(momentum, nesterov=nesterov)
 

@@ -31,9 +31,13 @@ class Step(NamedTuple):
 
     direction: PyTree  # g*, like params: the step proposes θ − h·g*
     cost: Cost
-    ok: bool | jax.Array = True  # did every stage succeed? Non-finite numbers are the caller's to see
+    finite: bool | jax.Array = (
+        True  # was every stage finite? One may be hidden in g*: by a weight of 0, a saturated loss
+    )
+    solved: bool | jax.Array = True  # did the solver's own iteration, where it has one, converge?
     error: PyTree | None = None  # estimate of the local error, like params and in its units
     predicted_fall: jax.Array | None = None  # of the loss, by the solver's own quadratic model
+    curvature: jax.Array | None = None  # ‖k1 − k2‖ / (a21 h ‖k1‖), about ‖Hg‖/‖g‖; None where not asked for
     state: PyTree = ()
 
 
@@ -45,6 +49,16 @@ class Solver(abc.ABC):
     """
 
     needs: ClassVar[frozenset[Capability]] = frozenset()
+
+    @property
+    def stages(self) -> int | None:
+        """Gradients of one step where that number is fixed, else None."""
+        return None
+
+    @property
+    def sees_curvature(self) -> bool:
+        """Whether `step` takes `want_curvature=True`, and then returns the curvature along k1 for nothing."""
+        return False
 
     def init(self, params: PyTree) -> PyTree:
         """The solver's state; `params` may be abstract, and holds the moving leaves only."""

@@ -46,6 +46,16 @@ class Explicit(Solver):
                 "rk_optax.TABLEAUS."
             )
 
+    @property
+    def stages(self) -> int:
+        """Gradients of one step without an error estimate."""
+        return self.tableau.effective_stages
+
+    @property
+    def sees_curvature(self) -> bool:
+        """Whether there is a second stage to compare the first with."""
+        return self.stages > 1
+
     def step(
         self,
         problem: Problem,
@@ -55,6 +65,7 @@ class Explicit(Solver):
         state: PyTree,
         *,
         want_error: bool = False,
+        want_curvature: bool = False,
     ) -> Step:
         """One step; see `Solver.step`. `h` may be zero or traced."""
         tableau = self.tableau
@@ -68,37 +79,48 @@ class Explicit(Solver):
         # Both forms evaluate stages 2 to s in one scan, so that the loss is traced and compiled once whatever s is.
         looks_back_once = not np.tril(a, -2).any()
         combine = _chained_stages if looks_back_once else _stored_stages
-        direction, *errors = combine(problem, params, k1, h, a, weights)
-        error = _tree.scale(h, errors[0]) if want_error else None
-        return Step(direction, Cost(gradients=len(kept)), error=error, state=state)
+        (direction, *errors), finite, change = combine(problem, params, k1, h, a, weights, want_curvature)
+        return Step(
+            direction,
+            Cost(gradients=len(kept)),
+            finite=finite,
+            error=_tree.scale(h, errors[0]) if want_error else None,
+            curvature=None if change is None else change / (abs(a[1, 0]) * h * _tree.norm(k1)),
+            state=state,
+        )
 
 
 def _chained_stages(
-    problem: Problem, params: PyTree, k1: PyTree, h: Any, a: np.ndarray, weights: list[np.ndarray]
-) -> list[PyTree]:
+    problem: Problem, params: PyTree, k1: PyTree, h: Any, a: np.ndarray, weights: list[np.ndarray], want_change: bool
+) -> tuple[list[PyTree], jax.Array, jax.Array | None]:
     """Σ w_i k_i for each row of weights, where a stage needs only the one before it, as in classical RK4.
 
-    Two trees beside params, where unrolling keeps a third and a fourth alive.
+    Also whether all stages are finite, and ‖k2 − k1‖ where that is wanted. Two trees beside params, where
+    unrolling keeps a third and a fourth alive.
     """
 
-    def stage(carry: Any, inputs: Any) -> tuple[Any, None]:
-        k, sums = carry
+    def stage(carry: Any, inputs: Any) -> tuple[Any, tuple[jax.Array, jax.Array | None]]:
+        before, sums = carry
         i, coefficient, new_weights = inputs
-        k = problem(_moved(params, h, _tree.scale(coefficient, k)), i)
-        return (k, [_tree.add_scaled(total, w, k) for total, w in zip(sums, new_weights, strict=True)]), None
+        k = problem(_moved(params, h, _tree.scale(coefficient, before)), i)
+        sums = [_tree.add_scaled(total, w, k) for total, w in zip(sums, new_weights, strict=True)]
+        return (k, sums), (_tree.all_finite(k), _distance(k, before) if want_change else None)
 
     sums = [_tree.scale(w[0], k1) for w in weights]
     if len(a) == 1:  # an empty scan would trace the loss for nothing
-        return sums
+        return sums, _tree.all_finite(k1), None
     stages = (np.arange(1, len(a)), np.diagonal(a, -1), np.stack(weights, axis=1)[1:])
-    (_, sums), _ = jax.lax.scan(stage, (k1, sums), jax.tree.map(jnp.asarray, stages))
-    return sums
+    (_, sums), (finite, changes) = jax.lax.scan(stage, (k1, sums), jax.tree.map(jnp.asarray, stages))
+    return sums, finite.all() & _tree.all_finite(k1), None if changes is None else changes[0]
 
 
 def _stored_stages(
-    problem: Problem, params: PyTree, k1: PyTree, h: Any, a: np.ndarray, weights: list[np.ndarray]
-) -> list[PyTree]:
-    """Σ w_i k_i for each row of weights, where later stages need several earlier ones: all are kept."""
+    problem: Problem, params: PyTree, k1: PyTree, h: Any, a: np.ndarray, weights: list[np.ndarray], want_change: bool
+) -> tuple[list[PyTree], jax.Array, jax.Array | None]:
+    """Σ w_i k_i for each row of weights, where later stages need several earlier ones: all are kept.
+
+    Also whether all stages are finite, and ‖k2 − k1‖ where that is wanted.
+    """
     s = len(a)
 
     def combination(row: np.ndarray, ks: PyTree) -> PyTree:
@@ -109,15 +131,22 @@ def _stored_stages(
 
     rows = [functools.partial(combination, row) for row in a[1:]]
 
-    def stage(ks: PyTree, i: jax.Array) -> tuple[PyTree, None]:
+    def stage(ks: PyTree, i: jax.Array) -> tuple[PyTree, jax.Array]:
         k = problem(_moved(params, h, jax.lax.switch(i - 1, rows, ks)), i)
-        return jax.tree.map(lambda slots, new: jax.lax.dynamic_update_index_in_dim(slots, new, i, 0), ks, k), None
+        ks = jax.tree.map(lambda slots, new: jax.lax.dynamic_update_index_in_dim(slots, new, i, 0), ks, k)
+        return ks, _tree.all_finite(k)
 
     ks = jax.tree.map(lambda k: jnp.stack([k, *[jnp.zeros_like(k)] * (s - 1)]), k1)
-    ks, _ = jax.lax.scan(stage, ks, jnp.arange(1, s))
-    return [combination(w, ks) for w in weights]
+    ks, finite = jax.lax.scan(stage, ks, jnp.arange(1, s))
+    finite = finite.all() & _tree.all_finite(k1)
+    change = _distance(*(jax.tree.map(lambda k, i=i: k[i], ks) for i in (0, 1))) if want_change else None
+    return [combination(w, ks) for w in weights], finite, change
 
 
 def _moved(params: PyTree, h: Any, offset: PyTree) -> PyTree:
     """θ − h·offset."""
     return jax.tree.map(lambda theta, d: theta - jnp.asarray(h, _tree.real_dtype(d)) * d, params, offset)
+
+
+def _distance(x: PyTree, y: PyTree) -> jax.Array:
+    return _tree.norm(jax.tree.map(jnp.subtract, x, y))
