@@ -417,7 +417,8 @@ def inject_hyperparams(
     >>> def loss_fn(w, x): return jnp.sum((w - x) ** 2)
     >>> tx = rk_optax.inject_hyperparams(rk_optax.rk4)(loss_fn, learning_rate=0.1)
     >>> state = tx.init(jnp.array(1.0))
-    >>> state.hyperparams["learning_rate"] = jnp.array(0.05)  # from the next update on
+    >>> rate = state.hyperparams["learning_rate"]
+    >>> state.hyperparams["learning_rate"] = jnp.full_like(rate, 0.05)  # same dtype: no retrace
 
     Args:
       factory: `rk_optax.rk4`, `rk_optax.scale_by_rk` and so on.

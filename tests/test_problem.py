@@ -146,7 +146,7 @@ def test_a_problem_of_a_grad_fn_alone_says_that_it_has_no_loss():
 
 
 def test_a_solver_that_needs_a_loss_is_told_at_construction_that_there_is_none():
-    with pytest.raises(ValueError, match="The solver needs 'loss': pass loss_fn"):
+    with pytest.raises(ValueError, match="needs a 'loss': pass loss_fn"):
         Objective(None, grad_fn=minus, needs=frozenset({"loss"}))
 
 

@@ -36,6 +36,7 @@ class Timing(NamedTuple):
 
     steps: np.ndarray  # (point,)
     seconds: np.ndarray  # (point,) median over the runs
+    totals: np.ndarray  # (run,) seconds of each run
     compile_seconds: float
 
 
@@ -159,11 +160,11 @@ class Comparison:
             # Chunks of equally many gradients: the cost of launching one then favours nobody.
             chunk = self.plan.unit // entrant.gradients_per_step
             trainers.append(Trainer(self._task, entrant.make, seed, rate, chunk))
-        runs = list(zip(entrants, rates, trainers, strict=True))
+        timed = list(zip(entrants, rates, trainers, strict=True))
         seconds: dict[str, list[list[float]]] = {entrant.name: [] for entrant in entrants}
         for repeat in range(self._config.timed_runs):
             # In turns, forth and back, so that a slow spell of the machine hits all alike.
-            for entrant, rate, trainer in runs if repeat % 2 == 0 else reversed(runs):
+            for entrant, rate, trainer in timed if repeat % 2 == 0 else reversed(timed):
                 self._report.stage(f"timing {entrant.name}")
                 seconds[entrant.name].append([])
                 for point in self._run(trainer, entrant, 1):
@@ -180,10 +181,10 @@ class Comparison:
                         test_accuracy=trainer.score(point, data.test).accuracy,
                     )
         timings = []
-        for entrant, _, trainer in runs:
-            median = np.median(seconds[entrant.name], axis=0)
-            steps = np.linspace(0, entrant.steps, len(median))
-            timings.append(Timing(steps, median, trainer.compile_seconds))
+        for entrant, _, trainer in timed:
+            runs = np.array(seconds[entrant.name])
+            steps = np.linspace(0, entrant.steps, runs.shape[1])
+            timings.append(Timing(steps, np.median(runs, axis=0), runs[:, -1], trainer.compile_seconds))
         return timings
 
     def _run(self, trainer: Trainer, entrant: Entrant, runs: int) -> Iterator[Point]:

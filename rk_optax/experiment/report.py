@@ -59,6 +59,12 @@ def comparison_notes(config: CompareConfig, results: Sequence[Result]) -> list[s
         f"seconds, the last point evaluated (every {config.budget.evaluate_every} steps) by then.",
         f"Compilation, not included: {compiled}.",
     ]
+    unsteady = max(float(result.timing.totals.max() / result.timing.totals.min()) for result in results)
+    if unsteady > 1.25:
+        notes.append(
+            f"Caution: the timed runs of an entrant differ by a factor of up to {unsteady:.1f}, so the machine was "
+            "busy with something else; do not trust the block at equal seconds."
+        )
     notes += [
         f"Caution: the rate of {result.entrant.name} is the {result.tuned.at_edge} of its grid; a "
         f"better one may lie outside: widen optimizers.{result.entrant.name}.learning_rates."

@@ -53,13 +53,24 @@ def test_a_diverged_seed_is_called_so(smoke):
 
 
 def test_notes_say_where_a_grid_was_too_narrow(smoke):
-    results = [result._replace(tuned=result.tuned._replace(at_edge=None)) for result in smoke.results]
+    results = [
+        result._replace(
+            tuned=result.tuned._replace(at_edge=None), timing=result.timing._replace(totals=np.array([1.0, 1.2]))
+        )
+        for result in smoke.results
+    ]
     assert not any("Caution" in note for note in comparison_notes(smoke.config, results))
     results[1] = results[1]._replace(tuned=results[1].tuned._replace(at_edge="highest"))
     (caution,) = [note for note in comparison_notes(smoke.config, results) if "Caution" in note]
     assert "momentum" in caution
     assert "highest" in caution
     assert "optimizers.momentum.learning_rates" in caution
+
+
+def test_notes_say_when_times_are_not_to_be_trusted(smoke):
+    timing = smoke.results[0].timing._replace(totals=np.array([0.2, 0.2, 0.5]))
+    notes = comparison_notes(smoke.config, [smoke.results[0]._replace(timing=timing)])
+    assert any("factor of up to 2.5" in note and "equal seconds" in note for note in notes)
 
 
 def test_notes_say_what_was_tuned_and_timed(smoke):

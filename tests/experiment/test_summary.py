@@ -16,7 +16,7 @@ def result(name, cost, total_steps, seconds_per_step):
         Entrant(name, None, cost, total_steps, (0.1, 0.2)),
         Tuned(0.2, np.array([np.inf, 1.0]), "highest"),
         Curve(steps, loss.astype(float), loss / 1000),
-        Timing(np.array([0, total_steps]), np.array([0, total_steps * seconds_per_step]), 0.5),
+        Timing(np.array([0, total_steps]), np.array([0, total_steps * seconds_per_step]), np.ones(2), 0.5),
     )
 
 
