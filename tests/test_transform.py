@@ -1165,9 +1165,12 @@ def test_the_shipped_injection_leaves_functions_alone_and_takes_further_static_a
 def test_the_layout_of_the_state_is_the_public_one():
     state = rk_optax.rk4(loss_fn, 0.1, momentum=0.9).init(PARAMS)
     assert type(state) is rk_optax.RungeKuttaState
-    assert state._fields == ("count", "step_size", "cost", "accepted", "reason", "rejected", "solver", "after")
+    assert state._fields == (
+        *("count", "step_size", "cost", "accepted", "reason", "rejected"),
+        *("solver", "after", "rule", "preconditioner"),
+    )
     assert state.cost._fields == ("gradients", "losses", "products", "rows")
-    assert state.solver == ()
+    assert (state.solver, state.rule, state.preconditioner) == ((), (), ())
     assert type(state.after) is optax.TraceState
 
 
