@@ -20,6 +20,11 @@ def default_float() -> np.dtype:
     return jnp.zeros([], float).dtype
 
 
+def coarsest_eps(tree: PyTree) -> float:
+    """The relative rounding error of the least precise leaf."""
+    return max((float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(tree)), default=0.0)
+
+
 def real_dtype(leaf: jax.Array) -> np.dtype:
     """The dtype of a real number that scales `leaf` without promoting it."""
     return jnp.finfo(leaf.dtype).dtype
@@ -37,7 +42,8 @@ def add_scaled(x: PyTree, factor: Scalar, y: PyTree) -> PyTree:
 
 def cast_like(tree: PyTree, like: PyTree) -> PyTree:
     """`tree` in the dtypes of `like`."""
-    return jax.tree.map(lambda x, y: jnp.asarray(x).astype(y.dtype), tree, like)
+    # A leaf of the right dtype passes as it is: a typed random key knows no astype.
+    return jax.tree.map(lambda x, y: x if getattr(x, "dtype", None) == y.dtype else jnp.asarray(x, y.dtype), tree, like)
 
 
 def all_finite(tree: PyTree) -> jax.Array:

@@ -19,6 +19,8 @@ try:
     from flax import nnx
 except ImportError as error:
     raise ImportError("rk_optax.nnx needs Flax: pip install 'rk-optax[flax]'") from error
+if not hasattr(nnx, "data"):  # before 0.11, nnx.Optimizer held the model itself
+    raise ImportError("rk_optax.nnx needs flax>=0.11: pip install --upgrade 'rk-optax[flax]'")
 
 _as_pure = nnx.as_pure if hasattr(nnx, "as_pure") else nnx.pure  # its name in Flax 0.11
 # Newer Flax can treat modules as plain pytrees by default; what the loss moves in the model needs its graph mode.

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rk_optax import _tree
+from rk_optax import _checks, _tree
 from rk_optax.problem import Capability, Problem
 from rk_optax.solver import Cost
 
@@ -85,15 +85,15 @@ def precondition_by_adagrad(floor: float = 1.0) -> Preconditioner:
 
     Source: Dherin et al., "Learning by solving differential equations", arXiv 2505.13397.
     """
-    _check_positive("floor", floor)
+    floor = _checks.number(floor, "floor", "positive", _FLOOR)
 
     def init(params: PyTree) -> AdagradState:
         return AdagradState(_real_zeros(params))
 
     def update(gradient: PyTree, state: AdagradState, params: PyTree, problem: Problem) -> Any:
         del params, problem
-        total = jax.tree.map(lambda s, g: s.astype(_tree.real_dtype(g)) + _abs_sq(g), state.sum_of_squares, gradient)
-        frozen = jax.tree.map(lambda s: jax.lax.rsqrt(s + jnp.asarray(floor, s.dtype)), total)
+        total = jax.tree.map(lambda s, g: _wide(s) + _abs_sq(g), state.sum_of_squares, gradient)
+        frozen = jax.tree.map(lambda s, g: _finite_or_nan(s, jax.lax.rsqrt(s + floor), g), total, gradient)
         return frozen, AdagradState(_tree.cast_like(total, state.sum_of_squares)), Cost()
 
     return Preconditioner(init, update, _multiply)
@@ -130,8 +130,8 @@ def precondition_by_adam(decay: float = 0.999, floor: float = 1e-3) -> Precondit
 
 
 def _by_second_moment(decay: float, floor: float, *, debias: bool) -> Preconditioner:
-    _check_decay(decay)
-    _check_positive("floor", floor)
+    decay = _checks.number(decay, "decay", "decay")
+    floor = _checks.number(floor, "floor", "positive", _FLOOR)
 
     def init(params: PyTree) -> MomentState:
         return MomentState(jnp.zeros([], jnp.int32), _real_zeros(params))
@@ -141,14 +141,14 @@ def _by_second_moment(decay: float, floor: float, *, debias: bool) -> Preconditi
         count = state.count + 1
 
         def moment(v: jax.Array, g: jax.Array) -> jax.Array:
-            return decay * v.astype(_tree.real_dtype(g)) + (1 - decay) * _abs_sq(g)
+            return decay * _wide(v) + (1 - decay) * _abs_sq(g)
 
-        def scale(v: jax.Array) -> jax.Array:
+        def scale(v: jax.Array, g: jax.Array) -> jax.Array:
             correction = 1 - jnp.asarray(decay, v.dtype) ** count if debias else 1
-            return 1 / (jnp.sqrt(v / correction) + jnp.asarray(floor, v.dtype))
+            return _finite_or_nan(v, 1 / (jnp.sqrt(v / correction) + floor), g)
 
         second = jax.tree.map(moment, state.second_moment, gradient)
-        frozen = jax.tree.map(scale, second)
+        frozen = jax.tree.map(scale, second, gradient)
         return frozen, MomentState(count, _tree.cast_like(second, state.second_moment)), Cost()
 
     return Preconditioner(init, update, _multiply)
@@ -173,15 +173,14 @@ def precondition_by_hutchinson(
 
     Source: Yao et al., "AdaHessian", arXiv 2006.00719, without its spatial averaging.
     """
-    _check_decay(decay)
-    _check_positive("floor", floor)
-    _check_every(every)
+    decay = _checks.number(decay, "decay", "decay")
+    floor = _checks.number(floor, "floor", "positive", _FLOOR)
+    every = _checks.count(every, "every")
 
     def init(params: PyTree) -> HutchinsonState:
         return HutchinsonState(jnp.zeros([], jnp.int32), jax.random.key_data(jax.random.key(seed)), _real_zeros(params))
 
     def update(gradient: PyTree, state: HutchinsonState, params: PyTree, problem: Problem) -> Any:
-        del gradient
         due = state.count % every == 0
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
 
@@ -190,20 +189,18 @@ def precondition_by_hutchinson(
             product = problem.product(params, signs)
 
             def mean(d: jax.Array, z: jax.Array, hz: jax.Array) -> jax.Array:
-                return decay * d.astype(_tree.real_dtype(z)) + (1 - decay) * jnp.real(jnp.conj(z) * hz) ** 2
+                return decay * _wide(d) + (1 - decay) * _wide(jnp.real(jnp.conj(z) * hz)) ** 2
 
             return jax.tree.map(mean, state.curvature, signs, product)
 
-        def keep() -> PyTree:
-            return jax.tree.map(lambda d, p: d.astype(_tree.real_dtype(p)), state.curvature, params)
-
-        curvature = jax.lax.cond(due, estimate, keep)
+        curvature = jax.lax.cond(due, estimate, lambda: jax.tree.map(_wide, state.curvature))
         estimates = state.count // every + 1
 
-        def scale(d: jax.Array) -> jax.Array:
-            return 1 / (jnp.sqrt(d / (1 - jnp.asarray(decay, d.dtype) ** estimates)) + jnp.asarray(floor, d.dtype))
+        def scale(d: jax.Array, g: jax.Array) -> jax.Array:
+            root = jnp.sqrt(d / (1 - jnp.asarray(decay, d.dtype) ** estimates))
+            return _finite_or_nan(d, 1 / (root + floor), g)
 
-        frozen = jax.tree.map(scale, curvature)
+        frozen = jax.tree.map(scale, curvature, gradient)
         new_state = HutchinsonState(state.count + 1, state.key, _tree.cast_like(curvature, state.curvature))
         return frozen, new_state, Cost(products=due.astype(jnp.int32))
 
@@ -249,8 +246,18 @@ def _multiply(gradient: PyTree, frozen: PyTree) -> PyTree:
     return jax.tree.map(lambda g, p: g * p, gradient, frozen)
 
 
+def _wide(x: jax.Array) -> jax.Array:
+    """In float32 at least: a decay of 0.999 is 1 in bfloat16."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def _abs_sq(x: jax.Array) -> jax.Array:
-    return jnp.real(x) ** 2 + jnp.imag(x) ** 2 if jnp.iscomplexobj(x) else x * x
+    return _wide(jnp.real(x)) ** 2 + _wide(jnp.imag(x)) ** 2 if jnp.iscomplexobj(x) else _wide(x) ** 2
+
+
+def _finite_or_nan(statistic: jax.Array, scale: jax.Array, like: jax.Array) -> jax.Array:
+    """The scale, or NaN where its statistic overflowed: a scale of 0 would hide that and freeze the weight for good."""
+    return jnp.where(jnp.isfinite(statistic), scale, jnp.nan).astype(_tree.real_dtype(like))
 
 
 def _real_zeros(params: PyTree) -> PyTree:
@@ -269,16 +276,4 @@ def _random_signs(key: jax.Array, params: PyTree) -> PyTree:
     )
 
 
-def _check_positive(name: str, value: float) -> None:
-    if isinstance(value, int | float) and not (0 < value < float("inf")):
-        raise ValueError(f"{name} must be positive and finite, got {value!r}; it bounds the scale of a stage.")
-
-
-def _check_decay(decay: float) -> None:
-    if isinstance(decay, int | float) and not 0 <= decay < 1:
-        raise ValueError(f"decay must be in [0, 1), got {decay!r}.")
-
-
-def _check_every(every: int) -> None:
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"every must be an integer of at least 1, got {every!r}.")
+_FLOOR = "it bounds the scale of a stage"

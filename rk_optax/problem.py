@@ -34,12 +34,13 @@ class Problem:
     Attributes:
       field: `field(params, stage) -> gradient`.
       objective: `objective(params) -> scalar loss`, or None where there is only a `grad_fn`.
-      derivative: `derivative(params, vector) -> Jacobian of the field times vector`, or None likewise.
+      smooth_field: `smooth_field(params) -> gradient`, the field of stage 1 where it is known to be differentiable, or
+        None likewise.
     """
 
     field: Callable[[PyTree, Any], PyTree]
     objective: Callable[[PyTree], jax.Array] | None = None
-    derivative: Callable[[PyTree, PyTree], PyTree] | None = None
+    smooth_field: Callable[[PyTree], PyTree] | None = None
 
     def __call__(self, params: PyTree, stage: int | jax.Array = 0) -> PyTree:
         """The gradient at `params`: what the flow follows downhill. `stage` may be traced. Costs one gradient."""
@@ -53,17 +54,17 @@ class Problem:
 
     def product(self, params: PyTree, vector: PyTree) -> PyTree:
         """The field's Jacobian at `params` times `vector`, on the data of stage 1. Costs one product."""
-        if self.derivative is None:
+        if self.smooth_field is None:
             raise ValueError(f"This problem has no Hessian-vector product: {_REMEDIES['product']}.")
-        return self.derivative(params, vector)
+        return jax.jvp(self.smooth_field, (params,), (vector,))[1]
 
     def preconditioned(self, apply: Callable[[PyTree], PyTree]) -> Problem:
-        """The problem whose field is `apply` of this one's; `apply` must be linear for `product` to be exact."""
-        derivative = self.derivative
+        """The problem whose field is `apply` of this one's, and whose products are those of that field."""
+        smooth = self.smooth_field
         return dataclasses.replace(
             self,
             field=lambda params, stage: apply(self.field(params, stage)),
-            derivative=derivative and (lambda params, vector: apply(derivative(params, vector))),
+            smooth_field=None if smooth is None else lambda params: apply(smooth(params)),
         )
 
 
@@ -82,6 +83,20 @@ class StageBatches:
     names: tuple[str, ...] = ()
     stages: int = 1
 
+    @classmethod
+    def of(cls, policy: Any, names: Sequence[str] | str, stages: int) -> StageBatches:
+        """A policy that cuts.
+
+        Raises:
+          ValueError: an unknown policy, or no names.
+        """
+        names = (names,) if isinstance(names, str) else tuple(names)
+        if policy not in ("fresh", "split"):
+            raise ValueError(f"stage_batches must be 'same', 'fresh' or 'split', got {policy!r}.")
+        if not names:
+            raise ValueError(f"stage_batches={policy!r} needs batch_argnames, the data arguments that hold batches.")
+        return cls(policy, names, stages)
+
     def at(self, data: Mapping[str, Any], stage: int | jax.Array) -> dict[str, Any]:
         """The data of one stage.
 
@@ -90,7 +105,11 @@ class StageBatches:
         """
         if self.policy == "same":
             return dict(data)
-        cut = {name: jax.tree.map(lambda x, name=name: self._slice(x, name, stage), data[name]) for name in self.names}
+        cut = {
+            name: jax.tree.map(lambda x, name=name: self._slice(x, name, stage), data[name])
+            for name in self.names
+            if name in data
+        }
         return {**data, **cut}
 
     def _slice(self, x: jax.Array, name: str, stage: int | jax.Array) -> jax.Array:
@@ -129,7 +148,10 @@ def first_stage_batch(
     Raises:
       ValueError: sizes that do not divide.
     """
-    return StageBatches(policy, tuple(batch_argnames), stages).at(data, 0)
+    batches = StageBatches.of(policy, batch_argnames, stages)
+    for name in set(batches.names) - set(data):
+        raise ValueError(f"batch_argnames has {name!r}, which is not in data: {sorted(data)!r}.")
+    return batches.at(data, 0)
 
 
 class Objective:
@@ -231,10 +253,7 @@ class Objective:
                 return value(moving, 0)
             return value(moving, 0) + 0.5 * self._l2 * _tree.inner(moving, moving)
 
-        def derivative(moving: PyTree, vector: PyTree) -> PyTree:
-            return jax.jvp(lambda theta: field(theta, 0), (moving,), (vector,))[1]
-
-        return Problem(field, objective, derivative)
+        return Problem(field, objective, lambda moving: field(moving, 0))
 
     def with_l2(self, gradient: PyTree, params: PyTree) -> PyTree:
         """The gradient of the whole objective from the gradient of the loss."""

@@ -17,7 +17,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from rk_optax import _tree
+from rk_optax import _checks, _tree
 from rk_optax.problem import Capability, Problem
 from rk_optax.solver import Cost, Explicit, Solver, Step
 
@@ -203,10 +203,7 @@ def dal(
         raise ValueError(f"form must be 'rescaled' or 'clipped', got {form!r}.")
     if estimate not in ("product", "difference", "free"):
         raise ValueError(f"estimate must be 'product', 'difference' or 'free', got {estimate!r}.")
-    if isinstance(power, int | float) and not (0 < power < float("inf")):
-        raise ValueError(f"power must be positive and finite, got {power!r}.")
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"every must be an integer of at least 1, got {every!r}.")
+    power, every = _checks.number(power, "power", "positive"), _checks.count(every, "every")
     if estimate == "free" and every != 1:
         raise ValueError("every has no use with estimate='free', which costs nothing: leave it at 1.")
     needs: frozenset[Capability] = frozenset({"product"}) if estimate == "product" else frozenset()
@@ -280,10 +277,8 @@ def sgd_g2(initial_learning_rate: float = 1e-3, decay: float = 0.9) -> SgdG2:
 
     Source: Ayadi and Turinici, arXiv 2002.09304.
     """
-    _check_positive(initial_learning_rate, "initial_learning_rate")
-    if isinstance(decay, int | float) and not 0 <= decay < 1:
-        raise ValueError(f"decay must be in [0, 1), got {decay!r}.")
-    return SgdG2(initial_learning_rate, decay)
+    initial = _checks.number(initial_learning_rate, "initial_learning_rate", "positive")
+    return SgdG2(initial, _checks.number(decay, "decay", "decay"))
 
 
 LearningRate = float | jax.Array | Callable[[Any], Any] | StepSizeRule
@@ -362,7 +357,7 @@ def _ratio_by_difference(problem: Problem, params: PyTree, k1: PyTree) -> jax.Ar
     """‖Hg‖/‖g‖ by a difference of gradients along g; 0 where g = 0."""
     norm = _tree.norm(k1)
     # The square root of the rounding error, relative to params, balances rounding and truncation.
-    epsilon = math.sqrt(jnp.finfo(norm.dtype).eps) * (1 + _tree.norm(params))
+    epsilon = math.sqrt(_tree.coarsest_eps(params)) * (1 + _tree.norm(params))
     factor = _tree.ratio(epsilon, norm)
     change = jax.tree.map(jnp.subtract, k1, problem(_tree.add_scaled(params, -factor, k1), 0))
     return (_tree.norm(change) / epsilon).astype(_tree.default_float())

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, Unpack
 
 import jax
-import jax.core
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from rk_optax import _tree
+from rk_optax import _checks, _tree
 from rk_optax.preconditioner import Preconditioner, no_preconditioner
 from rk_optax.problem import Objective, StageBatches, check_kinds, check_like_params, promote
 from rk_optax.solver import Cost, Solver, Step, as_solver
-from rk_optax.step_size import LearningRate, Reason, as_rule
+from rk_optax.step_size import LearningRate, Reason, StepSizeRule, as_rule
 from rk_optax.tableau import ButcherTableau
 
 PyTree = Any
@@ -92,8 +89,8 @@ def _transformation(
         has_aux=has_aux,
         argnames=argnames,
         needs=method.needs | rule.needs | frozen_scale.needs,
-        l2=_checked_decay("l2", l2),
-        stage_batches=_stage_batches(stage_batches, batch_argnames, method),
+        l2=None if l2 is None else _checks.number(l2, "l2", "not negative"),
+        stage_batches=_stage_batches(stage_batches, batch_argnames, method, rule),
     )
     _check_stage_dtype(stage_dtype)
     between = optax.with_extra_args_support(optax.identity() if after is None else after)
@@ -184,28 +181,22 @@ def _judge(step: Step, emitted: PyTree, h: Any, skip_nonfinite: bool) -> tuple[j
     return finite & step.solved, reason.astype(jnp.int32)
 
 
-def _checked_decay(name: str, value: Any) -> Any:
-    if isinstance(value, int | float) and not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be finite and not negative, got {value!r}.")
-    return value
-
-
-def _stage_batches(policy: Any, names: Sequence[str], method: Solver) -> StageBatches:
-    names = (names,) if isinstance(names, str) else tuple(names)
-    if policy not in ("same", "fresh", "split"):
-        raise ValueError(f"stage_batches must be 'same', 'fresh' or 'split', got {policy!r}.")
+def _stage_batches(policy: Any, names: Sequence[str], method: Solver, rule: StepSizeRule) -> StageBatches:
     if policy == "same":
         if names:
             raise ValueError("batch_argnames does nothing with stage_batches='same'; pass 'fresh' or 'split' too.")
         return StageBatches()
-    if not names:
-        raise ValueError(f"stage_batches={policy!r} needs batch_argnames, the data arguments that hold batches.")
     if method.stages is None:
         raise ValueError(
             f"stage_batches={policy!r} needs a solver with a fixed number of gradients per step, which "
             f"{type(method).__name__} does not have."
         )
-    return StageBatches(policy, names, method.stages)
+    if rule.wants_curvature:
+        raise ValueError(
+            f"dal(estimate='free') compares the first two stages, and with stage_batches={policy!r} they see different "
+            "batches, so that it would measure their noise. Use estimate='product' or 'difference'."
+        )
+    return StageBatches.of(policy, names, method.stages)
 
 
 def _check_stage_dtype(stage_dtype: Any) -> None:
@@ -380,7 +371,7 @@ def runge_kutta(
     """
     between = _between(momentum, nesterov, after)
     if weight_decay is not None:
-        decay = optax.add_decayed_weights(_checked_decay("weight_decay", weight_decay))
+        decay = optax.add_decayed_weights(_checks.number(weight_decay, "weight_decay", "not negative"))
         between = decay if between is None else optax.chain(between, decay)
     return _transformation(loss_fn, learning_rate, solver, between, _emit_update, **options)
 
@@ -400,12 +391,7 @@ def _between(
             "momentum and after are two ways to say what stands between solver and step size; pass one: "
             "after=optax.chain(optax.trace(0.9), ...)."
         )
-    if isinstance(momentum, jax.core.Tracer):
-        return optax.trace(momentum, nesterov=nesterov)
-    number = isinstance(momentum, int | float | np.number | np.ndarray | jax.Array) and not isinstance(momentum, bool)
-    if not number or np.shape(momentum) != () or not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be in [0, 1), got {momentum!r}.")
-    return optax.trace(momentum, nesterov=nesterov)
+    return optax.trace(_checks.number(momentum, "momentum", "decay"), nesterov=nesterov)
 
 
 def inject_hyperparams(

@@ -35,6 +35,7 @@ OPTIMIZERS = {
     for name, rate in LEARNING_RATES.items()
 }
 MIXED = (jnp.float32, jnp.float64)
+LOW_AND_HIGH = (jnp.bfloat16, jnp.float32)
 
 
 @pytest.fixture(params=OPTIMIZERS.values(), ids=OPTIMIZERS)
@@ -45,30 +46,25 @@ def optimizer(request):
 
 
 def target(dtype):
-    """Optax's four targets in one tree: parabolas of a vector, a matrix and a pair, and Rosenbrock's function."""
+    """Optax's targets in one tree: a parabola of a vector and a matrix, and Rosenbrock's function."""
     unit = 1 + 1j if jnp.issubdtype(dtype, jnp.complexfloating) else 1.0
     start = {
-        "vector": jnp.array([-1.0, 10.0, 1.0], dtype),
-        "matrix": jnp.zeros((2, 2), dtype),
-        "pair": (jnp.zeros(3, dtype), jnp.zeros((2, 2), dtype)),
+        "parabola": (jnp.array([-1.0, 10.0, 1.0], dtype), jnp.zeros((2, 2), dtype)),
         "rosenbrock": jnp.zeros(2, dtype),
     }
     end = {
-        "vector": unit * jnp.array([1.0, -1.0, 1.0], dtype),
-        "matrix": unit * jnp.array([[3.0, -2.0], [1.0, 4.0]], dtype),
-        "pair": (
-            unit * jnp.array([1.0, -1.0, 2.0], dtype),
-            unit * jnp.array([[1.0, 0.0], [-1.0, 1.0]], dtype),
+        "parabola": (
+            unit * jnp.array([1.0, -1.0, 1.0], dtype),
+            unit * jnp.array([[3.0, -2.0], [1.0, 4.0]], dtype),
         ),
         "rosenbrock": jnp.array([unit, unit**2], dtype),
     }
 
     def objective(params):
+        parabolas = zip(params["parabola"], end["parabola"], strict=True)
         u, v = params["rosenbrock"]
-        parabolas = jax.tree.map(lambda p, e: jnp.sum(jnp.abs(p - e) ** 2), params, {**end, "rosenbrock": u})
-        del parabolas["rosenbrock"]
         valley = jnp.abs(unit - u) ** 2 + 100 * jnp.abs(v - u**2) ** 2
-        return sum(jax.tree.leaves(parabolas)) + valley
+        return sum(jnp.sum(jnp.abs(p - e) ** 2) for p, e in parabolas) + valley
 
     return start, end, objective
 
@@ -129,7 +125,7 @@ def test_tree_map_params_finds_what_is_like_params_in_the_state(optimizer):
 def test_tree_map_params_works_where_a_mask_leaves_holes(optimizer):
     factory, keywords = optimizer
     start, _, objective = target(jnp.float32)
-    tx = factory(objective, mask=lambda params: {name: name == "matrix" for name in params}, **keywords)
+    tx = factory(objective, mask=lambda params: {name: name == "parabola" for name in params}, **keywords)
     state = tx.init(start)
     chex.assert_trees_all_close(optax.tree_map_params(tx, lambda v: v, state), state)
 
@@ -212,14 +208,17 @@ def test_mixed_dtypes_stay_as_they_are(optimizer, x64):
     assert dtypes(jax.eval_shape(optax.apply_updates, params, updates)) == MIXED
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_gradient_accumulation_waits_without_an_error(optimizer, dtype):
+def test_gradient_accumulation_waits_without_an_error(optimizer):
     factory, keywords = optimizer
     tx = optax.MultiSteps(factory(sum_of_squares, **keywords), every_k_schedule=4)
-    params = jnp.array([1.0, 2.0], dtype)
-    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
-    np.testing.assert_array_equal(updates, jnp.zeros(2, dtype))
-    assert updates.dtype == dtype
+
+    @jax.jit
+    def first_updates(every_params):
+        return [tx.update(params, tx.init(params), params)[0] for params in every_params]
+
+    for updates, dtype in zip(first_updates([jnp.ones(2, d) for d in LOW_AND_HIGH]), LOW_AND_HIGH, strict=True):
+        np.testing.assert_array_equal(updates, jnp.zeros(2, dtype))
+        assert updates.dtype == dtype
 
 
 def test_a_constant_schedule_is_the_constant(optimizer):

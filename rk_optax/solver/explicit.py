@@ -53,8 +53,9 @@ class Explicit(Solver):
 
     @property
     def sees_curvature(self) -> bool:
-        """Whether there is a second stage to compare the first with."""
-        return self.stages > 1
+        """Whether there is a second stage, at another place than the first, to compare it with."""
+        kept = self.tableau.needed_stages(with_error=False)
+        return len(kept) > 1 and self.tableau.a[kept[1], kept[0]] != 0
 
     def step(
         self,
