@@ -20,9 +20,9 @@ def default_float() -> np.dtype:
     return jnp.zeros([], float).dtype
 
 
-def coarsest_eps(tree: PyTree) -> float:
-    """The relative rounding error of the least precise leaf."""
-    return max((float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(tree)), default=0.0)
+def unit_roundoff(tree: PyTree) -> float:
+    """The largest relative error of rounding a number to the dtype of a leaf, over the leaves."""
+    return max((float(jnp.finfo(jnp.asarray(x).dtype).eps) / 2 for x in jax.tree.leaves(tree)), default=0.0)
 
 
 def real_dtype(leaf: jax.Array) -> np.dtype:
@@ -70,8 +70,8 @@ def norm(tree: PyTree) -> jax.Array:
 
 def ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     """`numerator / denominator`, and 0 where the denominator is 0."""
-    positive = denominator > 0
-    return jnp.where(positive, numerator / jnp.where(positive, denominator, 1), 0)
+    zero = denominator == 0
+    return jnp.where(zero, 0, numerator / jnp.where(zero, 1, denominator))
 
 
 def is_inexact(leaf: Any) -> bool:

@@ -36,11 +36,13 @@ class Problem:
       objective: `objective(params) -> scalar loss`, or None where there is only a `grad_fn`.
       smooth_field: `smooth_field(params) -> gradient`, the field of stage 1 where it is known to be differentiable, or
         None likewise.
+      rounding: relative rounding error of stage 1 as it came in, where that is coarser than the stage dtype.
     """
 
     field: Callable[[PyTree, Any], PyTree]
     objective: Callable[[PyTree], jax.Array] | None = None
     smooth_field: Callable[[PyTree], PyTree] | None = None
+    rounding: float = 0.0
 
     def __call__(self, params: PyTree, stage: int | jax.Array = 0) -> PyTree:
         """The gradient at `params`: what the flow follows downhill. `stage` may be traced. Costs one gradient."""

@@ -357,7 +357,7 @@ def _ratio_by_difference(problem: Problem, params: PyTree, k1: PyTree) -> jax.Ar
     """‖Hg‖/‖g‖ by a difference of gradients along g; 0 where g = 0."""
     norm = _tree.norm(k1)
     # The square root of the rounding error, relative to params, balances rounding and truncation.
-    epsilon = math.sqrt(_tree.coarsest_eps(params)) * (1 + _tree.norm(params))
+    epsilon = math.sqrt(max(_tree.unit_roundoff(params), problem.rounding)) * (1 + _tree.norm(params))
     factor = _tree.ratio(epsilon, norm)
     change = jax.tree.map(jnp.subtract, k1, problem(_tree.add_scaled(params, -factor, k1), 0))
     return (_tree.norm(change) / epsilon).astype(_tree.default_float())

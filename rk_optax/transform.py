@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, Unpack
@@ -134,6 +135,8 @@ def _transformation(
         theta = promote(moving, stage_dtype)
         problem = objective.bind(extra_args, params, part, stage_dtype)
         incoming = part.moving(updates)
+        if reuse_updates:
+            problem = dataclasses.replace(problem, rounding=_tree.unit_roundoff(incoming))
         check_kinds(incoming, theta, "updates")
         incoming = _tree.cast_like(incoming, theta)
         k1 = objective.with_l2(incoming, theta) if reuse_updates else problem(theta)

@@ -411,7 +411,7 @@ def test_a_solver_steps_a_problem_written_by_hand_on_any_tree():
     expected = {"fast": 1 - 1 + 1 / 2 - 1 / 6 + 1 / 24, "slow": (4 * (1 - 1 / 4 + 1 / 32 - 1 / 384 + 1 / 6144),)}
     assert jax.tree.structure(new) == jax.tree.structure(theta)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-7), new, expected)
-    assert bool(step.ok)
+    assert bool(step.finite)
     assert step.cost.gradients == 4
     assert (step.cost.losses, step.cost.products, step.cost.rows) == (0, 0, 0)
     assert step.error is None
