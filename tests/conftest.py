@@ -6,6 +6,8 @@ import os
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,3 +35,27 @@ def network(dtype=np.float32, seed=0):
     params = {"w1": rng.normal(size=(3, 5)), "b1": rng.normal(size=5), "w2": rng.normal(size=(5, 2))}
     data = {"x": rng.normal(size=(8, 3)), "y": rng.normal(size=(8, 2))}
     return jax.tree.map(lambda a: jnp.asarray(a, dtype), (params, data))
+
+
+@pytest.fixture
+def evaluations():
+    """`evaluations.of(function)` counts how often the function is evaluated at run time, whatever is compiled."""
+
+    class Evaluations:
+        def __init__(self):
+            self._calls = []
+
+        def of(self, function):
+            @functools.wraps(function)
+            def counted(*args, **kwargs):
+                jax.debug.callback(lambda: self._calls.append(1))
+                return function(*args, **kwargs)
+
+            return counted
+
+        @property
+        def number(self):
+            jax.effects_barrier()
+            return len(self._calls)
+
+    return Evaluations()
