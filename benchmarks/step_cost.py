@@ -203,8 +203,8 @@ class Row:
     gradients: int
     compile_s: float
     traces: int
-    temporaries: float
-    temporaries_donated: float
+    temporaries: float = float("nan")
+    temporaries_donated: float = float("nan")
     time: float = float("nan")
     time_quartiles: tuple[float, float] = (float("nan"), float("nan"))
     time_best: float = float("nan")
@@ -232,6 +232,8 @@ def build(
     gradients: tuple[int, int],
     build_step: tuple[TrainingStep, PyTree],
     compiles: int,
+    *,
+    memory: bool = True,
 ) -> Program:
     step, state = build_step
     arguments = network.params(), state, *network.batch
@@ -247,9 +249,9 @@ def build(
         run = compiled(0, 1)
         seconds.append(time.perf_counter() - start)
     assert run is not None
-    traces = network.traces
-    temporaries = [_temporaries(network, executable) for executable in (compiled(), run)]
-    row = Row(method, program, *gradients, float(np.median(seconds)), traces, temporaries[0], temporaries[1])
+    row = Row(method, program, *gradients, float(np.median(seconds)), network.traces)
+    if memory:
+        row.temporaries, row.temporaries_donated = _temporaries(network, compiled()), _temporaries(network, run)
     return Program(row, run, *arguments[:2])
 
 
@@ -259,15 +261,9 @@ def _temporaries(network: Network, executable: Any) -> float:
 
 def competitors(network: Network, methods: Sequence[str], compiles: int) -> list[Program]:
     loss, h = network.loss, STEP_SIZE
+    sgd = optax.with_extra_args_support(optax.sgd(h))
     programs = [
-        build(
-            network,
-            "euler",
-            "optax.sgd",
-            (1, 1),
-            with_optax(network, optax.with_extra_args_support(optax.sgd(h))),
-            compiles,
-        ),
+        build(network, "euler", "optax.sgd", (1, 1), with_optax(network, sgd), compiles),
         build(network, "euler", "rk_optax", (1, 1), with_optax(network, rk_optax.euler(loss, h)), compiles),
     ]
     for name in methods:
@@ -307,7 +303,7 @@ def time_steps(network: Network, programs: list[Program], rounds: int) -> list[R
     share = _temporaries(network, unit.lower(params, *network.batch).compile())
     nan = float("nan")
     stages = {p.row.method: p.row.stages for p in programs}
-    units = [Row(name, "s x value_and_grad", s, s, nan, 1, share, nan) for name, s in stages.items()]
+    units = [Row(name, "s x value_and_grad", s, s, nan, 1, share) for name, s in stages.items()]
     runs: list[tuple[Row, Callable[[], float]]] = [(p.row, lambda p=p: step(p)) for p in programs]
     runs += [(row, lambda row=row: gradients(row.stages)) for row in units]
     seconds: list[list[tuple[float, float]]] = [[] for _ in runs]
@@ -332,15 +328,15 @@ def time_steps(network: Network, programs: list[Program], rounds: int) -> list[R
     return sorted(rows, key=lambda row: (order.index(row.method), row.program != "s x value_and_grad"))
 
 
-def compile_deep(layers: int, width: int, methods: Sequence[str], compiles: int) -> list[Row]:
-    """Compile times on a deep, narrow network, where unrolling hurts most."""
+def compile_deep(layers: int, width: int, methods: Sequence[str]) -> list[Row]:
+    """Compile times on a deep, narrow network, where unrolling hurts most; one compilation each."""
     network = Network([width] * layers + [10], batch=32)
     rows = []
     for name in methods:
         s = rk_optax.TABLEAUS[name].effective_stages
         tx = getattr(rk_optax, name)(network.loss, STEP_SIZE)
         for label, entry in (("rk_optax", with_optax(network, tx)), ("unrolled", unrolled(network, name))):
-            rows.append(build(network, name, label, (s, s), entry, compiles).row)
+            rows.append(build(network, name, label, (s, s), entry, compiles=1, memory=False).row)
     return rows
 
 
@@ -434,7 +430,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(table(rows, f"MLP {layers}, batch {options.batch}, float32, {jax.devices()[0].device_kind}: one step"))
     deep = []
     if options.deep:
-        deep = compile_deep(options.deep, 8 if options.smoke else 64, options.methods, options.compiles)
+        deep = compile_deep(options.deep, 8 if options.smoke else 64, options.methods)
         print()
         print(table(deep, f"MLP of {options.deep} layers: compilation"))
     if options.json:

@@ -152,7 +152,9 @@ def _transformation(
         )
         emitted = _tree.cast_like(emit(promote(direction, stage_dtype), h), moving)
 
-        accepted, reason = _judge(step, emitted, h, skip_nonfinite)
+        # What is emitted, because h·g* may overflow, and g* before an `after` that may clip an infinity.
+        looked_at = (emitted, h) if after is None else (step.direction, emitted, h)
+        accepted, reason = _judge(step, looked_at, skip_nonfinite)
         zeros = jax.tree.map(jnp.zeros_like, params)
         emitted, *kept = _tree.select(
             accepted,
@@ -176,10 +178,9 @@ def _transformation(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _judge(step: Step, emitted: PyTree, h: Any, skip_nonfinite: bool) -> tuple[jax.Array, jax.Array]:
+def _judge(step: Step, looked_at: PyTree, skip_nonfinite: bool) -> tuple[jax.Array, jax.Array]:
     """Whether to take the step, and the `Reason`."""
-    # g* is looked at before `after`, which may clip an infinity, and what is emitted because h·g* may overflow.
-    finite = step.finite & _tree.all_finite((step.direction, emitted, h)) if skip_nonfinite else jnp.asarray(True)
+    finite = step.finite & _tree.all_finite(looked_at) if skip_nonfinite else jnp.asarray(True)
     reason = jnp.where(finite, jnp.where(step.solved, Reason.ACCEPTED, Reason.NOT_SOLVED), Reason.NOT_FINITE)
     return finite & step.solved, reason.astype(jnp.int32)
 

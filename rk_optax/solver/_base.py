@@ -31,9 +31,7 @@ class Step(NamedTuple):
 
     direction: PyTree  # g*, like params: the step proposes θ − h·g*
     cost: Cost
-    finite: bool | jax.Array = (
-        True  # was every stage finite? One may be hidden in g*: by a weight of 0, a saturated loss
-    )
+    finite: bool | jax.Array = True  # False for a stage that was not finite and does not show in g*
     solved: bool | jax.Array = True  # did the solver's own iteration, where it has one, converge?
     error: PyTree | None = None  # estimate of the local error, like params and in its units
     predicted_fall: jax.Array | None = None  # of the loss, by the solver's own quadratic model

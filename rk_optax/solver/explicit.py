@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -80,11 +81,10 @@ class Explicit(Solver):
         # Both forms evaluate stages 2 to s in one scan, so that the loss is traced and compiled once whatever s is.
         looks_back_once = not np.tril(a, -2).any()
         combine = _chained_stages if looks_back_once else _stored_stages
-        (direction, *errors), finite, change = combine(problem, params, k1, h, a, weights, want_curvature)
+        (direction, *errors), change = combine(problem, params, k1, h, a, weights, want_curvature)
         return Step(
             direction,
             Cost(gradients=len(kept)),
-            finite=finite,
             error=_tree.scale(h, errors[0]) if want_error else None,
             curvature=None if change is None else change / (abs(a[1, 0]) * h * _tree.norm(k1)),
             state=state,
@@ -93,55 +93,54 @@ class Explicit(Solver):
 
 def _chained_stages(
     problem: Problem, params: PyTree, k1: PyTree, h: Any, a: np.ndarray, weights: list[np.ndarray], want_change: bool
-) -> tuple[list[PyTree], jax.Array, jax.Array | None]:
+) -> tuple[list[PyTree], jax.Array | None]:
     """Σ w_i k_i for each row of weights, where a stage needs only the one before it, as in classical RK4.
 
-    Also whether all stages are finite, and ‖k2 − k1‖ where that is wanted. Two trees beside params, where
-    unrolling keeps a third and a fourth alive.
+    Also ‖k2 − k1‖ where that is wanted. Two trees beside params, where unrolling keeps a third and a fourth alive. A
+    stage that is not finite makes the sums so, even with weight 0.
     """
 
-    def stage(carry: Any, inputs: Any) -> tuple[Any, tuple[jax.Array, jax.Array | None]]:
+    def stage(carry: Any, inputs: Any) -> tuple[Any, jax.Array | None]:
         before, sums = carry
         i, coefficient, new_weights = inputs
         k = problem(_moved(params, h, _tree.scale(coefficient, before)), i)
         sums = [_tree.add_scaled(total, w, k) for total, w in zip(sums, new_weights, strict=True)]
-        return (k, sums), (_tree.all_finite(k), _distance(k, before) if want_change else None)
+        return (k, sums), _distance(k, before) if want_change else None
 
     sums = [_tree.scale(w[0], k1) for w in weights]
     if len(a) == 1:  # an empty scan would trace the loss for nothing
-        return sums, _tree.all_finite(k1), None
+        return sums, None
     stages = (np.arange(1, len(a)), np.diagonal(a, -1), np.stack(weights, axis=1)[1:])
-    (_, sums), (finite, changes) = jax.lax.scan(stage, (k1, sums), jax.tree.map(jnp.asarray, stages))
-    return sums, finite.all() & _tree.all_finite(k1), None if changes is None else changes[0]
+    (_, sums), changes = jax.lax.scan(stage, (k1, sums), jax.tree.map(jnp.asarray, stages))
+    return sums, None if changes is None else changes[0]
 
 
 def _stored_stages(
     problem: Problem, params: PyTree, k1: PyTree, h: Any, a: np.ndarray, weights: list[np.ndarray], want_change: bool
-) -> tuple[list[PyTree], jax.Array, jax.Array | None]:
+) -> tuple[list[PyTree], jax.Array | None]:
     """Σ w_i k_i for each row of weights, where later stages need several earlier ones: all are kept.
 
-    Also whether all stages are finite, and ‖k2 − k1‖ where that is wanted.
+    Also ‖k2 − k1‖ where that is wanted.
     """
     s = len(a)
 
-    def combination(row: np.ndarray, ks: PyTree) -> PyTree:
+    def combination(row: np.ndarray, ks: PyTree, used: Iterable[int]) -> PyTree:
         # Only the stages a row uses are read. A product with the whole row reads twice as many for an eighth-order
         # method, and a dot product would be rounded to bfloat16 or TF32 on accelerators.
-        used = np.flatnonzero(row) if row.any() else np.array([0])
         return jax.tree.map(lambda k: sum(jnp.asarray(row[j], _tree.real_dtype(k)) * k[j] for j in used), ks)
 
-    rows = [functools.partial(combination, row) for row in a[1:]]
+    rows = [functools.partial(combination, row, used=np.flatnonzero(row) if row.any() else [0]) for row in a[1:]]
 
-    def stage(ks: PyTree, i: jax.Array) -> tuple[PyTree, jax.Array]:
+    def stage(ks: PyTree, i: jax.Array) -> tuple[PyTree, None]:
         k = problem(_moved(params, h, jax.lax.switch(i - 1, rows, ks)), i)
         ks = jax.tree.map(lambda slots, new: jax.lax.dynamic_update_index_in_dim(slots, new, i, 0), ks, k)
-        return ks, _tree.all_finite(k)
+        return ks, None
 
     ks = jax.tree.map(lambda k: jnp.stack([k, *[jnp.zeros_like(k)] * (s - 1)]), k1)
-    ks, finite = jax.lax.scan(stage, ks, jnp.arange(1, s))
-    finite = finite.all() & _tree.all_finite(k1)
+    ks, _ = jax.lax.scan(stage, ks, jnp.arange(1, s))
+    # Stages of weight 0 are in the sums too, where 0·∞ is NaN: one that is not finite must not pass unseen.
     change = _distance(*(jax.tree.map(lambda k, i=i: k[i], ks) for i in (0, 1))) if want_change else None
-    return [combination(w, ks) for w in weights], finite, change
+    return [combination(w, ks, range(s)) for w in weights], change
 
 
 def _moved(params: PyTree, h: Any, offset: PyTree) -> PyTree:
