@@ -65,6 +65,7 @@ def smoke(tmp_path_factory):
     overrides = ["--timed-runs", str(SMOKE.timed_runs), "--seeds", *map(str, SMOKE.seeds)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Comparison, "run", run)
+        patch.delenv("COLUMNS", raising=False)  # the table is as wide as it is in a pipe
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as exit_info:
             main(["compare", str(folder / "tiny.py"), "--out", str(folder / "run"), *overrides])
     return types.SimpleNamespace(
