@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar, Unpack
+from typing import Any, Literal, TypeVar, Unpack
 
 import jax
 import optax
 
 from rk_optax import tableau
+from rk_optax.control import descent_control, trust_ratio_control
+from rk_optax.solver import ResidualEuler, Ros2, RosenbrockEuler, Stabilized
+from rk_optax.solver.linearly_implicit import Curvature
 from rk_optax.step_size import LearningRate
 from rk_optax.transform import Options, runge_kutta, with_options_of
 
@@ -46,7 +49,7 @@ _SHARED_DOC = """
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, rk_optax
-      >>> def loss_fn(w, x): return jnp.sum((w - x) ** 2)
+      >>> {loss}
       >>> tx = rk_optax.{name}(loss_fn, learning_rate=0.1)
       >>> w, x = jnp.array([1.0, 3.0]), jnp.array([0.0, 2.0])
       >>> updates, state = jax.jit(tx.update)(jax.grad(loss_fn)(w, x), tx.init(w), w, x=x)
@@ -55,10 +58,19 @@ _SHARED_DOC = """
     """
 
 
-def _ready(alias: _F) -> _F:
+_ANY_LOSS = "def loss_fn(w, x): return jnp.sum((w - x) ** 2)"
+_LEAST_SQUARES = "loss_fn = rk_optax.LeastSquares(lambda w, x: w - x)"
+
+
+def _ready(alias: _F, loss: str = _ANY_LOSS) -> _F:
     """Completes the docstring of an alias and spells out its options."""
-    alias.__doc__ = (alias.__doc__ or "") + _SHARED_DOC.format(name=alias.__name__)
+    alias.__doc__ = (alias.__doc__ or "") + _SHARED_DOC.format(name=alias.__name__, loss=loss)
     return with_options_of(runge_kutta)(alias)
+
+
+def _ready_for_structure(alias: _F) -> _F:
+    """`_ready`, for a solver that needs to see the loss's structure."""
+    return _ready(alias, _LEAST_SQUARES)
 
 
 @_ready
@@ -203,3 +215,111 @@ def dopri8(
 ) -> Transformation:
     """Prince and Dormand's 8(7) pair: thirteen gradients a step, order 8."""
     return runge_kutta(loss_fn, learning_rate, tableau.DOPRI8, momentum=momentum, **options)
+
+
+@_ready
+def rkc(
+    loss_fn: Loss,
+    learning_rate: LearningRate | None = None,
+    *,
+    stages: int | Literal["auto"] = "auto",
+    order: Literal[1, 2] = 1,
+    damping: float | None = None,
+    max_stages: int = 128,
+    momentum: Momentum = None,
+    **options: Unpack[AliasOptions],
+) -> Transformation:
+    """Runge–Kutta–Chebyshev: s gradients a step, order 1 or 2, real stability interval about 1.93 s² or 0.65 s².
+
+    By default it needs no learning rate: `rk_optax.descent_control()` finds one, and as many stages are taken as that h
+    and the curvature ask for. `stages`, `damping` and `max_stages` are those of `rk_optax.Stabilized`, except that
+    damping is 1 by default at order 1: ten times the literature's, which is for parabolic equations.
+    """
+    if order not in (1, 2):
+        raise ValueError(f"order must be 1 or 2, got {order!r}.")
+    damping = 1.0 if damping is None and order == 1 else damping
+    solver = Stabilized("rkc1" if order == 1 else "rkc2", stages, damping, max_stages)
+    return runge_kutta(loss_fn, _or(learning_rate, descent_control), solver, momentum=momentum, **options)
+
+
+@_ready
+def rkl(
+    loss_fn: Loss,
+    learning_rate: LearningRate | None = None,
+    *,
+    stages: int | Literal["auto"] = "auto",
+    order: Literal[1, 2] = 1,
+    max_stages: int = 128,
+    momentum: Momentum = None,
+    **options: Unpack[AliasOptions],
+) -> Transformation:
+    """Runge–Kutta–Legendre: s gradients a step, order 1 or 2, real stability interval s² + s or (s² + s − 2)/2.
+
+    By default it needs no learning rate, see `rk_optax.rkc`. No damping parameter.
+    """
+    if order not in (1, 2):
+        raise ValueError(f"order must be 1 or 2, got {order!r}.")
+    solver = Stabilized("rkl1" if order == 1 else "rkl2", stages, None, max_stages)
+    return runge_kutta(loss_fn, _or(learning_rate, descent_control), solver, momentum=momentum, **options)
+
+
+@_ready_for_structure
+def rosenbrock_euler(
+    loss_fn: Loss,
+    learning_rate: LearningRate | None = None,
+    *,
+    curvature: Curvature = "gauss_newton",
+    tolerance: float = 1e-3,
+    max_iterations: int = 50,
+    momentum: Momentum = None,
+    **options: Unpack[AliasOptions],
+) -> Transformation:
+    """Linearly implicit Euler, by CG: order 1, no stability limit; two gradients and a product per CG iteration.
+
+    By default `rk_optax.trust_ratio_control()` finds h, and the loss is a `rk_optax.ModelLoss` or `LeastSquares`; any
+    loss goes with `curvature="hessian"`. See `rk_optax.RosenbrockEuler`.
+    """
+    solver = RosenbrockEuler(curvature, tolerance, max_iterations)
+    return runge_kutta(loss_fn, _or(learning_rate, trust_ratio_control), solver, momentum=momentum, **options)
+
+
+@_ready_for_structure
+def ros2(
+    loss_fn: Loss,
+    learning_rate: LearningRate | None = None,
+    *,
+    curvature: Curvature = "gauss_newton",
+    tolerance: float = 1e-6,
+    max_iterations: int = 50,
+    gamma: float | None = None,
+    momentum: Momentum = None,
+    **options: Unpack[AliasOptions],
+) -> Transformation:
+    """ROS2, by CG: order 2 for any curvature, no stability limit; three gradients and a product per CG iteration.
+
+    By default `rk_optax.descent_control()` finds h. See `rk_optax.Ros2`.
+    """
+    solver = Ros2(curvature, tolerance, max_iterations, gamma)
+    return runge_kutta(loss_fn, _or(learning_rate, descent_control), solver, momentum=momentum, **options)
+
+
+@_ready_for_structure
+def residual_euler(
+    loss_fn: Loss,
+    learning_rate: LearningRate | None = None,
+    *,
+    max_rows: int = 4096,
+    momentum: Momentum = None,
+    **options: Unpack[AliasOptions],
+) -> Transformation:
+    """Linearly implicit Euler for least squares, solved exactly in residual space: the one for PINNs.
+
+    Order 1, no stability limit; one N×N factorisation for N residuals. By default `rk_optax.trust_ratio_control()`
+    finds h; the loss is a `rk_optax.LeastSquares`. See `rk_optax.ResidualEuler`.
+    """
+    solver = ResidualEuler(max_rows)
+    return runge_kutta(loss_fn, _or(learning_rate, trust_ratio_control), solver, momentum=momentum, **options)
+
+
+def _or(learning_rate: LearningRate | None, control: Callable[[], LearningRate]) -> LearningRate:
+    return control() if learning_rate is None else learning_rate

@@ -29,17 +29,25 @@ class Preconditioner(NamedTuple):
         gradient at params; `problem` is the field before preconditioning. `frozen` is what `apply` needs.
       apply: `apply(gradient, frozen) -> gradient`, at every stage.
       needs: what it asks of the problem; checked when a transformation is built.
+      diagonal: `diagonal(frozen) -> P`, like params and positive (None for P = I), where applying is a product with it;
+        None where it is not, which the linearly implicit and implicit solvers refuse.
     """
 
     init: Callable[[PyTree], PyTree]
     update: Callable[[PyTree, PyTree, PyTree, Problem], tuple[PyTree, PyTree, Cost]]
     apply: Callable[[PyTree, PyTree], PyTree]
     needs: frozenset[Capability] = frozenset()
+    diagonal: Callable[[PyTree], PyTree | None] | None = None
 
 
 def no_preconditioner() -> Preconditioner:
     """P = I."""
-    return Preconditioner(lambda params: (), lambda g, state, params, problem: ((), state, Cost()), lambda g, _: g)
+    return Preconditioner(
+        lambda params: (),
+        lambda g, state, params, problem: ((), state, Cost()),
+        lambda g, _: g,
+        diagonal=lambda _: None,
+    )
 
 
 class AdagradState(NamedTuple):
@@ -96,7 +104,7 @@ def precondition_by_adagrad(floor: float = 1.0) -> Preconditioner:
         frozen = jax.tree.map(lambda s, g: _finite_or_nan(s, jax.lax.rsqrt(s + floor), g), total, gradient)
         return frozen, AdagradState(_tree.cast_like(total, state.sum_of_squares)), Cost()
 
-    return Preconditioner(init, update, _multiply)
+    return Preconditioner(init, update, _multiply, diagonal=_itself)
 
 
 def precondition_by_rms(decay: float = 0.9, floor: float = 1e-3) -> Preconditioner:
@@ -151,7 +159,7 @@ def _by_second_moment(decay: float, floor: float, *, debias: bool) -> Preconditi
         frozen = jax.tree.map(scale, second, gradient)
         return frozen, MomentState(count, _tree.cast_like(second, state.second_moment)), Cost()
 
-    return Preconditioner(init, update, _multiply)
+    return Preconditioner(init, update, _multiply, diagonal=_itself)
 
 
 def precondition_by_hutchinson(
@@ -204,7 +212,7 @@ def precondition_by_hutchinson(
         new_state = HutchinsonState(state.count + 1, state.key, _tree.cast_like(curvature, state.curvature))
         return frozen, new_state, Cost(products=due.astype(jnp.int32))
 
-    return Preconditioner(init, update, _multiply, needs=frozenset({"product"}))
+    return Preconditioner(init, update, _multiply, frozenset({"product"}), _itself)
 
 
 def precondition_by(transformation: optax.GradientTransformation) -> Preconditioner:
@@ -244,6 +252,10 @@ def precondition_by(transformation: optax.GradientTransformation) -> Preconditio
 
 def _multiply(gradient: PyTree, frozen: PyTree) -> PyTree:
     return jax.tree.map(lambda g, p: g * p, gradient, frozen)
+
+
+def _itself(frozen: PyTree) -> PyTree:
+    return frozen
 
 
 def _wide(x: jax.Array) -> jax.Array:

@@ -15,14 +15,29 @@ import jax.numpy as jnp
 
 from rk_optax import _tree
 from rk_optax._arguments import DataFunction, read_data_function
+from rk_optax.structured_loss import LeastSquares, ModelLoss, Rows
 
 PyTree = Any
-Capability = Literal["loss", "product"]
+Linear = Callable[[PyTree], PyTree]
+Capability = Literal["loss", "product", "gauss_newton", "rows"]
 
 _REMEDIES: dict[str, str] = {
     "loss": "pass loss_fn (a grad_fn alone has no loss to evaluate)",
     "product": "pass loss_fn (a grad_fn alone is not known to be differentiable)",
+    "gauss_newton": "pass a loss_fn whose structure is known: rk_optax.ModelLoss(model_fn, output_loss) or "
+    "rk_optax.LeastSquares(residual_fn)",
+    "rows": "pass a least-squares loss: rk_optax.LeastSquares(residual_fn)",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundStructure:
+    """A `ModelLoss` on one update's data, as functions of the moving leaves."""
+
+    outputs: Callable[[PyTree], PyTree]
+    of_outputs: Callable[[PyTree], jax.Array]
+    rows: Callable[[PyTree], Rows] | None  # of least squares
+    count_rows: Callable[[PyTree], int] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +52,20 @@ class Problem:
       smooth_field: `smooth_field(params) -> gradient`, the field of stage 1 where it is known to be differentiable, or
         None likewise.
       rounding: relative rounding error of stage 1 as it came in, where that is coarser than the stage dtype.
+      gradient: like `smooth_field`, but never preconditioned: ∇L on the data of stage 1.
+      structure: the structured loss as functions of params alone, or None.
+      l2: λ of the loss's term (λ/2)‖θ‖², or None; `rows` are without it.
+      scale: the diagonal of the preconditioner P, like params; None for P = I or where P has none.
     """
 
     field: Callable[[PyTree, Any], PyTree]
     objective: Callable[[PyTree], jax.Array] | None = None
     smooth_field: Callable[[PyTree], PyTree] | None = None
     rounding: float = 0.0
+    gradient: Callable[[PyTree], PyTree] | None = None
+    structure: BoundStructure | None = None
+    l2: Any = None
+    scale: PyTree | None = None
 
     def __call__(self, params: PyTree, stage: int | jax.Array = 0) -> PyTree:
         """The gradient at `params`: what the flow follows downhill. `stage` may be traced. Costs one gradient."""
@@ -60,11 +83,49 @@ class Problem:
             raise ValueError(f"This problem has no Hessian-vector product: {_REMEDIES['product']}.")
         return jax.jvp(self.smooth_field, (params,), (vector,))[1]
 
-    def preconditioned(self, apply: Callable[[PyTree], PyTree]) -> Problem:
+    def hessian(self, params: PyTree) -> Linear:
+        """V ↦ ∇²L v at `params`, without preconditioner, linearised once. Costs one gradient; each call one product."""
+        if self.gradient is None:
+            raise ValueError(f"This problem has no Hessian: {_REMEDIES['product']}.")
+        return jax.linearize(self.gradient, params)[1]
+
+    def gauss_newton(self, params: PyTree) -> Linear:
+        """V ↦ (Jᵀ(∇²output_loss)J + λI) v, without preconditioner, linearised once. Each call costs one product."""
+        structure = self._structured("gauss_newton")
+        outputs, push = jax.linearize(structure.outputs, params)
+        pull = jax.linear_transpose(push, params)
+        curve = jax.linearize(jax.grad(structure.of_outputs), outputs)[1]
+
+        def product(v: PyTree) -> PyTree:
+            # The transpose of a complex linear map is not its adjoint.
+            result = jax.tree.map(jnp.conj, pull(curve(push(v)))[0])
+            return result if self.l2 is None else _tree.add_scaled(result, self.l2, v)
+
+        return product
+
+    def rows(self, params: PyTree) -> Rows:
+        """Residuals and their Jacobian, without preconditioner and without the L2 term. Costs N rows."""
+        structure = self._structured("rows")
+        if structure.rows is None:
+            raise ValueError(f"This problem has no residuals: {_REMEDIES['rows']}.")
+        return structure.rows(params)
+
+    def count_rows(self, params: PyTree) -> int:
+        """N, the number of residuals, an integer also under jit. Costs nothing."""
+        structure = self._structured("rows")
+        return 0 if structure.count_rows is None else structure.count_rows(params)
+
+    def _structured(self, capability: str) -> BoundStructure:
+        if self.structure is None:
+            raise ValueError(f"This problem has no {capability!r}: {_REMEDIES[capability]}.")
+        return self.structure
+
+    def preconditioned(self, apply: Callable[[PyTree], PyTree], scale: PyTree | None = None) -> Problem:
         """The problem whose field is `apply` of this one's, and whose products are those of that field."""
         smooth = self.smooth_field
         return dataclasses.replace(
             self,
+            scale=scale,
             field=lambda params, stage: apply(self.field(params, stage)),
             smooth_field=None if smooth is None else lambda params: apply(smooth(params)),
         )
@@ -197,7 +258,12 @@ class Objective:
         for function in filter(None, (self._loss, self._gradient)):
             for name in set(self._batches.names) - {*function.required, *function.optional}:
                 raise ValueError(f"batch_argnames has {name!r}, which {function.role} does not take.")
-        available = {"loss", "product"} if self._loss is not None else set()
+        self._structure = loss_fn if isinstance(loss_fn, ModelLoss) else None
+        if self._structure is not None and has_aux:
+            raise ValueError(f"has_aux=True: a {type(loss_fn).__name__} returns its loss alone, without aux.")
+        available: set[Capability] = {"loss", "product"} if self._loss is not None else set()
+        if self._structure is not None:
+            available |= {"gauss_newton"} | ({"rows"} if isinstance(loss_fn, LeastSquares) else set())
         for capability in sorted(needs - available):
             raise ValueError(
                 f"This solver, learning rate or preconditioner needs a {capability!r}: {_REMEDIES[capability]}."
@@ -255,7 +321,30 @@ class Objective:
                 return value(moving, 0)
             return value(moving, 0) + 0.5 * self._l2 * _tree.inner(moving, moving)
 
-        return Problem(field, objective, lambda moving: field(moving, 0))
+        def gradient(moving: PyTree) -> PyTree:
+            return field(moving, 0)
+
+        return Problem(
+            field, objective, gradient, gradient=gradient, structure=self._bound_structure(data, merged), l2=self._l2
+        )
+
+    def _bound_structure(self, data: Mapping[str, Any], merged: Callable[[PyTree], PyTree]) -> BoundStructure | None:
+        loss = self._structure
+        if loss is None:
+            return None
+        data = self._batches.at(data, 0)
+        rows = count = None
+        if isinstance(loss, LeastSquares):
+
+            def rows(moving: PyTree) -> Rows:
+                return loss.rows(moving, data, merged)
+
+            def count(moving: PyTree) -> int:
+                return loss.count_rows(merged(moving), data)
+
+        return BoundStructure(
+            lambda moving: loss.outputs(merged(moving), data), lambda out: loss.of_outputs(out, data), rows, count
+        )
 
     def with_l2(self, gradient: PyTree, params: PyTree) -> PyTree:
         """The gradient of the whole objective from the gradient of the loss."""

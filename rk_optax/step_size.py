@@ -34,6 +34,9 @@ class Reason(enum.IntEnum):
     ACCEPTED = 0
     NOT_FINITE = 1
     NOT_SOLVED = 2
+    LOSS_ROSE = 3
+    ERROR_TOO_LARGE = 4
+    SMALLEST_STEP = 5
 
     @property
     def message(self) -> str:
@@ -45,7 +48,13 @@ _MESSAGES = {
     Reason.ACCEPTED: "the step was taken",
     Reason.NOT_FINITE: "a stage, the step size or the update was not finite; parameters and solver were left as "
     "they were",
-    Reason.NOT_SOLVED: "the solver's own iteration did not converge; parameters and solver were left as they were",
+    Reason.NOT_SOLVED: "the solver's own iteration did not converge, or the step size is beyond what it can take; "
+    "parameters and solver were left as they were",
+    Reason.LOSS_ROSE: "the loss would have risen; parameters and solver were left as they were, the next step is shorter",
+    Reason.ERROR_TOO_LARGE: "the error estimate exceeds the tolerance; parameters and solver were left as they were, "
+    "the next step is shorter",
+    Reason.SMALLEST_STEP: "refused even at the smallest step size: converged to rounding, or the gradient is not that of "
+    "the loss; parameters and solver were left as they were",
 }
 
 
@@ -57,22 +66,46 @@ class Proposal(NamedTuple):
     cost: Cost = Cost()
 
 
+class Attempt(NamedTuple):
+    """A step that the solver has made and the rule may refuse."""
+
+    solver: Solver
+    problem: Problem
+    params: PyTree  # θ, in the stage dtype
+    k1: PyTree  # the (preconditioned) field at θ
+    candidate: PyTree  # θ with the update added, momentum and all
+    step_size: jax.Array  # h
+    step: Step
+    usable: jax.Array  # shape=(), bool: finite and solved; what is not is refused whatever the rule says
+
+
+class Verdict(NamedTuple):
+    """What a rule makes of an attempt."""
+
+    accepted: bool | jax.Array
+    reason: int | jax.Array  # a `Reason`, read where the attempt was usable
+    state: PyTree  # of the rule, kept whether the step is taken or not
+    cost: Cost = Cost()
+
+
 class StepSizeRule(abc.ABC):
-    """Chooses h for each step. Subclasses are frozen dataclasses; all that changes is in the rule's state.
+    """Chooses h for each step, and may refuse it afterwards. Subclasses are frozen dataclasses; all that changes is in the rule's state.
 
     Attributes:
       needs: what the rule asks of the problem; checked when a transformation is built.
       adaptive: whether h depends on more than the count of updates.
       wants_curvature: whether the rule reads `Step.curvature`.
+      wants_error: whether the rule reads `Step.error`.
     """
 
     needs: frozenset[Capability] = frozenset()
     adaptive: ClassVar[bool] = True
     wants_curvature: bool = False
+    wants_error: ClassVar[bool] = False
 
-    def check(self, solver: Solver) -> None:
-        """Raises a ValueError, with the reason, where the rule makes no sense with the solver."""
-        del solver
+    def check(self, solver: Solver, has_after: bool = False) -> None:
+        """Raises a ValueError, with the reason, where the rule makes no sense with the solver, or with an `after`."""
+        del solver, has_after
 
     def init(self) -> PyTree:
         """The rule's state, scalars only."""
@@ -82,10 +115,10 @@ class StepSizeRule(abc.ABC):
     def propose(self, count: jax.Array, state: PyTree, problem: Problem, params: PyTree, k1: PyTree) -> Proposal:
         """Chooses h before a step, from the (preconditioned) field and its stage 1 at params."""
 
-    def observe(self, state: PyTree, step: Step) -> PyTree:
-        """The state after the solver's step, refused or not."""
-        del step
-        return state
+    def judge(self, state: PyTree, attempt: Attempt) -> Verdict:
+        """Takes or refuses the solver's step, and learns from it either way."""
+        del attempt
+        return Verdict(True, Reason.ACCEPTED, state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +152,7 @@ class Dal(StepSizeRule):
     wants_curvature: bool = False
     needs: frozenset[Capability] = frozenset()
 
-    def check(self, solver: Solver) -> None:
+    def check(self, solver: Solver, has_after: bool = False) -> None:
         """Refuses the free estimate where the solver has no two stages to take it from."""
         if self.estimate == "free" and not solver.sees_curvature:
             raise ValueError(
@@ -146,12 +179,13 @@ class Dal(StepSizeRule):
             cost = Cost(products=spent) if self.estimate == "product" else Cost(gradients=spent)
         return Proposal(self._step_size(c, ratio), DalState(ratio), cost)
 
-    def observe(self, state: PyTree, step: Step) -> PyTree:
-        """Takes the free estimate for the next step."""
-        if self.estimate != "free" or step.curvature is None:
-            return state
-        seen = step.curvature.astype(state.ratio.dtype)
-        return DalState(jnp.where(jnp.isfinite(seen), seen, state.ratio))
+    def judge(self, state: PyTree, attempt: Attempt) -> Verdict:
+        """Refuses nothing; takes the free estimate for the next step."""
+        curvature = attempt.step.curvature
+        if self.estimate == "free" and curvature is not None:
+            seen = curvature.astype(state.ratio.dtype)
+            state = DalState(jnp.where(jnp.isfinite(seen), seen, state.ratio))
+        return Verdict(True, Reason.ACCEPTED, state)
 
     def _step_size(self, c: Any, ratio: jax.Array) -> jax.Array:
         c = jnp.asarray(c, ratio.dtype)
@@ -226,9 +260,9 @@ class SgdG2(StepSizeRule):
     initial_learning_rate: float
     decay: float
 
-    def check(self, solver: Solver) -> None:
+    def check(self, solver: Solver, has_after: bool = False) -> None:
         """Refuses every solver but Euler's."""
-        if not (isinstance(solver, Explicit) and solver.stages == 1):
+        if not (isinstance(solver, Explicit) and solver.gradients_per_step == 1):
             raise ValueError(
                 "sgd_g2 finds the step size of a gradient-descent step from Heun's two gradients; another solver's "
                 "stability limit is not the one it estimates. Use it with rk_optax.euler, or dal() with this solver."

@@ -14,8 +14,8 @@ import optax
 from rk_optax import _checks, _tree
 from rk_optax.preconditioner import Preconditioner, no_preconditioner
 from rk_optax.problem import Objective, StageBatches, check_kinds, check_like_params, promote
-from rk_optax.solver import Cost, Solver, Step, as_solver
-from rk_optax.step_size import LearningRate, Reason, StepSizeRule, as_rule
+from rk_optax.solver import Cost, Solver, as_solver
+from rk_optax.step_size import Attempt, LearningRate, Reason, StepSizeRule, as_rule
 from rk_optax.tableau import ButcherTableau
 
 PyTree = Any
@@ -77,12 +77,17 @@ def _transformation(
 ) -> optax.GradientTransformationExtraArgs:
     method = as_solver(solver)
     rule = as_rule(learning_rate)
-    rule.check(method)
+    rule.check(method, after is not None)
     frozen_scale = no_preconditioner() if preconditioner is None else preconditioner
     if not isinstance(frozen_scale, Preconditioner):
         raise TypeError(
             f"preconditioner must be a Preconditioner, got {type(frozen_scale).__name__}; an Optax transformation "
             "becomes one with rk_optax.precondition_by(...)."
+        )
+    if method.needs_diagonal_scale and frozen_scale.diagonal is None:
+        raise ValueError(
+            f"preconditioner: the linear systems of {type(method).__name__} are symmetric only with a diagonal one, such "
+            "as rk_optax.precondition_by_adagrad(); precondition_by(...) promises no diagonal."
         )
     objective = Objective(
         loss_fn,
@@ -141,12 +146,13 @@ def _transformation(
         incoming = _tree.cast_like(incoming, theta)
         k1 = objective.with_l2(incoming, theta) if reuse_updates else problem(theta)
         frozen, preconditioner_state, scale_cost = frozen_scale.update(k1, state.preconditioner, theta, problem)
-        problem = problem.preconditioned(lambda gradient: frozen_scale.apply(gradient, frozen))
+        diagonal = None if frozen_scale.diagonal is None else frozen_scale.diagonal(frozen)
+        problem = problem.preconditioned(lambda gradient: frozen_scale.apply(gradient, frozen), diagonal)
         k1 = frozen_scale.apply(k1, frozen)
 
         h, rule_state, rule_cost = rule.propose(state.count, state.rule, problem, theta, k1)
         wanted = {"want_curvature": True} if rule.wants_curvature else {}  # only solvers that see it know the keyword
-        step = method.step(problem, theta, k1, h, state.solver, **wanted)
+        step = method.step(problem, theta, k1, h, state.solver, want_error=rule.wants_error, **wanted)
         direction, after_state = between.update(
             _tree.cast_like(step.direction, moving), state.after, moving, **extra_args
         )
@@ -154,35 +160,36 @@ def _transformation(
 
         # What is emitted, because h·g* may overflow, and g* before an `after` that may clip an infinity.
         looked_at = (emitted, h) if after is None else (step.direction, emitted, h)
-        accepted, reason = _judge(step, looked_at, skip_nonfinite)
+        finite = step.finite & _tree.all_finite(looked_at) if skip_nonfinite else jnp.asarray(True)
+        usable = finite & step.solved
+        candidate = promote(jax.tree.map(jnp.add, moving, emitted), stage_dtype)
+        attempt = Attempt(method, problem, theta, k1, candidate, jnp.asarray(h), step, usable)
+        verdict = rule.judge(rule_state, attempt)
+        accepted = usable & verdict.accepted
+        reason = jnp.where(finite, jnp.where(step.solved, verdict.reason, Reason.NOT_SOLVED), Reason.NOT_FINITE)
+
+        kept_of_refused = state.solver if step.refused_state is None else step.refused_state
         zeros = jax.tree.map(jnp.zeros_like, params)
         emitted, *kept = _tree.select(
             accepted,
             (emitted, step.state, after_state, preconditioner_state),
-            (part.moving(zeros), state.solver, state.after, state.preconditioner),
+            (part.moving(zeros), kept_of_refused, state.after, state.preconditioner),
         )
         solver_state, after_state, preconditioner_state = kept
         return part.merge(emitted, zeros), RungeKuttaState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             step_size=jnp.asarray(h, state.step_size.dtype),
-            cost=state.cost.plus(step.cost).plus(scale_cost).plus(rule_cost),
+            cost=state.cost.plus(step.cost).plus(scale_cost).plus(rule_cost).plus(verdict.cost),
             accepted=accepted,
-            reason=reason,
+            reason=reason.astype(jnp.int32),
             rejected=state.rejected + ~accepted,
             solver=solver_state,
             after=after_state,
-            rule=rule.observe(rule_state, step),
+            rule=verdict.state,
             preconditioner=preconditioner_state,
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _judge(step: Step, looked_at: PyTree, skip_nonfinite: bool) -> tuple[jax.Array, jax.Array]:
-    """Whether to take the step, and the `Reason`."""
-    finite = step.finite & _tree.all_finite(looked_at) if skip_nonfinite else jnp.asarray(True)
-    reason = jnp.where(finite, jnp.where(step.solved, Reason.ACCEPTED, Reason.NOT_SOLVED), Reason.NOT_FINITE)
-    return finite & step.solved, reason.astype(jnp.int32)
 
 
 def _stage_batches(policy: Any, names: Sequence[str], method: Solver, rule: StepSizeRule) -> StageBatches:
@@ -190,7 +197,7 @@ def _stage_batches(policy: Any, names: Sequence[str], method: Solver, rule: Step
         if names:
             raise ValueError("batch_argnames does nothing with stage_batches='same'; pass 'fresh' or 'split' too.")
         return StageBatches()
-    if method.stages is None:
+    if method.gradients_per_step is None:
         raise ValueError(
             f"stage_batches={policy!r} needs a solver with a fixed number of gradients per step, which "
             f"{type(method).__name__} does not have."
@@ -200,7 +207,7 @@ def _stage_batches(policy: Any, names: Sequence[str], method: Solver, rule: Step
             f"dal(estimate='free') compares the first two stages, and with stage_batches={policy!r} they see different "
             "batches, so that it would measure their noise. Use estimate='product' or 'difference'."
         )
-    return StageBatches.of(policy, names, method.stages)
+    return StageBatches.of(policy, names, method.gradients_per_step)
 
 
 def _check_stage_dtype(stage_dtype: Any) -> None:

@@ -4,9 +4,21 @@ import difflib
 
 from rk_optax.solver._base import Cost, Solver, Step
 from rk_optax.solver.explicit import Explicit
+from rk_optax.solver.linearly_implicit import ResidualEuler, Ros2, RosenbrockEuler
+from rk_optax.solver.stabilized import Stabilized
 from rk_optax.tableau import TABLEAUS, ButcherTableau
 
-__all__ = ["Cost", "Explicit", "Solver", "Step", "as_solver"]
+__all__ = [
+    "Cost",
+    "Explicit",
+    "ResidualEuler",
+    "Ros2",
+    "RosenbrockEuler",
+    "Solver",
+    "Stabilized",
+    "Step",
+    "as_solver",
+]
 
 
 def as_solver(solver: str | ButcherTableau | Solver) -> Solver:

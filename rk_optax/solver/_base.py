@@ -36,7 +36,10 @@ class Step(NamedTuple):
     error: PyTree | None = None  # estimate of the local error, like params and in its units
     predicted_fall: jax.Array | None = None  # of the loss, by the solver's own quadratic model
     curvature: jax.Array | None = None  # ‖k1 − k2‖ / (a21 h ‖k1‖), about ‖Hg‖/‖g‖; None where not asked for
+    estimating: Any = 0  # of cost.gradients, those spent on an estimate that serves later steps too
+    largest_step: jax.Array | None = None  # the largest h that the solver could have taken here, where it knows one
     state: PyTree = ()
+    refused_state: PyTree | None = None  # what to keep of a refused step (diagnostics, estimates at θ); None: nothing
 
 
 class Solver(abc.ABC):
@@ -49,9 +52,24 @@ class Solver(abc.ABC):
     needs: ClassVar[frozenset[Capability]] = frozenset()
 
     @property
-    def stages(self) -> int | None:
-        """Gradients of one step where that number is fixed, else None."""
+    def gradients_per_step(self) -> int | None:
+        """Gradients of one step where each stage is one gradient and their number is fixed, else None."""
         return None
+
+    @property
+    def needs_diagonal_scale(self) -> bool:
+        """Whether a preconditioner has to be a diagonal, because the solver's linear systems are symmetric only then."""
+        return False
+
+    @property
+    def error_order(self) -> int | None:
+        """Order p̂ of the method that the error estimate belongs to: it falls like h^(p̂+1); None without an estimate."""
+        return None
+
+    @property
+    def predicts_fall(self) -> bool:
+        """Whether a step says by how much its own quadratic model of the loss falls."""
+        return False
 
     @property
     def sees_curvature(self) -> bool:

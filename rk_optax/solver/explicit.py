@@ -48,9 +48,15 @@ class Explicit(Solver):
             )
 
     @property
-    def stages(self) -> int:
+    def gradients_per_step(self) -> int:
         """Gradients of one step without an error estimate."""
         return self.tableau.effective_stages
+
+    @property
+    def error_order(self) -> int | None:
+        """The lower of the orders of the two methods, where the tableau has two."""
+        order = self.tableau.order_hat
+        return None if order is None else min(order, self.tableau.order)
 
     @property
     def sees_curvature(self) -> bool:

@@ -1,0 +1,357 @@
+"""Step-size rules that refuse steps: by the error estimate, by the loss, or by how well a quadratic model foretold it.
+
+Each update is one attempt. A refused one leaves parameters, solver and momentum as they were and shortens the next, so
+nothing loops inside a step, and at the smallest step size `state.reason` says so. All losses are those of the batch of
+the step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rk_optax import _checks, _tree
+from rk_optax.problem import Capability, Problem
+from rk_optax.solver import Cost, Solver
+from rk_optax.step_size import Attempt, Proposal, Reason, StepSizeRule, Verdict
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Controlled(StepSizeRule):
+    """What the three share: h is in the state, between bounds."""
+
+    initial_step_size: float
+    min_step_size: float
+    max_step_size: float
+
+    def __post_init__(self):
+        for name in ("initial_step_size", "min_step_size"):
+            _checks.number(getattr(self, name), name, "positive")
+        if not self.min_step_size <= self.initial_step_size <= self.max_step_size:
+            raise ValueError(
+                f"initial_step_size must lie between min_step_size and max_step_size, got {self.initial_step_size!r} "
+                f"outside [{self.min_step_size!r}, {self.max_step_size!r}]."
+            )
+
+    def propose(self, count: jax.Array, state: Any, problem: Problem, params: PyTree, k1: PyTree) -> Proposal:
+        """H of the state."""
+        del count, problem, params, k1
+        return Proposal(state.step_size, state)
+
+    def _bounded(self, h: jax.Array, attempt: Attempt, dtype: jnp.dtype) -> jax.Array:
+        """H within the bounds and, with some room, within what the solver can take."""
+        if attempt.step.largest_step is not None:
+            h = jnp.minimum(h, 0.95 * attempt.step.largest_step)
+        return jnp.clip(h, self.min_step_size, self.max_step_size).astype(dtype)
+
+    def _reason(self, accepted: jax.Array, attempt: Attempt, refused: Reason) -> jax.Array:
+        at_end = attempt.step_size <= self.min_step_size
+        return jnp.where(accepted, Reason.ACCEPTED, jnp.where(at_end, Reason.SMALLEST_STEP, refused))
+
+    def _scalar(self, value: float) -> jax.Array:
+        return jnp.full([], value, _tree.default_float())
+
+
+class ErrorControlState(NamedTuple):
+    """State of `error_control`."""
+
+    step_size: jax.Array  # shape=(), float: the next h
+    error: jax.Array  # shape=(), float: the latest scaled error; a step is taken where it is at most 1
+    errors: jax.Array  # shape=(2,), float: of the last two accepted steps, the latest first
+
+
+@dataclasses.dataclass(frozen=True)
+class ErrorControl(_Controlled):
+    """See `error_control`."""
+
+    rtol: float
+    atol: float
+    coefficients: tuple[float, float, float]
+    safety: float
+    factors: tuple[float, float]
+    wants_error: ClassVar[bool] = True
+
+    def check(self, solver: Solver, has_after: bool = False) -> None:
+        """Refuses solvers without an error estimate."""
+        if solver.error_order is None:
+            raise ValueError(
+                f"error_control needs an embedded error estimate, which {_name(solver)} has not. Use one that has, such "
+                "as 'bogacki_shampine', 'dopri5' or 'tsit5', or descent_control()."
+            )
+
+    def init(self) -> ErrorControlState:
+        """As if the steps before the first had been just right."""
+        return ErrorControlState(
+            self._scalar(self.initial_step_size), self._scalar(math.nan), jnp.ones([2], _tree.default_float())
+        )
+
+    def judge(self, state: ErrorControlState, attempt: Attempt) -> Verdict:
+        """Accepts where the scaled error is at most 1."""
+        error = self._scaled(attempt).astype(state.errors.dtype)
+        accepted = attempt.usable & (error <= 1)
+        history = jnp.concatenate([error[None], state.errors])
+        # A PID controller in the logarithm of the error, whose proportional part is that of differences.
+        p, i, d = self.coefficients
+        weights = -jnp.array([p + i + d, -(p + 2 * d), d], history.dtype) / ((attempt.solver.error_order or 0) + 1)
+        smallest, largest = self.factors
+        tiny = jnp.finfo(history.dtype).tiny
+        factor = self.safety * jnp.exp(jnp.sum(weights * jnp.log(jnp.maximum(history, tiny))))
+        factor = jnp.clip(factor, smallest, jnp.where(accepted, largest, self.safety))
+        factor = jnp.where(attempt.usable & jnp.isfinite(error), factor, smallest)
+        new = ErrorControlState(
+            self._bounded(state.step_size * factor, attempt, state.step_size.dtype),
+            error,
+            jnp.where(accepted, history[:2], state.errors),
+        )
+        return Verdict(accepted, self._reason(accepted, attempt, Reason.ERROR_TOO_LARGE), new)
+
+    def _scaled(self, attempt: Attempt) -> jax.Array:
+        """The root mean square of error / (atol + rtol·max(|θ|, |θ_next|))."""
+        sizes = jax.tree.map(
+            lambda a, b: self.atol + self.rtol * jnp.maximum(jnp.abs(a), jnp.abs(b)), attempt.params, attempt.candidate
+        )
+        scaled = jax.tree.map(jnp.divide, attempt.step.error, sizes)
+        count = sum(leaf.size for leaf in jax.tree.leaves(scaled))
+        return _tree.norm(scaled) / math.sqrt(max(count, 1))
+
+
+def error_control(
+    rtol: float = 1e-3,
+    atol: float = 1e-6,
+    *,
+    initial_step_size: float = 1e-2,
+    pcoeff: float = 0.0,
+    icoeff: float = 1.0,
+    dcoeff: float = 0.0,
+    safety: float = 0.9,
+    factor_min: float = 0.2,
+    factor_max: float = 10.0,
+    min_step_size: float = 1e-12,
+    max_step_size: float = math.inf,
+) -> ErrorControl:
+    """The step size that keeps the embedded error estimate at a tolerance: to follow the gradient flow, not to train fast.
+
+    A step is taken where e = rms(error/(atol + rtol·max(|θ|, |θ_next|))) ≤ 1. With k = p̂ + 1 the next h is h times
+    safety·e₀^(−(P+I+D)/k)·e₁^((P+2D)/k)·e₂^(−D/k), within [factor_min, factor_max] and at most `safety` after a refusal;
+    e₁ and e₂ are those of the last accepted steps.
+
+    >>> import jax, jax.numpy as jnp, rk_optax
+    >>> def loss_fn(w): return jnp.sum(w ** 4)
+    >>> tx = rk_optax.dopri5(loss_fn, rk_optax.error_control(rtol=1e-4))
+    >>> w = jnp.array([1.0, 2.0])
+    >>> _, state = tx.update(jax.grad(loss_fn)(w), tx.init(w), w)
+    >>> bool(state.accepted), bool(state.rule.error < 1), f"{state.rule.step_size:.3f}"
+    (True, True, '0.023')
+
+    Args:
+      rtol: relative tolerance, not negative.
+      atol: absolute tolerance, positive.
+      initial_step_size: the first h.
+      pcoeff: P; P = 0.4 with I = 0.3 is a usual PI controller.
+      icoeff: I; I = 1 alone is the elementary controller.
+      dcoeff: D.
+      safety: factor on the predicted step, in (0, 1].
+      factor_min: the most that h shrinks at once, in (0, 1).
+      factor_max: the most that it grows, above 1.
+      min_step_size: h never gets smaller; refused there, a step says SMALLEST_STEP.
+      max_step_size: h never gets larger.
+
+    Raises:
+      ValueError: an argument out of its range; at construction of the optimizer, a solver without an error estimate.
+
+    Cost: none beside the solver's own estimate. Source: Söderlind (2003), as in diffrax's PIDController.
+    """
+    rtol, atol = _checks.number(rtol, "rtol", "not negative"), _checks.number(atol, "atol", "positive")
+    if not 0 < safety <= 1:
+        raise ValueError(f"safety must be in (0, 1], got {safety!r}.")
+    if not 0 < factor_min < 1 < factor_max < math.inf:
+        raise ValueError(f"factor_min < 1 < factor_max is required, got {factor_min!r} and {factor_max!r}.")
+    return ErrorControl(
+        initial_step_size,
+        min_step_size,
+        max_step_size,
+        rtol,
+        atol,
+        (pcoeff, icoeff, dcoeff),
+        safety,
+        (factor_min, factor_max),
+    )
+
+
+class DescentControlState(NamedTuple):
+    """State of `descent_control`."""
+
+    step_size: jax.Array  # shape=(), float: the next h
+    fall: jax.Array  # shape=(), float: of the loss, by the latest attempt; negative where it rose
+    gain: jax.Array  # shape=(), float: fall/(‖k1‖²·cost) of the last accepted step; 0 before one and after a refusal
+    growing: jax.Array  # shape=(), bool: whether h grows or shrinks
+
+
+@dataclasses.dataclass(frozen=True)
+class DescentControl(_Controlled):
+    """See `descent_control`."""
+
+    growth: float
+    shrinkage: float
+    needs: frozenset[Capability] = frozenset({"loss"})
+
+    def init(self) -> DescentControlState:
+        """Growing until something speaks against it."""
+        return DescentControlState(
+            self._scalar(self.initial_step_size), self._scalar(math.nan), self._scalar(0.0), jnp.ones([], bool)
+        )
+
+    def judge(self, state: DescentControlState, attempt: Attempt) -> Verdict:
+        """Accepts where the loss does not rise. Costs two losses."""
+        dtype = state.step_size.dtype
+        fall = (attempt.problem.loss(attempt.params) - attempt.problem.loss(attempt.candidate)).astype(dtype)
+        accepted = attempt.usable & (fall >= 0)
+        cost = attempt.step.cost
+        work = jnp.maximum(cost.gradients - attempt.step.estimating + cost.products, 1)
+        gain = _tree.ratio(fall, (_tree.inner(attempt.k1, attempt.k1) * work).astype(dtype))
+        growing = jnp.where(gain < state.gain, ~state.growing, state.growing)
+        factor = jnp.where(growing, self.growth, 1 / self.growth)
+        # An exact tie says that the loss does not resolve the step any more: no reason to move h.
+        factor = jnp.where(fall == 0, 1, factor)
+        new = DescentControlState(
+            self._bounded(state.step_size * jnp.where(accepted, factor, self.shrinkage), attempt, dtype),
+            fall,
+            jnp.where(accepted, gain, 0).astype(dtype),
+            jnp.where(accepted, growing, True),
+        )
+        reason = self._reason(accepted, attempt, Reason.LOSS_ROSE)
+        return Verdict(accepted, reason, new, Cost(losses=2))
+
+
+def descent_control(
+    initial_step_size: float = 1e-2,
+    *,
+    growth: float = 1.5,
+    shrinkage: float = 0.25,
+    min_step_size: float = 1e-12,
+    max_step_size: float = 1e12,
+) -> DescentControl:
+    """The step size that makes the loss fall most per gradient: a step is taken only if the loss of its batch does not rise.
+
+    h climbs: it keeps growing, or shrinking, by `growth` as long as the fall per ‖k1‖² and per gradient (or product) does
+    not decline, and turns round where it does. A refused step multiplies h by `shrinkage`. Made for large batches and
+    deterministic losses; with small batches every step fits its own batch.
+
+    >>> import jax, jax.numpy as jnp, rk_optax
+    >>> def loss_fn(w): return jnp.sum(w ** 2)
+    >>> tx = rk_optax.rk4(loss_fn, rk_optax.descent_control(initial_step_size=100.0))
+    >>> w = jnp.array([1.0, 2.0])
+    >>> _, state = tx.update(jax.grad(loss_fn)(w), tx.init(w), w)
+    >>> bool(state.accepted), rk_optax.Reason(int(state.reason)).name, float(state.rule.step_size)
+    (False, 'LOSS_ROSE', 25.0)
+
+    Args:
+      initial_step_size: the first h; a poor one costs some refused steps.
+      growth: factor per accepted step, above 1.
+      shrinkage: factor after a refused step, in (0, 1).
+      min_step_size: h never gets smaller; refused there, a step says SMALLEST_STEP.
+      max_step_size: h never gets larger.
+
+    Raises:
+      ValueError: an argument out of its range; at construction of the optimizer, a `grad_fn` without a loss.
+
+    Cost: two losses a step.
+    """
+    if not 1 < growth < math.inf:
+        raise ValueError(f"growth must be above 1 and finite, got {growth!r}.")
+    if not 0 < shrinkage < 1:
+        raise ValueError(f"shrinkage must be in (0, 1), got {shrinkage!r}.")
+    return DescentControl(initial_step_size, min_step_size, max_step_size, growth, shrinkage)
+
+
+class TrustRatioState(NamedTuple):
+    """State of `trust_ratio_control`."""
+
+    step_size: jax.Array  # shape=(), float: the next h
+    ratio: jax.Array  # shape=(), float: the latest fall of the loss over the predicted one
+
+
+@dataclasses.dataclass(frozen=True)
+class TrustRatioControl(_Controlled):
+    """See `trust_ratio_control`."""
+
+    growth: float
+    needs: frozenset[Capability] = frozenset({"loss"})
+
+    def check(self, solver: Solver, has_after: bool = False) -> None:
+        """Refuses solvers without a model, and updates that the model does not describe."""
+        if not solver.predicts_fall:
+            raise ValueError(
+                f"trust_ratio_control compares the fall of the loss with that of the solver's quadratic model, and "
+                f"{_name(solver)} has none. Use it with rosenbrock_euler, or descent_control() with this solver."
+            )
+        if has_after:
+            raise ValueError(
+                "trust_ratio_control: the model foretells the fall of the solver's own step, not of one changed by "
+                "momentum, after or weight_decay. Leave those out (l2= is in the model), or use descent_control()."
+            )
+
+    def init(self) -> TrustRatioState:
+        """No ratio yet."""
+        return TrustRatioState(self._scalar(self.initial_step_size), self._scalar(math.nan))
+
+    def judge(self, state: TrustRatioState, attempt: Attempt) -> Verdict:
+        """Accepts where the loss does not rise. Costs two losses."""
+        dtype = state.step_size.dtype
+        before, after = attempt.problem.loss(attempt.params), attempt.problem.loss(attempt.candidate)
+        accepted = attempt.usable & (after <= before)
+        # At a minimum both falls are rounding, and 0/0 is agreement.
+        predicted = attempt.step.predicted_fall
+        ratio = jnp.where((after == before) & (predicted <= 0), 1, (before - after) / predicted).astype(dtype)
+        factor = jnp.where(ratio > 0.75, self.growth, jnp.where(ratio >= 0.25, 1, 1 / self.growth))
+        factor = jnp.where(accepted, factor, 1 / self.growth)
+        new = TrustRatioState(self._bounded(state.step_size * factor, attempt, dtype), ratio)
+        return Verdict(accepted, self._reason(accepted, attempt, Reason.LOSS_ROSE), new, Cost(losses=2))
+
+
+def trust_ratio_control(
+    initial_step_size: float = 1.0,
+    *,
+    growth: float = 3.0,
+    min_step_size: float = 1e-12,
+    max_step_size: float = 1e12,
+) -> TrustRatioControl:
+    """The step size of a linearly implicit step by how well its quadratic model foretells the loss.
+
+    With ρ = (L(θ) − L(θ_next))/(predicted fall), h grows by `growth` where ρ > 3/4, shrinks by it where ρ < 1/4 or the
+    step is refused, and a step is taken only if the loss of its batch does not rise.
+
+    >>> import jax, jax.numpy as jnp, rk_optax
+    >>> loss_fn = rk_optax.LeastSquares(lambda w: jnp.array([w[0] - 1, 10 * (w[1] - w[0] ** 2)]))
+    >>> tx = rk_optax.rosenbrock_euler(loss_fn, rk_optax.trust_ratio_control(initial_step_size=0.1))
+    >>> w = jnp.zeros(2)
+    >>> _, state = tx.update(jax.grad(loss_fn)(w), tx.init(w), w)
+    >>> bool(state.accepted), f"{state.rule.step_size:.1f}"
+    (True, '0.3')
+
+    Args:
+      initial_step_size: the first h.
+      growth: factor, above 1.
+      min_step_size: h never gets smaller; refused there, a step says SMALLEST_STEP.
+      max_step_size: h never gets larger.
+
+    Raises:
+      ValueError: an argument out of its range; at construction of the optimizer, a solver without a quadratic model, or
+        momentum, after or weight_decay.
+
+    Cost: two losses a step.
+    """
+    if not 1 < growth < math.inf:
+        raise ValueError(f"growth must be above 1 and finite, got {growth!r}.")
+    return TrustRatioControl(initial_step_size, min_step_size, max_step_size, growth)
+
+
+def _name(solver: Solver) -> str:
+    tableau = getattr(solver, "tableau", None)
+    return type(solver).__name__ if tableau is None else f"the tableau {tableau.name!r}"

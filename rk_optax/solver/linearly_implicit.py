@@ -1,0 +1,307 @@
+"""Linearly implicit (Rosenbrock) methods: one or two linear systems a step instead of many short steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rk_optax import _checks, _tree
+from rk_optax.problem import Capability, Linear, Problem
+from rk_optax.solver._base import Cost, Solver, Step
+from rk_optax.solver._linear import Solution, conjugate_gradients
+
+PyTree = Any
+Curvature = Literal["hessian", "gauss_newton", "zero"]
+
+
+class LinearState(NamedTuple):
+    """State of the linearly implicit solvers: what the latest linear solve looked like."""
+
+    iterations: jax.Array  # shape=(), int32: CG iterations of the step; 0 for a direct solve
+    residual: jax.Array  # shape=(), float: relative residual of the last linear system
+    negative_curvature: jax.Array  # shape=(), bool: whether CG stopped at a direction of negative curvature
+
+
+def _initial_state() -> LinearState:
+    return LinearState(jnp.zeros([], jnp.int32), jnp.zeros([], _tree.default_float()), jnp.zeros([], bool))
+
+
+@dataclasses.dataclass(frozen=True)
+class _ByConjugateGradients(Solver):
+    """What both methods share: J, and the CG that solves with it."""
+
+    curvature: Curvature = "gauss_newton"
+    tolerance: float = 1e-3
+    max_iterations: int = 50
+
+    def __post_init__(self):
+        if self.curvature not in ("hessian", "gauss_newton", "zero"):
+            raise ValueError(f"curvature must be 'hessian', 'gauss_newton' or 'zero', got {self.curvature!r}.")
+        if not 0 < _checks.number(self.tolerance, "tolerance", "positive") < 1:
+            raise ValueError(f"tolerance must be in (0, 1), got {self.tolerance}.")
+        _checks.count(self.max_iterations, "max_iterations")
+
+    @property
+    def needs(self) -> frozenset[Capability]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """What J is made of."""
+        needs: dict[str, frozenset[Capability]] = {
+            "hessian": frozenset({"product"}),
+            "gauss_newton": frozenset({"gauss_newton"}),
+            "zero": frozenset(),
+        }
+        return needs[self.curvature]
+
+    @property
+    def needs_diagonal_scale(self) -> bool:
+        """CG is for symmetric systems."""
+        return True
+
+    def init(self, params: PyTree) -> LinearState:
+        """Nothing has been solved yet."""
+        del params
+        return _initial_state()
+
+    def _product(self, problem: Problem, params: PyTree) -> Linear:
+        if self.curvature == "zero":
+            return lambda v: jax.tree.map(jnp.zeros_like, v)
+        return problem.hessian(params) if self.curvature == "hessian" else problem.gauss_newton(params)
+
+    def _solve(self, problem: Problem, product: Linear, c: Any, b: PyTree) -> Solution:
+        return conjugate_gradients(
+            product, c, b, problem.scale, tolerance=self.tolerance, max_iterations=self.max_iterations
+        )
+
+    def _cost(self, gradients: int, *solutions: Solution) -> Cost:
+        # Linearising runs the gradient once more; CG then calls its linear part alone.
+        linearised = self.curvature != "zero"
+        return Cost(
+            gradients=gradients + linearised, products=sum(s.iterations for s in solutions) if linearised else 0
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RosenbrockEuler(_ByConjugateGradients):
+    """Linearly implicit Euler: (I + hPB) g* = P∇L, θ ← θ − h·g*. Order 1 for any B, L-stable with the exact one.
+
+    As h → ∞ the step becomes Newton's or Gauss–Newton's: h runs from gradient descent to it (pseudo-transient
+    continuation), and `rk_optax.trust_ratio_control()` drives it. Costs one gradient beside k1 (the linearisation) and a
+    Hessian or Gauss–Newton product for each CG iteration.
+
+    Where B is indefinite, as a network's Hessian is, CG stops at the first direction of negative curvature of I + hB and
+    the step is what it has by then (`state.solver.negative_curvature`): a descent direction, but no step of the method.
+    Never use it with a fixed h on such a loss without watching.
+
+    Args:
+      curvature: B, "gauss_newton" (of a `ModelLoss` or `LeastSquares`; never negative) or "hessian" (of any loss).
+      tolerance: relative residual at which CG stops, in (0, 1).
+      max_iterations: cap on CG, in products.
+
+    Raises:
+      ValueError: an argument out of its range; at construction of the optimizer, a loss without that structure or a
+        preconditioner that is not diagonal.
+    """
+
+    @property
+    def predicts_fall(self) -> bool:
+        """Of the quadratic model with B for its Hessian."""
+        return True
+
+    def step(
+        self, problem: Problem, params: PyTree, k1: PyTree, h: Any, state: PyTree, *, want_error: bool = False
+    ) -> Step:
+        """One step; see `Solver.step`."""
+        del state
+        _refuse_error(self, want_error)
+        solution = self._solve(problem, self._product(problem, params), h, k1)
+        new = LinearState(solution.iterations, solution.residual.astype(_tree.default_float()), solution.negative)
+        return Step(
+            solution.x,
+            self._cost(1, solution),
+            predicted_fall=predicted_fall(problem, k1, h, solution.x),
+            state=new,
+            refused_state=new,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Ros2(_ByConjugateGradients):
+    """ROS2, a two-stage W-method: order 2 for any B, even a wrong one.
+
+    (I + γhPB) k₁ = F(θ), (I + γhPB) k₂ = F(θ + hk₁) − 2k₁, θ ← θ + (3/2)hk₁ + (1/2)hk₂, with F = −P∇L. Costs three
+    gradients, k1 and the linearisation included, and a product for each CG iteration. Accuracy needs CG to be accurate:
+    `tolerance` is tighter here.
+
+    Order is not stability: with half of the true curvature, the γ = 1 − 1/√2 that is best for an exact B lets modes grow
+    tenfold, and γ = 1 + 1/√2 does not.
+
+    Args:
+      curvature: B: "gauss_newton", "hessian" or "zero" (Heun's method).
+      tolerance: as for `RosenbrockEuler`.
+      max_iterations: as for `RosenbrockEuler`, for each of the two systems.
+      gamma: γ; by default 1 − 1/√2 for the Hessian and 1 + 1/√2 for anything less exact.
+
+    Raises:
+      ValueError: as for `RosenbrockEuler`.
+
+    Source: Verwer, Spee, Blom and Hundsdorfer (1999).
+    """
+
+    tolerance: float = 1e-6
+    gamma: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.gamma is not None:
+            _checks.number(self.gamma, "gamma", "positive")
+
+    @property
+    def error_order(self) -> int:
+        """Of the embedded linearly implicit Euler method θ + hk₁."""
+        return 1
+
+    def step(
+        self, problem: Problem, params: PyTree, k1: PyTree, h: Any, state: PyTree, *, want_error: bool = False
+    ) -> Step:
+        """One step; see `Solver.step`. Directions are −k of the docstring, so that θ ← θ − h·g*."""
+        del state
+        root = 1 / math.sqrt(2)
+        gamma = self.gamma if self.gamma is not None else 1 - root if self.curvature == "hessian" else 1 + root
+        product = self._product(problem, params)
+        first = self._solve(problem, product, gamma * h, k1)
+        field = problem(_tree.add_scaled(params, -h, first.x), 1)
+        second = self._solve(problem, product, gamma * h, _tree.add_scaled(field, -2, first.x))
+        direction = jax.tree.map(lambda a, b: 1.5 * a + 0.5 * b, first.x, second.x)
+        error = _tree.scale(h, jax.tree.map(lambda a, b: 0.5 * (a + b), first.x, second.x)) if want_error else None
+        residual = jnp.maximum(first.residual, second.residual).astype(_tree.default_float())
+        new = LinearState(first.iterations + second.iterations, residual, first.negative | second.negative)
+        return Step(direction, self._cost(2, first, second), error=error, state=new, refused_state=new)
+
+
+@dataclasses.dataclass(frozen=True)
+class ResidualEuler(Solver):
+    """Linearly implicit Euler for least squares, its linear system solved exactly in the space of the N residuals.
+
+    With R the Jacobian of the residuals r, B = RᵀR + λI and Q = P/(1 + hλP), g* = Q(Rᵀy + λθ) with
+    (I + hRQRᵀ) y = r − hλRQθ: one N×N Cholesky factorisation. The same step as `RosenbrockEuler("gauss_newton")` with CG
+    run to the end, and it does not care how badly conditioned RᵀR is. Costs N Jacobian rows; the gradient that comes in
+    is used for the predicted fall alone.
+
+    Args:
+      max_rows: the largest N whose N×N matrix is formed; beyond it the system is solved by CG, as by `RosenbrockEuler`.
+      tolerance: of that CG.
+      max_iterations: of that CG.
+
+    Raises:
+      ValueError: an argument out of its range; at construction of the optimizer, a loss that is no
+        `rk_optax.LeastSquares` or a preconditioner that is not diagonal.
+    """
+
+    max_rows: int = 4096
+    tolerance: float = 1e-3
+    max_iterations: int = 100
+
+    def __post_init__(self):
+        _checks.count(self.max_rows, "max_rows")
+        self._beyond  # noqa: B018 # checks the rest
+
+    @property
+    def needs(self) -> frozenset[Capability]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Residuals, and their Gauss–Newton matrix where there are too many."""
+        return frozenset({"rows", "gauss_newton"})
+
+    @property
+    def needs_diagonal_scale(self) -> bool:
+        """The system is symmetric with a diagonal preconditioner alone."""
+        return True
+
+    @property
+    def predicts_fall(self) -> bool:
+        """Of the Gauss–Newton model."""
+        return True
+
+    def init(self, params: PyTree) -> LinearState:
+        """Nothing has been solved yet."""
+        del params
+        return _initial_state()
+
+    @property
+    def _beyond(self) -> RosenbrockEuler:
+        return RosenbrockEuler("gauss_newton", self.tolerance, self.max_iterations)
+
+    def step(
+        self, problem: Problem, params: PyTree, k1: PyTree, h: Any, state: PyTree, *, want_error: bool = False
+    ) -> Step:
+        """One step; see `Solver.step`."""
+        _refuse_error(self, want_error)
+        count = problem.count_rows(params)
+        if count > self.max_rows:
+            return self._beyond.step(problem, params, k1, h, state)
+        residual, jacobian = problem.rows(params)
+        ones = jax.tree.map(lambda p: jnp.ones(p.shape, _tree.real_dtype(p)), params)
+        scale = ones if problem.scale is None else problem.scale
+        if problem.l2 is not None:
+            scale = jax.tree.map(lambda p: p / (1 + h * problem.l2 * p), scale)
+        pull = None if problem.l2 is None else _tree.scale(problem.l2, params)
+
+        def push(v: PyTree) -> jax.Array:  # R v
+            parts = jax.tree.map(lambda rows, x: _real_matmul(_matrix(rows), jnp.ravel(x)), jacobian, v)
+            return sum(jax.tree.leaves(parts), jnp.zeros_like(residual))
+
+        grams = jax.tree.map(lambda rows, q: _gram(_matrix(rows), jnp.ravel(q)), jacobian, scale)
+        gram = sum(jax.tree.leaves(grams), jnp.zeros((count, count), residual.dtype))
+        wanted = residual if pull is None else residual - h * push(jax.tree.map(jnp.multiply, scale, pull))
+        # (I + hK) y = b as (I/h + K) hy = b, which stays finite for large h; h = 0 must stay finite too.
+        small = jnp.asarray(h, residual.dtype) < 1
+        safe = jnp.where(small, 1, h).astype(residual.dtype)
+        system = jnp.where(small, 1, 1 / safe) * jnp.eye(count, dtype=residual.dtype) + jnp.where(small, h, 1) * gram
+        factor = jax.scipy.linalg.cho_factor(system, lower=True)
+        y = jax.scipy.linalg.cho_solve(factor, wanted) * jnp.where(small, 1, 1 / safe)
+        back = jax.tree.map(
+            lambda rows, p: jnp.matmul(y, _matrix(rows), precision="highest").reshape(p.shape).astype(p.dtype),
+            jacobian,
+            params,
+        )
+        back = back if pull is None else jax.tree.map(jnp.add, back, pull)
+        direction = jax.tree.map(jnp.multiply, scale, back)
+        zero = _initial_state()
+        return Step(
+            direction,
+            Cost(gradients=1, rows=count),
+            predicted_fall=predicted_fall(problem, k1, h, direction),
+            state=zero,
+            refused_state=zero,
+        )
+
+
+def predicted_fall(problem: Problem, k1: PyTree, h: Any, direction: PyTree) -> jax.Array:
+    """L(θ) − m(θ − h·g*) = h(⟨∇L, g*⟩ + ⟨g*, P⁻¹g*⟩)/2 for g* that solves (I + hPB) g* = P∇L, m with Hessian B.
+
+    Exact also for an iterate of CG, whose residual is orthogonal to it.
+    """
+    if problem.scale is not None:
+        k1, unscaled = (jax.tree.map(jnp.divide, tree, problem.scale) for tree in (k1, direction))
+    else:
+        unscaled = direction
+    return 0.5 * h * (_tree.inner(k1, direction) + _tree.inner(unscaled, direction))
+
+
+def _refuse_error(solver: Solver, want_error: bool) -> None:
+    if want_error:
+        raise ValueError(f"{type(solver).__name__} has no error estimate; use Ros2, or descent or trust-ratio control.")
+
+
+def _matrix(rows: jax.Array) -> jax.Array:
+    return rows.reshape(rows.shape[0], -1)
+
+
+def _real_matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    # Accelerators multiply in bfloat16 or TF32 unless told not to. Rows are conjugated: Re⟨row, v⟩.
+    return jnp.real(jnp.matmul(jnp.conj(a), b, precision="highest"))
+
+
+def _gram(rows: jax.Array, scale: jax.Array) -> jax.Array:
+    return _real_matmul(rows, (scale * rows).T)

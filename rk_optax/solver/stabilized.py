@@ -1,0 +1,318 @@
+"""Chebyshev- and Legendre-stabilised explicit methods: s gradients buy a stable step of about s² gradient-descent ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rk_optax import _checks, _tree
+from rk_optax.problem import Problem
+from rk_optax.solver._base import Cost, Solver, Step
+
+PyTree = Any
+Family = Literal["rkc1", "rkc2", "rkl1", "rkl2"]
+
+# The damping of the literature, made for parabolic equations; see `Stabilized`.
+_USUAL_DAMPING = {"rkc1": 0.05, "rkc2": 2 / 13, "rkl1": 0.0, "rkl2": 0.0}
+
+
+class StabilizedState(NamedTuple):
+    """State of a `Stabilized` solver that chooses its stages."""
+
+    spectral_radius: jax.Array  # shape=(), float: ρ, the latest estimate, safety factor included; NaN before the first
+    stages: jax.Array  # shape=(), int32: stages of the latest step
+    age: jax.Array  # shape=(), int32: steps since ρ was estimated
+    eigenvector: PyTree  # like params: where the power method starts the next time
+
+
+@dataclasses.dataclass(frozen=True)
+class Stabilized(Solver):
+    """RKC (Chebyshev) or RKL (Legendre) of order 1 or 2, with s stages or as many as the curvature asks for.
+
+    A step costs s gradients, k1 included, and is stable for h·λ up to `real_stability_interval`: about 2s² ("rkc1"),
+    0.65s² ("rkc2"), s² + s ("rkl1") and (s² + s − 2)/2 ("rkl2"). Memory beside params: two trees, k1 and the newest
+    gradient, whatever s is; the loss is traced once, whatever s is.
+
+    With `stages="auto"` the spectral radius ρ of the field's Jacobian is estimated by the nonlinear power method of the
+    RKC code, one gradient an iteration, at the first step, then every `estimate_every` steps and after a refused step;
+    s is the least number for which h·ρ is stable. An h that needs more than `max_stages` is refused (NOT_SOLVED). An
+    estimate can be too low, so use a learning rate that checks each step, such as `rk_optax.descent_control()`.
+
+    Args:
+      family: "rkc1", "rkc2", "rkl1" or "rkl2"; the digit is the order.
+      stages: s of every step, at least 2, or "auto".
+      damping: ε ≥ 0 of the Chebyshev families, by default that of the literature (0.05 and 2/13). Interior modes shrink
+        by about 1/(1 + ε) per step (order 1) *whatever s is*: fine for parabolic equations, slow for optimisation,
+        where 1 to 5 does far better at the price of a shorter interval. RKL has no such parameter.
+      max_stages: bound on the stages of "auto".
+      estimate_every: accepted steps between estimates of ρ ("auto").
+      power_iterations: bound on the gradients of one estimate ("auto").
+      safety: factor on the estimate of ρ, which comes from below ("auto").
+
+    Raises:
+      ValueError: an argument out of its range, or damping with "rkl1" or "rkl2".
+
+    Source: Sommeijer, Shampine and Verwer (1998) and Verwer, Sommeijer and Hundsdorfer (2004) for RKC; Meyer, Balsara and
+      Aslam (2014) for RKL; Eftekhari et al. (2021) for RKC as an optimiser.
+    """
+
+    family: Family = "rkc1"
+    stages: int | Literal["auto"] = "auto"
+    damping: float | None = None
+    max_stages: int = 128
+    estimate_every: int = 25
+    power_iterations: int = 50
+    safety: float = 1.2
+
+    def __post_init__(self):
+        if self.family not in _USUAL_DAMPING:
+            raise ValueError(f"family must be one of {', '.join(_USUAL_DAMPING)}, got {self.family!r}.")
+        if self.stages != "auto" and (_checks.count(self.stages, "stages") < 2):
+            raise ValueError("stages must be 'auto' or at least 2: with one stage the method is rk_optax.euler.")
+        if self.damping is not None:
+            if self.family in ("rkl1", "rkl2"):
+                raise ValueError(f"damping is a parameter of the Chebyshev families; {self.family!r} has none.")
+            _checks.number(self.damping, "damping", "not negative")
+        for name in ("max_stages", "estimate_every", "power_iterations"):
+            _checks.count(getattr(self, name), name)
+        if self.max_stages < 2:
+            raise ValueError(f"max_stages must be at least 2, got {self.max_stages}.")
+        if not _checks.number(self.safety, "safety", "positive") >= 1:
+            raise ValueError(f"safety must be at least 1, got {self.safety}.")
+
+    @property
+    def gradients_per_step(self) -> int | None:
+        """s, where it is fixed."""
+        return None if self.stages == "auto" else self.stages
+
+    @property
+    def order(self) -> int:
+        """Order of a step."""
+        return int(self.family[-1])
+
+    @property
+    def error_order(self) -> int | None:
+        """Order of the embedded error estimate, of which only the methods of order 2 have one."""
+        return 2 if self.order == 2 else None
+
+    def real_stability_interval(self, stages: int) -> float:
+        """The largest h·λ, for a curvature λ, at which a step of `stages` stages does not grow.
+
+        >>> round(Stabilized("rkc1").real_stability_interval(10), 1)
+        193.3
+        """
+        return _interval(self.family, stages, self._damping)
+
+    def init(self, params: PyTree) -> PyTree:
+        """No estimate yet; the power method starts from k1."""
+        if self.stages != "auto":
+            return ()
+        return StabilizedState(
+            jnp.full([], jnp.nan, _tree.default_float()),
+            jnp.zeros([], jnp.int32),
+            jnp.zeros([], jnp.int32),
+            jax.tree.map(jnp.zeros_like, params),
+        )
+
+    def step(
+        self, problem: Problem, params: PyTree, k1: PyTree, h: Any, state: PyTree, *, want_error: bool = False
+    ) -> Step:
+        """One step; see `Solver.step`. `want_error` costs one gradient more."""
+        if want_error and self.error_order is None:
+            raise ValueError(f"{self.family!r} has no error estimate; {self.family[:-1] + '2'!r} has one.")
+        if self.stages == "auto":
+            return self._automatic_step(problem, params, k1, h, state, want_error)
+        table = jnp.asarray(_coefficients(self.family, self.stages, self._damping))
+        direction = _recurrence(problem, params, k1, h, table, self.stages)
+        error = _error(problem, params, k1, h, direction, self.stages) if want_error else None
+        return Step(direction, Cost(gradients=self.stages + want_error), error=error, state=state)
+
+    @property
+    def _damping(self) -> float:
+        return _USUAL_DAMPING[self.family] if self.damping is None else float(self.damping)
+
+    def _automatic_step(
+        self, problem: Problem, params: PyTree, k1: PyTree, h: Any, state: StabilizedState, want_error: bool
+    ) -> Step:
+        due = ~jnp.isfinite(state.spectral_radius) | (state.age >= self.estimate_every)
+        radius, eigenvector, spent = jax.lax.cond(
+            due,
+            lambda: self._estimate(problem, params, k1, state),
+            lambda: (state.spectral_radius, state.eigenvector, jnp.zeros([], jnp.int32)),
+        )
+        intervals, tables = _all_coefficients(self.family, self.max_stages, self._damping)
+        # intervals[i] belongs to i + 2 stages.
+        index = jnp.searchsorted(jnp.asarray(intervals, radius.dtype), h * radius)
+        fits = index < len(intervals)
+        stages = jnp.where(fits, index + 2, 0).astype(jnp.int32)  # 0: nothing is spent on a step that cannot be taken
+        table = jnp.asarray(tables)[jnp.minimum(index, len(intervals) - 1)]
+        direction = _recurrence(problem, params, k1, h, table, stages)
+        error = _error(problem, params, k1, h, direction, stages) if want_error else None
+        age = jnp.where(due, 0, state.age).astype(jnp.int32)
+        new = StabilizedState(radius, stages, age + 1, eigenvector)
+        return Step(
+            direction,
+            Cost(gradients=jnp.maximum(stages, 1) + spent + want_error),
+            solved=fits,
+            estimating=spent,
+            error=error,
+            largest_step=jnp.asarray(intervals[-1], radius.dtype) / radius,
+            state=new,
+            # What was learnt of the curvature holds where we stay; one learnt elsewhere may be why the step failed.
+            refused_state=new._replace(age=jnp.where(due, 0, self.estimate_every).astype(jnp.int32)),
+        )
+
+    def _estimate(
+        self, problem: Problem, params: PyTree, k1: PyTree, state: StabilizedState
+    ) -> tuple[jax.Array, PyTree, jax.Array]:
+        """ρ by the nonlinear power method: v ← (g(θ + v) − g(θ))/‖v‖, scaled to a length that can be differenced."""
+        dtype = state.spectral_radius.dtype
+        roundoff = math.sqrt(max(_tree.unit_roundoff(params), problem.rounding))
+        length = roundoff * (1 + _tree.norm(params))
+
+        def scaled(v: PyTree) -> PyTree:
+            return _tree.scale(_tree.ratio(length, _tree.norm(v)), v)
+
+        def iterate(carry: Any) -> Any:
+            v, radius, _, i = carry
+            change = jax.tree.map(jnp.subtract, problem(jax.tree.map(jnp.add, params, v), 0), k1)
+            new = (_tree.norm(change) / length).astype(dtype)
+            # A change that is zero or not finite has no direction: keep the old one.
+            usable = jnp.isfinite(new) & (new > 0)
+            return _tree.select(usable, scaled(change), v), new, radius, i + 1
+
+        def go_on(carry: Any) -> jax.Array:
+            _, new, old, i = carry
+            settled = (jnp.abs(new - old) <= 0.01 * new) & (i >= 2)
+            return (i < self.power_iterations) & ~settled & (jnp.isfinite(new) | (i == 0))
+
+        start = _tree.select(
+            _tree.norm(state.eigenvector) > 0, _tree.cast_like(state.eigenvector, params), _spread(k1, params)
+        )
+        nothing = jnp.full([], jnp.inf, dtype)
+        v, radius, _, spent = jax.lax.while_loop(
+            go_on, iterate, (scaled(start), nothing, nothing, jnp.zeros([], jnp.int32))
+        )
+        return self.safety * radius, _tree.cast_like(v, state.eigenvector), spent
+
+
+def _spread(k1: PyTree, params: PyTree) -> PyTree:
+    """A start for the power method: k1, and a little of every direction, which k1 may be orthogonal to."""
+    leaves, structure = jax.tree.flatten(k1)
+    size = _tree.norm(k1)
+    noise = [
+        jax.random.normal(jax.random.key(i), jnp.shape(leaf), _tree.real_dtype(leaf)) for i, leaf in enumerate(leaves)
+    ]
+    total = _tree.norm(noise)
+    return structure.unflatten(
+        [
+            leaf + (jnp.where(size > 0, 0.1 * size, 1) / total).astype(n.dtype) * n
+            for leaf, n in zip(leaves, noise, strict=True)
+        ]
+    )
+
+
+def _recurrence(problem: Problem, params: PyTree, k1: PyTree, h: Any, table: jax.Array, stages: Any) -> PyTree:
+    """g* = D_s of D_j = μ_j D_{j−1} + ν_j D_{j−2} + κ_j g(θ − h D_{j−1}) + γ_j k1, D_0 = 0, D_1 = κ_1 k1.
+
+    In displacements, because differences of the iterates θ − h·D, divided by h, lose all digits for small h.
+    """
+
+    def stage(j: Any, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+        older, newer = carry
+        mu, nu, kappa, gamma = table[j - 1]
+        k = problem(_tree.add_scaled(params, -h, newer), j - 1)
+        # One pass over memory for the whole combination.
+        combined = jax.tree.map(
+            lambda a, b, c, d: sum(jnp.asarray(w, _tree.real_dtype(a)) * x for w, x in zip((mu, nu, kappa, gamma), (a, b, c, d), strict=True)),
+            newer, older, k, k1,
+        )  # fmt: skip
+        return newer, combined
+
+    start = (jax.tree.map(jnp.zeros_like, k1), _tree.scale(table[0, 2], k1))
+    return jax.lax.fori_loop(2, stages + 1, stage, start)[1]
+
+
+def _error(problem: Problem, params: PyTree, k1: PyTree, h: Any, direction: PyTree, stages: Any) -> PyTree:
+    """The RKC code's estimate (12(θ₀ − θ₁) − 6h(g₀ + g₁))/15, with g₁ the field at the end of the step."""
+    end = problem(_tree.add_scaled(params, -h, direction), stages - 1)
+    return _tree.scale(h, jax.tree.map(lambda d, a, b: (12 * d - 6 * (a + b)) / 15, direction, k1, end))
+
+
+@functools.cache
+def _coefficients(family: str, s: int, damping: float) -> np.ndarray:
+    """(μ_j, ν_j, κ_j, γ_j) for j = 1 to s, an array (s, 4) in float64."""
+    j = np.arange(2, s + 1, dtype=np.float64)
+    table = np.zeros((s, 4))
+    if family in ("rkl1", "rkl2"):
+        mu, nu = (2 * j - 1) / j, (1 - j) / j
+        if family == "rkl1":
+            w1 = 2 / (s**2 + s)
+            table[0, 2] = w1
+            table[1:] = np.stack([mu, nu, mu * w1, 0 * j], axis=1)
+            return table
+        w1 = 4 / (s**2 + s - 2)
+        n = np.arange(s + 1, dtype=np.float64)
+        b = np.where(n >= 2, (n**2 + n - 2) / (2 * np.maximum(n, 1) * (n + 1)), 1 / 3)
+        a = 1 - b  # Legendre polynomials are 1 at 1
+        mu, nu = mu * b[2:] / b[1:-1], nu * b[2:] / b[:-2]
+        kappa = (2 * j - 1) / j * b[2:] / b[1:-1] * w1
+    else:
+        w0 = 1 + damping / s**2
+        t, dt, d2t = _chebyshev(s, w0)
+        if family == "rkc1":
+            w1 = t[s] / dt[s]
+            table[0, 2] = w1 / w0
+            mu = 2 * w0 * t[1:-1] / t[2:]
+            table[1:] = np.stack([mu, 1 - mu, 2 * w1 * t[1:-1] / t[2:], 0 * j], axis=1)
+            return table
+        w1 = dt[s] / d2t[s]
+        b = np.ones(s + 1)
+        b[2:] = d2t[2:] / dt[2:] ** 2
+        # Verwer, Sommeijer and Hundsdorfer's b₁ (2004); that of 1998, b₂, has the same stability polynomial.
+        b[0], b[1] = b[2], 1 / w0
+        a = 1 - b * t
+        mu, nu = 2 * w0 * b[2:] / b[1:-1], -b[2:] / b[:-2]
+        kappa = 2 * w1 * b[2:] / b[1:-1]
+    table[0, 2] = b[1] * w1
+    table[1:] = np.stack([mu, nu, kappa, -a[1:-1] * kappa], axis=1)
+    return table
+
+
+@functools.cache
+def _interval(family: str, s: int, damping: float) -> float:
+    """The real stability interval: where the argument of the polynomial reaches −1."""
+    if family == "rkl1":
+        return float(s**2 + s)
+    if family == "rkl2":
+        return (s**2 + s - 2) / 2
+    w0 = 1 + damping / s**2
+    t, dt, d2t = _chebyshev(s, w0)
+    return float((w0 + 1) * (dt[s] / t[s] if family == "rkc1" else d2t[s] / dt[s]))
+
+
+@functools.cache
+def _all_coefficients(family: str, most: int, damping: float) -> tuple[np.ndarray, np.ndarray]:
+    """Intervals (most − 1,) and coefficients (most − 1, most, 4) of 2 to `most` stages, padded with zeros."""
+    intervals = np.array([_interval(family, s, damping) for s in range(2, most + 1)])
+    tables = np.zeros((most - 1, most, 4))
+    for s in range(2, most + 1):
+        tables[s - 2, :s] = _coefficients(family, s, damping)
+    return intervals, tables
+
+
+def _chebyshev(s: int, x: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """T_j, T_j' and T_j'' at x for j = 0 to s, by their recurrences."""
+    t, dt, d2t = np.zeros((3, s + 1))
+    t[:2], dt[1] = (1, x), 1
+    for j in range(2, s + 1):
+        t[j] = 2 * x * t[j - 1] - t[j - 2]
+        dt[j] = 2 * t[j - 1] + 2 * x * dt[j - 1] - dt[j - 2]
+        d2t[j] = 4 * dt[j - 1] + 2 * x * d2t[j - 1] - d2t[j - 2]
+    return t, dt, d2t

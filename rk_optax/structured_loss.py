@@ -1,0 +1,242 @@
+"""Losses that show a solver their structure: a loss of a model's outputs, and least squares.
+
+Both are called like any loss. What a solver gets from them beyond that is the generalised Gauss–Newton matrix, and of
+least squares the rows of the residuals' Jacobian.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rk_optax import _checks, _tree
+from rk_optax._arguments import DataFunction, read_data_function
+
+PyTree = Any
+
+
+class Rows(NamedTuple):
+    """Residuals and their Jacobian R, one row per residual: ½‖residual‖² is the loss, Rᵀ residual its gradient."""
+
+    residual: jax.Array  # shape=(N,), weights folded in
+    jacobian: PyTree  # like params, each leaf with a leading axis of length N; conjugated for complex leaves
+
+
+class ModelLoss:
+    """A loss `output_loss(model_fn(params))`, whose generalised Gauss–Newton matrix is Jᵀ(∇²output_loss)J.
+
+    That matrix has no negative eigenvalue where `output_loss` is convex (cross-entropy of logits, squared error).
+
+    >>> import jax, jax.numpy as jnp, optax, rk_optax
+    >>> def model(params, x): return x @ params
+    >>> def cross_entropy(logits, y): return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+    >>> loss_fn = rk_optax.ModelLoss(model, cross_entropy)
+    >>> print(f"{loss_fn(jnp.zeros((3, 2)), x=jnp.ones((4, 3)), y=jnp.zeros(4, int)):.4f}")
+    0.6931
+
+    Args:
+      model_fn: `model_fn(params, *data) -> outputs`, a pytree of arrays.
+      output_loss: `output_loss(outputs, *data) -> scalar`.
+
+    Raises:
+      TypeError, ValueError: a function whose arguments cannot be read by name, or is not callable.
+    """
+
+    def __init__(self, model_fn: Callable[..., PyTree], output_loss: Callable[..., jax.Array]):
+        self._model = read_data_function(model_fn, "model_fn")
+        self._output_loss = read_data_function(output_loss, "output_loss")
+        self.__signature__ = _joint_signature([self._model, self._output_loss])
+
+    def outputs(self, params: PyTree, data: Mapping[str, Any]) -> PyTree:
+        """The model's outputs."""
+        return self._model(params, _pick(self._model, data))
+
+    def of_outputs(self, outputs: PyTree, data: Mapping[str, Any]) -> jax.Array:
+        """The loss as a function of the outputs."""
+        return self._output_loss(outputs, _pick(self._output_loss, data))
+
+    def __call__(self, params: PyTree, *args: Any, **data: Any) -> jax.Array:
+        """The loss, a scalar."""
+        bound = self.__signature__.bind(params, *args, **data).arguments
+        del bound["params"]
+        return self.of_outputs(self.outputs(params, bound), bound)
+
+
+class LeastSquares(ModelLoss):
+    """The loss ½ Σ_k w_k ‖r_k‖² of residuals r_k(params, data).
+
+    Written for one point each and mapped over the points by name, residuals cost little more than a gradient for all rows
+    of their Jacobian together. A residual function of the whole batch costs a gradient *per row*: fine for a few rows.
+
+    >>> import jax.numpy as jnp, rk_optax
+    >>> def interior(params, x): return params["a"] * x - jnp.sin(x)  # at one point
+    >>> def boundary(params): return params["a"] - 1.0
+    >>> loss_fn = rk_optax.LeastSquares(
+    ...     {"interior": interior, "boundary": boundary}, weights={"interior": 1.0, "boundary": 10.0},
+    ...     pointwise=["x"], reduction="mean")
+    >>> print(f"{loss_fn({'a': jnp.array(0.9)}, x=jnp.array([0.1, 0.2])):.6f}")
+    0.050117
+
+    Args:
+      residual_fn: `residual_fn(params, *data) -> residuals`, a pytree of real arrays; or a dict of such functions by name.
+      weights: w_k > 0, a number for all residuals, or a tree of numbers that is a prefix of the residuals (of a dict of
+        functions, a dict); None for 1.
+      pointwise: names of the data arguments whose first axis runs over points; each function is then written for one
+        point of those it takes, and mapped. A function that takes none of them is called once.
+      reduction: "sum", or "mean" for ½ Σ_k w_k mean(r_k²), which does not change its scale with the number of points.
+
+    Raises:
+      TypeError, ValueError: arguments that cannot be read by name, weights that are not positive, names in `pointwise`
+        that no function takes.
+    """
+
+    def __init__(
+        self,
+        residual_fn: Callable[..., PyTree] | Mapping[str, Callable[..., PyTree]],
+        *,
+        weights: PyTree = None,
+        pointwise: Sequence[str] | str = (),
+        reduction: Literal["sum", "mean"] = "sum",
+    ):
+        self._single = not isinstance(residual_fn, Mapping)
+        functions = {"residual_fn": residual_fn} if self._single else dict(residual_fn)  # pyright: ignore[reportArgumentType]
+        if not functions:
+            raise ValueError("residual_fn is an empty dict: name at least one residual function.")
+        self._terms = {name: read_data_function(function, name) for name, function in functions.items()}
+        self._pointwise = (pointwise,) if isinstance(pointwise, str) else tuple(pointwise)
+        for name in self._pointwise:
+            if not any(name in (*term.required, *term.optional) for term in self._terms.values()):
+                raise ValueError(f"pointwise has {name!r}, which no residual function takes.")
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}.")
+        self._mean = reduction == "mean"
+        self._weights = jax.tree.map(lambda w: _checks.number(w, "weights", "positive"), weights)
+        if isinstance(weights, Mapping) and not self._single and set(weights) != set(self._terms):
+            raise ValueError(
+                f"weights has {sorted(weights)!r}, and the residual functions are {sorted(self._terms)!r}."
+            )
+        self.__signature__ = _joint_signature(list(self._terms.values()))
+
+    def outputs(self, params: PyTree, data: Mapping[str, Any]) -> PyTree:
+        """The residuals as a tree, weights folded in."""
+        trees = {}
+        for name, term in self._terms.items():
+            mapped, rest = self._split(term, data)
+            if mapped:
+                trees[name] = jax.vmap(lambda points, term=term, rest=rest: term(params, {**rest, **points}))(mapped)
+            else:
+                trees[name] = term(params, rest)
+        return self._weighted(trees)
+
+    def of_outputs(self, outputs: PyTree, data: Mapping[str, Any]) -> jax.Array:
+        """Half the sum of squares."""
+        del data
+        return 0.5 * _tree.inner(outputs, outputs)
+
+    def rows(self, params: PyTree, data: Mapping[str, Any], whole: Callable[[PyTree], PyTree] = lambda p: p) -> Rows:
+        """All residuals and the rows of their Jacobian with respect to `params`, of which `whole` makes the model's."""
+        weights = self._row_weights(whole(params), data)
+        residuals, jacobians = [], []
+        for name, term in self._terms.items():
+            mapped, rest = self._split(term, data)
+
+            def flat(p: PyTree, points: Mapping[str, Any], term: DataFunction = term, rest: Any = rest) -> jax.Array:
+                leaves = jax.tree.leaves(term(whole(p), {**rest, **points}))
+                return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
+
+            of_point = functools.partial(_rows_of, flat, params)
+            residual, jacobian = jax.vmap(of_point)(mapped) if mapped else of_point({})
+            weight = weights[name].reshape(residual.shape)
+            residuals.append(jnp.ravel(weight * residual))
+            jacobians.append(
+                jax.tree.map(
+                    lambda row, p, w=weight: jnp.conj(w.reshape(w.shape + (1,) * jnp.ndim(p)) * row).reshape(
+                        (-1, *jnp.shape(p))
+                    ),
+                    jacobian,
+                    params,
+                )
+            )
+        return Rows(jnp.concatenate(residuals), jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *jacobians))
+
+    def count_rows(self, params: PyTree, data: Mapping[str, Any]) -> int:
+        """N, the number of residuals, without computing any."""
+        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(self.outputs, params, dict(data))))
+
+    def _split(self, term: DataFunction, data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What of a term's data is mapped over points, and what is not."""
+        data = _pick(term, data)
+        mapped = {name: data.pop(name) for name in self._pointwise if name in data}
+        return mapped, data
+
+    def _weighted(self, trees: PyTree) -> PyTree:
+        """Residuals times √w, and over √n for a mean."""
+        for leaf in jax.tree.leaves(trees):
+            if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+                raise TypeError(
+                    f"Residuals must be real floating-point arrays, got {jnp.result_type(leaf)}; return real and "
+                    "imaginary parts as two residuals."
+                )
+
+        def scaled(weight: Any, leaf: Any) -> jax.Array:
+            leaf = jnp.asarray(leaf)
+            return jnp.asarray(jnp.sqrt(weight / leaf.size if self._mean else weight), leaf.dtype) * leaf
+
+        if self._single:
+            trees = trees["residual_fn"]
+        if self._weights is None:
+            return jax.tree.map(lambda leaf: scaled(1.0, leaf), trees)
+        try:
+            return jax.tree.map(lambda w, sub: jax.tree.map(lambda leaf: scaled(w, leaf), sub), self._weights, trees)
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"weights must be a number or a prefix of the residuals; they do not fit: {error}"
+            ) from None
+
+    def _row_weights(self, params: PyTree, data: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """The factor of every residual, flat by function and in the order of its rows."""
+        shapes = {}
+        for name, term in self._terms.items():
+            mapped, rest = self._split(term, data)
+            call = (
+                (lambda term, rest, mapped: jax.vmap(lambda p: term(params, {**rest, **p}))(mapped))
+                if mapped
+                else (lambda term, rest, mapped: term(params, rest))
+            )
+            shapes[name] = jax.eval_shape(functools.partial(call, term, rest, mapped))
+        ones = self._weighted(jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes))
+        ones = {"residual_fn": ones} if self._single else ones
+        flat = {}
+        for name, term in self._terms.items():
+            leaves = jax.tree.leaves(ones[name])
+            if self._split(term, data)[0]:  # rows run over points first, then over the residuals of a point
+                flat[name] = jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], axis=1).ravel()
+            else:
+                flat[name] = jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
+        return flat
+
+
+def _rows_of(flat: Callable[..., jax.Array], params: PyTree, points: Any) -> tuple[jax.Array, PyTree]:
+    residual, transpose = jax.vjp(lambda p: flat(p, points), params)
+    return residual, jax.vmap(lambda unit: transpose(unit)[0])(jnp.eye(residual.size, dtype=residual.dtype))
+
+
+def _pick(function: DataFunction, data: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: data[name] for name in (*function.required, *function.optional) if name in data}
+
+
+def _joint_signature(functions: Sequence[DataFunction]) -> inspect.Signature:
+    """`(params, *data)` with the data of all functions: by position too where there is one function to order them."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if len(functions) == 1 else inspect.Parameter.KEYWORD_ONLY
+    required = dict.fromkeys(name for function in functions for name in function.required)
+    optional = dict.fromkeys(name for function in functions for name in function.optional if name not in required)
+    parameters = [inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+    parameters += [inspect.Parameter(name, kind) for name in required]
+    # Their own defaults apply where they are not passed.
+    parameters += [inspect.Parameter(name, kind, default=None) for name in optional]
+    return inspect.Signature(parameters)
