@@ -225,19 +225,17 @@ def rkc(
     stages: int | Literal["auto"] = "auto",
     order: Literal[1, 2] = 1,
     damping: float | None = None,
-    max_stages: int = 128,
+    max_stages: int = 500,
     momentum: Momentum = None,
     **options: Unpack[AliasOptions],
 ) -> Transformation:
     """Runge–Kutta–Chebyshev: s gradients a step, order 1 or 2, real stability interval about 1.93 s² or 0.65 s².
 
     By default it needs no learning rate: `rk_optax.descent_control()` finds one, and as many stages are taken as that h
-    and the curvature ask for. `stages`, `damping` and `max_stages` are those of `rk_optax.Stabilized`, except that
-    damping is 1 by default at order 1: ten times the literature's, which is for parabolic equations.
+    and the curvature ask for. `stages`, `damping` and `max_stages` are those of `rk_optax.Stabilized`.
     """
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order!r}.")
-    damping = 1.0 if damping is None and order == 1 else damping
     solver = Stabilized("rkc1" if order == 1 else "rkc2", stages, damping, max_stages)
     return runge_kutta(loss_fn, _or(learning_rate, descent_control), solver, momentum=momentum, **options)
 
@@ -249,7 +247,7 @@ def rkl(
     *,
     stages: int | Literal["auto"] = "auto",
     order: Literal[1, 2] = 1,
-    max_stages: int = 128,
+    max_stages: int = 500,
     momentum: Momentum = None,
     **options: Unpack[AliasOptions],
 ) -> Transformation:

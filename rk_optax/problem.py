@@ -36,8 +36,8 @@ class BoundStructure:
 
     outputs: Callable[[PyTree], PyTree]
     of_outputs: Callable[[PyTree], jax.Array]
-    rows: Callable[[PyTree], Rows] | None  # of least squares
-    count_rows: Callable[[PyTree], int] | None
+    rows: Callable[[PyTree], Rows] | None = None  # of least squares
+    count_rows: Callable[[PyTree], int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,9 +261,13 @@ class Objective:
         self._structure = loss_fn if isinstance(loss_fn, ModelLoss) else None
         if self._structure is not None and has_aux:
             raise ValueError(f"has_aux=True: a {type(loss_fn).__name__} returns its loss alone, without aux.")
-        available: set[Capability] = {"loss", "product"} if self._loss is not None else set()
+        available: set[Capability] = set()
+        if self._loss is not None:
+            available.update(("loss", "product"))
         if self._structure is not None:
-            available |= {"gauss_newton"} | ({"rows"} if isinstance(loss_fn, LeastSquares) else set())
+            available.add("gauss_newton")
+        if isinstance(loss_fn, LeastSquares):
+            available.add("rows")
         for capability in sorted(needs - available):
             raise ValueError(
                 f"This solver, learning rate or preconditioner needs a {capability!r}: {_REMEDIES[capability]}."
@@ -333,17 +337,20 @@ class Objective:
         if loss is None:
             return None
         data = self._batches.at(data, 0)
-        rows = count = None
-        if isinstance(loss, LeastSquares):
 
-            def rows(moving: PyTree) -> Rows:
-                return loss.rows(moving, data, merged)
+        def outputs(moving: PyTree) -> PyTree:
+            return loss.outputs(merged(moving), data)
 
-            def count(moving: PyTree) -> int:
-                return loss.count_rows(merged(moving), data)
+        def of_outputs(values: PyTree) -> jax.Array:
+            return loss.of_outputs(values, data)
 
+        if not isinstance(loss, LeastSquares):
+            return BoundStructure(outputs, of_outputs)
         return BoundStructure(
-            lambda moving: loss.outputs(merged(moving), data), lambda out: loss.of_outputs(out, data), rows, count
+            outputs,
+            of_outputs,
+            lambda moving: loss.rows(moving, data, merged),
+            lambda moving: loss.count_rows(merged(moving), data),
         )
 
     def with_l2(self, gradient: PyTree, params: PyTree) -> PyTree:

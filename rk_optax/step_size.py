@@ -50,11 +50,12 @@ _MESSAGES = {
     "they were",
     Reason.NOT_SOLVED: "the solver's own iteration did not converge, or the step size is beyond what it can take; "
     "parameters and solver were left as they were",
-    Reason.LOSS_ROSE: "the loss would have risen; parameters and solver were left as they were, the next step is shorter",
+    Reason.LOSS_ROSE: "the loss would have risen; parameters and solver were left as they were, the next step is "
+    "shorter",
     Reason.ERROR_TOO_LARGE: "the error estimate exceeds the tolerance; parameters and solver were left as they were, "
     "the next step is shorter",
-    Reason.SMALLEST_STEP: "refused even at the smallest step size: converged to rounding, or the gradient is not that of "
-    "the loss; parameters and solver were left as they were",
+    Reason.SMALLEST_STEP: "refused even at the smallest step size: converged to rounding, or the gradient is not that "
+    "of the loss; parameters and solver were left as they were",
 }
 
 
@@ -89,7 +90,9 @@ class Verdict(NamedTuple):
 
 
 class StepSizeRule(abc.ABC):
-    """Chooses h for each step, and may refuse it afterwards. Subclasses are frozen dataclasses; all that changes is in the rule's state.
+    """Chooses h for each step, and may refuse it afterwards.
+
+    Subclasses are frozen dataclasses; all that changes is in the rule's state.
 
     Attributes:
       needs: what the rule asks of the problem; checked when a transformation is built.

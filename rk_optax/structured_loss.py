@@ -70,8 +70,8 @@ class ModelLoss:
 class LeastSquares(ModelLoss):
     """The loss ½ Σ_k w_k ‖r_k‖² of residuals r_k(params, data).
 
-    Written for one point each and mapped over the points by name, residuals cost little more than a gradient for all rows
-    of their Jacobian together. A residual function of the whole batch costs a gradient *per row*: fine for a few rows.
+    Written for one point each and mapped over the points by name, residuals cost little more than a gradient for all
+    rows of their Jacobian together. A residual function of the whole batch costs a gradient *per row*.
 
     >>> import jax.numpy as jnp, rk_optax
     >>> def interior(params, x): return params["a"] * x - jnp.sin(x)  # at one point
@@ -83,7 +83,7 @@ class LeastSquares(ModelLoss):
     0.050117
 
     Args:
-      residual_fn: `residual_fn(params, *data) -> residuals`, a pytree of real arrays; or a dict of such functions by name.
+      residual_fn: `residual_fn(params, *data) -> residuals`, a pytree of real arrays; or a dict of such functions.
       weights: w_k > 0, a number for all residuals, or a tree of numbers that is a prefix of the residuals (of a dict of
         functions, a dict); None for 1.
       pointwise: names of the data arguments whose first axis runs over points; each function is then written for one
@@ -104,7 +104,8 @@ class LeastSquares(ModelLoss):
         reduction: Literal["sum", "mean"] = "sum",
     ):
         self._single = not isinstance(residual_fn, Mapping)
-        functions = {"residual_fn": residual_fn} if self._single else dict(residual_fn)  # pyright: ignore[reportArgumentType]
+        functions: dict[str, Callable[..., PyTree]] = {}
+        functions.update(residual_fn if isinstance(residual_fn, Mapping) else {"residual_fn": residual_fn})
         if not functions:
             raise ValueError("residual_fn is an empty dict: name at least one residual function.")
         self._terms = {name: read_data_function(function, name) for name, function in functions.items()}

@@ -86,8 +86,8 @@ def _transformation(
         )
     if method.needs_diagonal_scale and frozen_scale.diagonal is None:
         raise ValueError(
-            f"preconditioner: the linear systems of {type(method).__name__} are symmetric only with a diagonal one, such "
-            "as rk_optax.precondition_by_adagrad(); precondition_by(...) promises no diagonal."
+            f"preconditioner: the linear systems of {type(method).__name__} are symmetric only with a diagonal one, "
+            "such as rk_optax.precondition_by_adagrad(); precondition_by(...) promises no diagonal."
         )
     objective = Objective(
         loss_fn,

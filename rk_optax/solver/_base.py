@@ -36,7 +36,7 @@ class Step(NamedTuple):
     error: PyTree | None = None  # estimate of the local error, like params and in its units
     predicted_fall: jax.Array | None = None  # of the loss, by the solver's own quadratic model
     curvature: jax.Array | None = None  # ‖k1 − k2‖ / (a21 h ‖k1‖), about ‖Hg‖/‖g‖; None where not asked for
-    estimating: Any = 0  # of cost.gradients, those spent on an estimate that serves later steps too
+    work: Any = None  # gradients that h asks for, a fraction too, estimates not counted; None: see cost
     largest_step: jax.Array | None = None  # the largest h that the solver could have taken here, where it knows one
     state: PyTree = ()
     refused_state: PyTree | None = None  # what to keep of a refused step (diagnostics, estimates at θ); None: nothing
@@ -58,12 +58,12 @@ class Solver(abc.ABC):
 
     @property
     def needs_diagonal_scale(self) -> bool:
-        """Whether a preconditioner has to be a diagonal, because the solver's linear systems are symmetric only then."""
+        """Whether a preconditioner has to be a diagonal, with which alone the linear systems are symmetric."""
         return False
 
     @property
     def error_order(self) -> int | None:
-        """Order p̂ of the method that the error estimate belongs to: it falls like h^(p̂+1); None without an estimate."""
+        """p̂ of the error estimate, which falls like h^(p̂+1); None without an estimate."""
         return None
 
     @property

@@ -88,11 +88,11 @@ class RosenbrockEuler(_ByConjugateGradients):
     """Linearly implicit Euler: (I + hPB) g* = P∇L, θ ← θ − h·g*. Order 1 for any B, L-stable with the exact one.
 
     As h → ∞ the step becomes Newton's or Gauss–Newton's: h runs from gradient descent to it (pseudo-transient
-    continuation), and `rk_optax.trust_ratio_control()` drives it. Costs one gradient beside k1 (the linearisation) and a
+    continuation), and `rk_optax.trust_ratio_control()` drives it. Costs one gradient beside k1 (to linearise) and a
     Hessian or Gauss–Newton product for each CG iteration.
 
-    Where B is indefinite, as a network's Hessian is, CG stops at the first direction of negative curvature of I + hB and
-    the step is what it has by then (`state.solver.negative_curvature`): a descent direction, but no step of the method.
+    Where B is indefinite, as a network's Hessian is, CG stops at the first direction of negative curvature of I + hB
+    and the step is what it has by then (`state.solver.negative_curvature`): a descent direction, but no step of the method.
     Never use it with a fixed h on such a loss without watching.
 
     Args:
@@ -135,8 +135,8 @@ class Ros2(_ByConjugateGradients):
     gradients, k1 and the linearisation included, and a product for each CG iteration. Accuracy needs CG to be accurate:
     `tolerance` is tighter here.
 
-    Order is not stability: with half of the true curvature, the γ = 1 − 1/√2 that is best for an exact B lets modes grow
-    tenfold, and γ = 1 + 1/√2 does not.
+    Order is not stability: with half of the true curvature, the γ = 1 − 1/√2 that is best for an exact B lets modes
+    grow tenfold, and γ = 1 + 1/√2 does not.
 
     Args:
       curvature: B: "gauss_newton", "hessian" or "zero" (Heun's method).
@@ -186,8 +186,8 @@ class ResidualEuler(Solver):
     """Linearly implicit Euler for least squares, its linear system solved exactly in the space of the N residuals.
 
     With R the Jacobian of the residuals r, B = RᵀR + λI and Q = P/(1 + hλP), g* = Q(Rᵀy + λθ) with
-    (I + hRQRᵀ) y = r − hλRQθ: one N×N Cholesky factorisation. The same step as `RosenbrockEuler("gauss_newton")` with CG
-    run to the end, and it does not care how badly conditioned RᵀR is. Costs N Jacobian rows; the gradient that comes in
+    (I + hRQRᵀ) y = r − hλRQθ: one N×N Cholesky factorisation. The same step as `RosenbrockEuler("gauss_newton")` with
+    CG run to the end, and it does not care how badly conditioned RᵀR is. Costs N Jacobian rows; the gradient that comes in
     is used for the predicted fall alone.
 
     Args:
