@@ -187,8 +187,8 @@ class ResidualEuler(Solver):
 
     With R the Jacobian of the residuals r, B = RᵀR + λI and Q = P/(1 + hλP), g* = Q(Rᵀy + λθ) with
     (I + hRQRᵀ) y = r − hλRQθ: one N×N Cholesky factorisation. The same step as `RosenbrockEuler("gauss_newton")` with
-    CG run to the end, and it does not care how badly conditioned RᵀR is. Costs N Jacobian rows; the gradient that comes in
-    is used for the predicted fall alone.
+    CG run to the end, and it does not care how badly conditioned RᵀR is. Costs N Jacobian rows; the gradient that
+    comes in is used for the predicted fall alone.
 
     Args:
       max_rows: the largest N whose N×N matrix is formed; beyond it the system is solved by CG, as by `RosenbrockEuler`.

@@ -301,7 +301,7 @@ def _interval(family: str, s: int, damping: float) -> float:
 def _all_coefficients(family: str, most: int, damping: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Numbers of stages to choose from, their intervals, and their coefficients (choice, most, 4), padded with zeros.
 
-    From 20 on only about every twelfth part more, so that the tables stay small: 6 % of the gradients are then too many.
+    From 20 on only about every twelfth part more, so that the tables stay small: 6 % of the gradients are too many.
     """
     grid = np.geomspace(20, max(most, 20), 1 + math.ceil(math.log(max(most, 20) / 20) / math.log(1.12)))
     choices = np.unique([*range(2, min(most, 20) + 1), *np.rint(grid[grid <= most + 0.5]).astype(int)]).astype(np.int32)
