@@ -9,9 +9,10 @@ import traceback
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typeguard
+import tyro
 
 from rk_optax.experiment.errors import UsageError
 
@@ -22,12 +23,14 @@ Config = TypeVar("Config")
 class DataConfig:
     """The data set and how it is split and batched."""
 
-    name: Literal["digits"] = "digits"
+    name: Literal["digits", "mnist", "fashion_mnist"] = "digits"
     """Data set: digits is the one shipped inside scikit-learn."""
+    data_dir: Annotated[Path | None, tyro.conf.arg(aliases=("--data-dir",))] = None
+    """Directory of the four IDX files of mnist or fashion_mnist; without it they are fetched from OpenML."""
     validation_fraction: float = 0.15
-    """Fraction of the examples on which learning rates are tuned."""
+    """Fraction of the examples (of the training part, where a data set has parts) on which learning rates are tuned."""
     test_fraction: float = 0.2
-    """Fraction of the examples on which accuracies are reported."""
+    """Fraction of the digits on which accuracies are reported; the others have a test part of their own."""
     split_seed: int = 0
     """Seed of the stratified split, the same for every run."""
     batch_size: int | None = 256

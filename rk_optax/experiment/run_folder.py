@@ -96,4 +96,4 @@ def _strict(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_strict(item) for item in value]
-    return value
+    return str(value) if isinstance(value, Path) else value
