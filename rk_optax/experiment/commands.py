@@ -23,13 +23,14 @@ from rk_optax.experiment.summary import as_json, summarize
 from rk_optax.tableau import TABLEAUS
 
 _COMPARE_HELP = """\
-usage: rk-optax compare CONFIG [--out DIR] [--FIELD VALUE ...]
+usage: rk-optax compare CONFIG [--out DIR | --resume DIR] [--FIELD VALUE ...]
 
 Tunes the learning rate of every optimizer over equally many trials, trains each over several
-seeds at an equal budget of gradient evaluations, times it, and shows how they compare.
+seeds at an equal budget of gradient evaluations or of updates, times it, and shows how they compare.
 
   CONFIG         Python file whose get_config() returns a CompareConfig, e.g. configs/digits.py
   --out DIR      folder for metrics, config and figure (default: runs/<config>-<time>)
+  --resume DIR   go on with an interrupted run, with the same config: what it finished is kept
   --FIELD VALUE  overrides a field of the config, e.g. --budget.gradients 1200
 
 `rk-optax compare CONFIG --help` lists the fields of a config with their values."""
@@ -37,11 +38,13 @@ seeds at an equal budget of gradient evaluations, times it, and shows how they c
 
 @dataclasses.dataclass(frozen=True)
 class CompareCommand:
-    """Compares optimizers at an equal budget of gradient evaluations."""
+    """Compares optimizers at an equal budget of gradient evaluations or of updates."""
 
     config: Annotated[CompareConfig, tyro.conf.arg(name="")]
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """New folder for metrics, config and figure; by default runs/<config>-<time>."""
+    resume: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder of an interrupted run that is to go on, with the same config."""
 
 
 def compare(argv: Sequence[str]) -> int:
@@ -69,9 +72,11 @@ def compare(argv: Sequence[str]) -> int:
         args=argv[1:],
         prog=f"rk-optax compare {path}",
     )
-    config = command.config
+    config, resume = command.config, command.resume
+    if resume and command.out:
+        raise UsageError("--out is for a new run and --resume for an old one: give one of them")
     comparison = Comparison(config)
-    with RunFolder(command.out or default_path(path.stem)) as folder:
+    with RunFolder(resume or command.out or default_path(path.stem), resume=resume is not None) as folder:
         try:
             folder.write_config("compare", path.stem, config)
             with ProgressBar(make_console(stderr=True)) as bar:
@@ -80,7 +85,9 @@ def compare(argv: Sequence[str]) -> int:
             folder.write_json("summary.json", as_json(results, rows))
             plot_comparison(results, folder.path / "comparison.png")
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"interrupted; what was finished is in {folder.path}") from None
+            raise KeyboardInterrupt(
+                f"interrupted; what was finished is in {folder.path}, go on with --resume {folder.path}"
+            ) from None
     console = make_console()
     console.print(comparison_table(rows))
     for note in comparison_notes(config, results):

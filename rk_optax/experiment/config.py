@@ -9,9 +9,10 @@ import traceback
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typeguard
+import tyro
 
 from rk_optax.experiment.errors import UsageError
 
@@ -22,12 +23,14 @@ Config = TypeVar("Config")
 class DataConfig:
     """The data set and how it is split and batched."""
 
-    name: Literal["digits"] = "digits"
+    name: Literal["digits", "mnist", "fashion_mnist"] = "digits"
     """Data set: digits is the one shipped inside scikit-learn."""
+    data_dir: Annotated[Path | None, tyro.conf.arg(aliases=("--data-dir",))] = None
+    """Directory of the four IDX files of mnist or fashion_mnist; without it they are fetched from OpenML."""
     validation_fraction: float = 0.15
-    """Fraction of the examples on which learning rates are tuned."""
+    """Fraction of the examples (of the training part, where a data set has parts) on which learning rates are tuned."""
     test_fraction: float = 0.2
-    """Fraction of the examples on which accuracies are reported."""
+    """Fraction of the digits on which accuracies are reported; the others have a test part of their own."""
     split_seed: int = 0
     """Seed of the stratified split, the same for every run."""
     batch_size: int | None = 256
@@ -58,16 +61,28 @@ class OptimizerConfig:
     """Lowest and highest learning rate of the log-spaced grid that is searched."""
     options: Mapping[str, float | bool] = dataclasses.field(default_factory=dict)
     """Further keyword arguments of the factory, such as momentum."""
+    preconditioner: Literal["adagrad", "rms", "adam"] | None = None
+    """Scales every stage of a solver: rk_optax.precondition_by_adagrad and so on, with their defaults."""
+    rule: Literal["constant", "dal"] = "constant"
+    """With dal, what is searched is its max_learning_rate."""
+    rule_options: Mapping[str, float | str] = dataclasses.field(default_factory=dict)
+    """Further keyword arguments of rk_optax.dal, such as estimate."""
+    stage_batches: Literal["same", "split"] = "same"
+    """With split, each stage of a solver sees its own slice of the batch, so a step costs one gradient in all."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BudgetConfig:
     """What every run may spend, and where it is looked at."""
 
-    gradients: int = 2400
-    """Gradient evaluations of every run, whatever its solver."""
+    gradients: int | None = None
+    """Gradient evaluations of every run, whatever its solver. Give either these or updates."""
     evaluate_every: int = 10
     """Steps between two evaluation points."""
+    updates: int | None = None
+    """Steps of every run, whatever they cost."""
+    scored_examples: int | None = None
+    """Training examples on which the training loss is evaluated, always the same; None takes all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,22 +93,29 @@ class TuningConfig:
     """Learning rates tried for every entrant."""
     seeds: tuple[int, ...] = (100, 101, 102)
     """Seeds of the tuning runs; none of them may be a seed of the comparison."""
+    fraction: float = 1.0
+    """Length of a tuning run, of that of a compared run."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CompareConfig:
-    """A comparison of optimizers at an equal budget of gradient evaluations."""
+    """A comparison of optimizers at an equal budget of gradient evaluations or of updates."""
 
     optimizers: Mapping[str, OptimizerConfig]
     """The entrants, by the name they are shown under."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
-    budget: BudgetConfig = BudgetConfig()
+    budget: BudgetConfig = BudgetConfig(gradients=2400)
     tuning: TuningConfig = TuningConfig()
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the compared runs: initial parameters and order of the batches."""
     timed_runs: int = 7
     """Serial timed runs of every entrant, of which the median time is reported."""
+    timed_updates: int | None = None
+    """Length of a timed run, from which the time of a whole one is extrapolated; None times whole runs."""
+    vectorized: bool = True
+    """Tune and train all runs of an entrant side by side. False makes them take turns in one program: on a CPU that
+    is faster with small batches, and needs less memory."""
 
 
 def load(path: Path, kind: type[Config]) -> Config:
@@ -154,7 +176,7 @@ def check_types(config: Any, prefix: str = "") -> None:
             )
         except typeguard.TypeCheckError as error:
             raise UsageError(f"{name} = {value!r}: {error}") from error
-        if isinstance(value, bool) and hint in (int, float):  # Python counts bool among the ints
+        if isinstance(value, bool) and bool not in (hint, *typing.get_args(hint)):  # Python counts bool among the ints
             raise UsageError(f"{name} = {value!r}: bool is not a number")
         children = value.items() if isinstance(value, Mapping) else [(None, value)]
         for key, child in children:
@@ -185,13 +207,29 @@ def check(config: CompareConfig) -> None:
     _require(0 <= config.model.l2 < math.inf, "model.l2", config.model.l2, "must be finite, not negative")
     for name, count in [
         ("data.batch_size", 1 if data.batch_size is None else data.batch_size),
-        ("budget.gradients", budget.gradients),
+        ("budget.gradients", 1 if budget.gradients is None else budget.gradients),
+        ("budget.updates", 1 if budget.updates is None else budget.updates),
+        ("budget.scored_examples", 1 if budget.scored_examples is None else budget.scored_examples),
         ("budget.evaluate_every", budget.evaluate_every),
         ("timed_runs", config.timed_runs),
+        ("timed_updates", 1 if config.timed_updates is None else config.timed_updates),
         *(("model.hidden", width) for width in config.model.hidden),
     ]:
         _require(count > 0, name, count, "must be positive")
+    _require(
+        (budget.gradients is None) != (budget.updates is None),
+        "budget.gradients, budget.updates",
+        (budget.gradients, budget.updates),
+        "must be one number and one None: a budget is in gradients or in updates",
+    )
+    _require(
+        config.timed_updates is None or budget.updates is not None,
+        "timed_updates",
+        config.timed_updates,
+        "needs a budget in updates: set budget.updates, or leave it None",
+    )
     _require(tuning.trials >= 2, "tuning.trials", tuning.trials, "must be at least 2")
+    _require(0 < tuning.fraction <= 1, "tuning.fraction", tuning.fraction, "must be above 0, at most 1")
     for name, seeds in [("seeds", config.seeds), ("tuning.seeds", tuning.seeds)]:
         valid = len(seeds) > 0 and all(0 <= seed < 2**31 for seed in seeds)
         _require(

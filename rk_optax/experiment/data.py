@@ -1,12 +1,14 @@
 """Data sets, their splits, and the order in which batches are drawn."""
 
+import warnings
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
-from sklearn.datasets import load_digits
+from sklearn.datasets import fetch_openml, load_digits
 from sklearn.model_selection import train_test_split
 
+from rk_optax.experiment import idx
 from rk_optax.experiment.config import DataConfig
 from rk_optax.experiment.errors import UsageError
 
@@ -33,20 +35,15 @@ def load_dataset(config: DataConfig) -> Dataset:
     """Loads and splits the data: the same configuration always gives the same split.
 
     Raises:
-        UsageError: if the split leaves too few examples, or fewer than a batch.
+        UsageError: if the data cannot be had, or the split leaves too few examples, or fewer than a batch.
     """
-    images, labels = _LOADERS[config.name]()
-    classes = int(labels.max()) + 1
-    rest, test = _stratified(images, labels, config.test_fraction, config.split_seed)
-    # Of the rest, so that both fractions are of the whole.
-    fraction = config.validation_fraction / (1 - config.test_fraction)
-    train, validation = _stratified(*rest, fraction, config.split_seed)
+    train, validation, test = _LOADERS[config.name](config)
     if config.batch_size is not None and config.batch_size > len(train.labels):
         raise UsageError(
             f"data.batch_size = {config.batch_size} is more than the {len(train.labels)} training "
             "examples; None takes all of them"
         )
-    return Dataset(train, validation, test, classes)
+    return Dataset(train, validation, test, classes=10)
 
 
 def batch_indices(seed: int, examples: int, batch_size: int | None, start: int, count: int) -> np.ndarray:
@@ -81,10 +78,47 @@ def _stratified(images: Array, labels: Array, fraction: float, seed: int) -> tup
     return Split(a, labels_a), Split(b, labels_b)
 
 
-def _digits() -> tuple[np.ndarray, np.ndarray]:
+def _digits(config: DataConfig) -> tuple[Split, Split, Split]:
+    if config.data_dir is not None:
+        raise UsageError(f"data.data_dir = {str(config.data_dir)!r}: digits come with scikit-learn; leave it out")
     digits: Any = load_digits()
-    images = digits.images[..., np.newaxis] / 16
-    return images.astype(np.float32), digits.target.astype(np.int32)
+    images = (digits.images[..., np.newaxis] / 16).astype(np.float32)
+    rest, test = _stratified(images, digits.target.astype(np.int32), config.test_fraction, config.split_seed)
+    # Of the rest, so that both fractions are of the whole.
+    fraction = config.validation_fraction / (1 - config.test_fraction)
+    return *_stratified(*rest, fraction, config.split_seed), test
 
 
-_LOADERS = {"digits": _digits}
+def _mnist(config: DataConfig) -> tuple[Split, Split, Split]:
+    """MNIST or a data set of its shape: its test part stays whole, the validation split is cut from the other."""
+    parts = _fetch(config.name) if config.data_dir is None else idx.read_directory(config.data_dir)
+    rest, test = (
+        Split((part.images[..., np.newaxis] / np.float32(255)).astype(np.float32), part.labels.astype(np.int32))
+        for part in parts
+    )
+    return *_stratified(*rest, config.validation_fraction, config.split_seed), test
+
+
+def _fetch(name: str) -> tuple[idx.Labelled, idx.Labelled]:
+    """The parts of a data set of OpenML, which scikit-learn keeps in its cache once it has them."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of every retry; the error below says it once
+            # The default parser needs pandas.
+            fetched: Any = fetch_openml(_OPENML[name], version=1, as_frame=False, parser="liac-arff")
+        images = np.asarray(fetched.data, np.uint8).reshape(_OPENML_EXAMPLES, 28, 28)
+        labels = np.asarray(fetched.target, np.uint8)
+        if labels.shape != (_OPENML_EXAMPLES,) or labels.max() > 9:
+            raise ValueError("its labels are not what they should be")
+    except Exception as error:  # the network's, the server's, the cache's or the parser's
+        raise UsageError(
+            f"data.name = {name!r}: cannot be fetched from OpenML: {error}; put its four IDX files into a directory "
+            "and name that with --data-dir"
+        ) from error
+    train, test = slice(_OPENML_TRAINING), slice(_OPENML_TRAINING, None)
+    return idx.Labelled(images[train], labels[train]), idx.Labelled(images[test], labels[test])
+
+
+_OPENML = {"mnist": "mnist_784", "fashion_mnist": "Fashion-MNIST"}
+_OPENML_EXAMPLES, _OPENML_TRAINING = 70_000, 60_000  # the training part comes first
+_LOADERS = {"digits": _digits, "mnist": _mnist, "fashion_mnist": _mnist}

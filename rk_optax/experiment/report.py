@@ -55,8 +55,9 @@ def comparison_notes(config: CompareConfig, results: Sequence[Result]) -> list[s
         f"Mean [min, max] over {len(config.seeds)} seeds, which set initial parameters and batches.",
         f"Rates: the best of {config.tuning.trials} for everyone, by validation loss over the last "
         f"half of the budget, on {len(config.tuning.seeds)} other seeds.",
-        f"Seconds: training steps alone, one run at a time, median of {config.timed_runs}; at equal "
-        f"seconds, the last point evaluated (every {config.budget.evaluate_every} steps) by then.",
+        f"Seconds: training steps alone, one run at a time, median of {config.timed_runs}"
+        + ("" if config.timed_updates is None else f" of {config.timed_updates} steps, extrapolated")
+        + f"; at equal seconds, the last point evaluated (every {config.budget.evaluate_every} steps) by then.",
         f"Compilation, not included: {compiled}.",
     ]
     unsteady = max(float(result.timing.totals.max() / result.timing.totals.min()) for result in results)

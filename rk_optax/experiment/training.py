@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from rk_optax.experiment.data import Array, Dataset, Split, batch_indices
-from rk_optax.experiment.optimizers import Make, Params
+from rk_optax.experiment.optimizers import Optimizer, Params
 
 
 class Task:
@@ -85,28 +85,31 @@ class Trainer:
     def __init__(
         self,
         task: Task,
-        make: Make,
+        optimizer: Optimizer,
         seeds: int | Sequence[int],
         rates: float | Sequence[float],
         chunk: int,
+        *,
+        vectorized: bool = True,
     ):
         """Compiles the training of one run, or of a grid of seeds × learning rates.
 
         Args:
             task: what is trained.
-            make: builds the optimizer.
+            optimizer: builds it, and says what its first stage sees.
             seeds: a seed, or the seeds of a grid.
             rates: a learning rate, or the learning rates of a grid.
             chunk: steps from one point to the next.
+            vectorized: whether the runs of a grid go side by side rather than in turns.
         """
-        self._task, self._make, self._chunk = task, make, chunk
+        self._task, self._optimizer, self._chunk = task, optimizer, chunk
         self._grid = not isinstance(seeds, int)
         self._seeds = seeds
         self._rates = jnp.asarray(rates, jnp.float32)
         start, advance = self._start_run, self._advance_run
         if self._grid:
             start = _over_grid(start, (0, None), (None, 0))  # a seed's parameters serve all rates
-            advance = _over_grid(advance, (0, None, None, 0), (0, 0, None, None))
+            advance = (_over_grid if vectorized else _in_turns)(advance, (0, None, None, 0), (0, 0, None, None))
         self._start = jax.jit(start)
         state = jax.eval_shape(self._start, task.init(seeds), self._rates)
         arguments = (state, self._rates, task.data.train, self._indices(0))
@@ -145,15 +148,15 @@ class Trainer:
         return jnp.asarray(np.stack([self._task.batches(seed, start, self._chunk) for seed in self._seeds]))
 
     def _start_run(self, params: Params, rate: jax.Array) -> RunState:
-        return RunState(params, self._make(self._task.loss, rate).init(params))
+        return RunState(params, self._optimizer.make(self._task.loss, rate).init(params))
 
     def _advance_run(self, state: RunState, rate: jax.Array, train: Split, indices: jax.Array) -> RunState:
-        tx = self._make(self._task.loss, rate)
+        tx = self._optimizer.make(self._task.loss, rate)
 
         def step(state: RunState, batch: jax.Array) -> tuple[RunState, None]:
-            images, labels = train.images[batch], train.labels[batch]
-            grads = jax.grad(self._task.loss)(state.params, images, labels)
-            updates, opt_state = tx.update(grads, state.opt_state, state.params, images=images, labels=labels)
+            data = {"images": train.images[batch], "labels": train.labels[batch]}
+            grads = jax.grad(self._task.loss)(state.params, **self._optimizer.first_stage(data))
+            updates, opt_state = tx.update(grads, state.opt_state, state.params, **data)
             return RunState(optax.apply_updates(state.params, updates), opt_state), None
 
         return jax.lax.scan(step, state, indices)[0]
@@ -164,3 +167,23 @@ def _over_grid(
 ) -> Callable[..., Any]:
     """The function of one run, mapped over a grid (seed, rate) of runs."""
     return jax.vmap(jax.vmap(function, rate_axes), seed_axes)
+
+
+def _in_turns(
+    function: Callable[..., Any], seed_axes: tuple[int | None, ...], rate_axes: tuple[int | None, ...]
+) -> Callable[..., Any]:
+    """The same as `_over_grid`, one run after the other."""
+    return _one_by_one(_one_by_one(function, rate_axes), seed_axes)
+
+
+def _one_by_one(function: Callable[..., Any], axes: tuple[int | None, ...]) -> Callable[..., Any]:
+    def over_runs(*arguments: Any) -> Any:
+        mapped = [argument for argument, axis in zip(arguments, axes, strict=True) if axis == 0]
+
+        def run(own: list[Any]) -> Any:
+            theirs = iter(own)
+            return function(*(next(theirs) if axis == 0 else a for a, axis in zip(arguments, axes, strict=True)))
+
+        return jax.lax.map(run, mapped)
+
+    return over_runs

@@ -1,6 +1,9 @@
 """What the tests of the experiment runner share."""
 
+import gzip
 import json
+
+import numpy as np
 
 from rk_optax.experiment.config import (
     BudgetConfig,
@@ -65,3 +68,28 @@ def strict_loads(text):
 
 def read_metrics(folder):
     return [strict_loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def idx_bytes(array):
+    """A uint8 array as an IDX file."""
+    array = np.asarray(array, np.uint8)
+    shape = b"".join(size.to_bytes(4, "big") for size in array.shape)
+    return bytes([0, 0, 8, array.ndim]) + shape + array.tobytes()
+
+
+def write_idx(directory, train=60, test=20, size=(28, 28), zipped=True):
+    """Writes the four files of a made-up data set whose images show their label; returns their content by name."""
+    directory.mkdir(parents=True, exist_ok=True)
+    contents = {}
+    for part, examples in [("train", train), ("t10k", test)]:
+        labels = np.arange(examples) % 10
+        images = np.random.default_rng(examples).integers(0, 20, (examples, *size))
+        images[np.arange(examples), labels, :] = 255
+        contents[f"{part}-images-idx3-ubyte"] = idx_bytes(images)
+        contents[f"{part}-labels-idx1-ubyte"] = idx_bytes(labels)
+    for name, content in contents.items():
+        if zipped:
+            (directory / f"{name}.gz").write_bytes(gzip.compress(content, 1))
+        else:
+            (directory / name).write_bytes(content)
+    return contents

@@ -1,6 +1,7 @@
 import io
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def test_help(command, argv, expected):
 def test_help_of_a_config_lists_its_fields(command, smoke_file):
     status, out, _ = command("compare", smoke_file, "--help")
     assert status == 0
-    for field in ("--out DIR", "--budget.gradients INT", "--optimizers.rk4.learning-rates FLOAT FLOAT"):
+    for field in ("--out DIR", "--budget.gradients {None}|INT", "--optimizers.rk4.learning-rates FLOAT FLOAT"):
         assert field in out
     assert "Gradient evaluations of every run" in out
 
@@ -67,6 +68,7 @@ def test_compare_writes_a_run_and_prints_its_table(smoke):
         "comparison.png",
         "config.json",
         "metrics.jsonl",
+        "pieces",
         "summary.json",
     ]
     assert (smoke.path / "comparison.png").stat().st_size > 20_000
@@ -141,24 +143,47 @@ def test_a_broken_config_is_one_line(command, config_file):
 def test_a_used_run_folder_is_refused(command, smoke_file, tmp_path):
     status, _, err = command("compare", smoke_file, "--out", tmp_path)
     assert status == 2
-    assert err == f"rk-optax: {tmp_path} is not empty: choose another folder with --out, or remove it\n"
+    remedy = "choose another folder with --out, or go on with the run in it with --resume"
+    assert err == f"rk-optax: {tmp_path} is not empty: {remedy}\n"
 
 
 def test_interrupt_keeps_what_was_finished(command, smoke_file, tmp_path, monkeypatch):
     log = RunFolder.log
 
-    def interrupted_log(folder, **record):
+    def interrupted_log(folder, piece, **record):
         if record["optimizer"] == "momentum":
             raise KeyboardInterrupt
-        log(folder, **record)
+        log(folder, piece, **record)
 
     monkeypatch.setattr(RunFolder, "log", interrupted_log)
     run = tmp_path / "run"
     status, out, err = command("compare", smoke_file, "--out", run)
     assert (status, out) == (130, "")
-    assert err.splitlines()[-1] == f"rk-optax: interrupted; what was finished is in {run}"
+    assert err.splitlines()[-1] == f"rk-optax: interrupted; what was finished is in {run}, go on with --resume {run}"
     assert [record["optimizer"] for record in read_metrics(run)] == ["sgd"] * 3
     assert strict_loads((run / "config.json").read_text())["command"] == "compare"
+
+
+def test_an_interrupted_run_goes_on_from_the_command_line(command, smoke_file, smoke, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(smoke.path, run)
+    (run / "pieces" / "time.json").unlink()
+    (run / "summary.json").unlink()
+    overrides = ["--seeds", "0", "1", "2", "--timed-runs", "2"]
+    status, out, _ = command("compare", smoke_file, "--resume", run, *overrides)
+    assert status == 0
+    before, after = (strict_loads((path / "summary.json").read_text()) for path in (smoke.path, run))
+    assert [row["train_loss"] for row in before["table"][:5]] == [row["train_loss"] for row in after["table"][:5]]
+    assert out.endswith(f"Written to {run}\n")
+    status, _, err = command("compare", smoke_file, "--resume", run, "--timed-runs", "2", "--seeds", "0")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "seeds = [0, 1, 2], not [0]" in err
+
+
+def test_out_and_resume_exclude_each_other(command, smoke_file, tmp_path):
+    status, _, err = command("compare", smoke_file, "--out", tmp_path / "a", "--resume", tmp_path / "b")
+    assert status == 2
+    assert err == "rk-optax: --out is for a new run and --resume for an old one: give one of them\n"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
@@ -179,7 +204,7 @@ def test_ctrl_c(smoke_file, tmp_path):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert out == ""
-    assert err == f"rk-optax: interrupted; what was finished is in {run}\n"
+    assert err == f"rk-optax: interrupted; what was finished is in {run}, go on with --resume {run}\n"
     assert read_metrics(run) == []
 
 

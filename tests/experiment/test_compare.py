@@ -1,15 +1,22 @@
 import dataclasses
+import json
+import shutil
+import types
 from collections import Counter, defaultdict
 
+import jax
 import numpy as np
 import pytest
 
-from rk_optax.experiment.compare import Comparison
-from rk_optax.experiment.config import OptimizerConfig
+from rk_optax.experiment.compare import Comparison, Curve, Timing, Tuned
+from rk_optax.experiment.config import BudgetConfig, OptimizerConfig, TuningConfig
+from rk_optax.experiment.data import load_dataset
 from rk_optax.experiment.errors import UsageError
+from rk_optax.experiment.models import build_model
 from rk_optax.experiment.run_folder import RunFolder
+from rk_optax.experiment.training import Task, Trainer
 
-from .helpers import Silent, read_metrics
+from .helpers import SMOKE, Silent, read_metrics
 
 
 def of_phase(metrics, phase):
@@ -113,6 +120,94 @@ def test_training_learns(smoke):
 def test_progress_adds_up(smoke):
     assert smoke.reporter.done == smoke.reporter.work
     assert len(smoke.reporter.said) == len(smoke.config.optimizers)
+
+
+# A study in miniature: a budget in updates, short tuning and timing, ingredients.
+SMALL = dataclasses.replace(
+    SMOKE,
+    optimizers={
+        "sgd": OptimizerConfig("sgd", (0.05, 0.5)),
+        "all": OptimizerConfig("heun", (0.1, 1.0), {"momentum": 0.5}, "adagrad", "dal", {"estimate": "free"}),
+    },
+    budget=BudgetConfig(updates=12, evaluate_every=3, scored_examples=100),
+    tuning=TuningConfig(trials=2, seeds=(100,), fraction=0.5),
+    seeds=(0, 1),
+    timed_runs=1,
+    timed_updates=2,
+    vectorized=False,
+)
+
+
+def run_small(path, **folder_options):
+    reporter = Silent()
+    with RunFolder(path, **folder_options) as folder:
+        folder.write_config("compare", "small", SMALL)
+        results = Comparison(SMALL).run(folder, reporter)
+    assert reporter.done == reporter.work
+    return types.SimpleNamespace(path=path, results=results, metrics=read_metrics(path), said=reporter.said)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return run_small(tmp_path_factory.mktemp("small") / "run")
+
+
+def test_a_budget_in_updates(small):
+    assert {record["steps"] for record in of_phase(small.metrics, "tune")} == {6}
+    assert {record["steps"] for record in of_phase(small.metrics, "time")} == {0, 2}
+    assert {record["steps"] for record in of_phase(small.metrics, "compare")} == {0, 3, 6, 9, 12}
+    assert [result.gradients[-1] for result in small.results] == [12, 24]
+
+
+def test_an_interrupted_run_goes_on_to_the_same_results(small, tmp_path):
+    """As if stopped in the middle of the last training: half of its metrics are there, and nothing of the timing."""
+    shutil.copytree(small.path, tmp_path / "run")
+    for piece in ("compare-all", "time"):
+        (tmp_path / "run" / "pieces" / f"{piece}.json").unlink()
+    kept = [record for record in small.metrics if record["phase"] != "time"][:-3]
+    assert kept[-1]["piece"] == "compare-all"
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
+    resumed = run_small(tmp_path / "run", resume=True)
+    assert resumed.said == []  # nothing was tuned again
+    for before, after in zip(small.results, resumed.results, strict=True):
+        for a, b in zip((*before.tuned, *before.curve), (*after.tuned, *after.curve), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+    def untimed(records):
+        return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+    assert untimed(resumed.metrics) == untimed(small.metrics)
+
+
+def test_a_finished_run_computes_nothing_anew(small, tmp_path, monkeypatch):
+    shutil.copytree(small.path, tmp_path / "run")
+    monkeypatch.setattr(Trainer, "run", None)
+    again = run_small(tmp_path / "run", resume=True)
+    assert again.metrics == small.metrics
+    assert [r.seconds.tolist() for r in again.results] == [r.seconds.tolist() for r in small.results]
+
+
+def test_a_diverged_trial_and_run_are_remembered_as_such():
+    assert Tuned.from_json({"rate": 0.1, "losses": [0.5, None], "at_edge": None}).losses.tolist() == [0.5, np.inf]
+    curve = Curve.from_json({"steps": [0, 2], "train_loss": [[1.0, None]], "test_accuracy": [[0.5, 0.25]]})
+    assert curve.steps.dtype.kind == "i"
+    np.testing.assert_array_equal(curve.train_loss, [[1.0, np.nan]])
+
+
+def test_short_timed_runs_are_extrapolated(smoke):
+    result = smoke.results[0]._replace(
+        curve=Curve(np.array([0, 2, 4, 40]), np.zeros((1, 4)), np.zeros((1, 4))),
+        timing=Timing(np.array([0, 4]), np.array([0.0, 0.2]), np.array([0.2]), 1.0),
+    )
+    np.testing.assert_allclose(result.seconds, [0, 0.1, 0.2, 2.0])
+
+
+def test_the_scored_examples_are_the_first(small):
+    train = load_dataset(SMALL.data).train
+    params = build_model(SMALL.model, 10).init(jax.random.key(0), train.images[:1])
+    task = Task(build_model(SMALL.model, 10), load_dataset(SMALL.data), 1, SMALL.model.l2)
+    loss = task.loss(params, train.images[:100], train.labels[:100])
+    assert small.results[0].curve.train_loss[0, 0] == pytest.approx(float(loss), rel=1e-5)
 
 
 @pytest.fixture

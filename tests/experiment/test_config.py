@@ -7,9 +7,10 @@ import pytest
 
 from rk_optax.experiment.config import CompareConfig, OptimizerConfig, check, load
 from rk_optax.experiment.errors import UsageError
+from rk_optax.experiment.plan import make_plan
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+CONFIGS = sorted((ROOT / "configs").glob("[!_]*.py"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -21,6 +22,21 @@ def test_digits_is_the_comparison_of_the_readme():
     config = load(ROOT / "configs" / "digits.py", CompareConfig)
     assert list(config.optimizers) == ["sgd", "momentum", "adam", "heun", "rk4"]
     assert len(config.seeds) == 3
+
+
+@pytest.mark.parametrize("batch_size", [16, 64, 1024, 8192])
+def test_mnist_is_the_study_of_results(batch_size):
+    config = load(ROOT / "configs" / f"mnist_{batch_size}.py", CompareConfig)
+    assert config.data.batch_size == batch_size
+    assert config.data.data_dir is None
+    assert len(config.seeds) == 5
+    plan = make_plan(config)
+    widths = [entrant.rates[-1] / entrant.rates[0] for entrant in plan]
+    assert widths == pytest.approx([widths[0]] * 10)
+    assert len({(entrant.steps, entrant.tuning_steps, len(entrant.rates)) for entrant in plan}) == 1
+    assert plan[0].steps >= 200
+    # At equal cost, too, every entrant is read where it was evaluated.
+    assert all(entrant.steps % (entrant.gradients_per_step * config.budget.evaluate_every) == 0 for entrant in plan)
 
 
 def test_load_returns_what_the_file_returns(smoke_file, smoke_config):
@@ -79,8 +95,9 @@ def test_broken_files(tmp_path, text, message):
     ("fields", "message"),
     [
         ("budget=BudgetConfig(gradients='many')", r"some\.py: budget\.gradients = 'many': str"),
-        ("budget=BudgetConfig(gradients=2.5)", r"budget\.gradients = 2\.5: float"),
+        ("budget=BudgetConfig(gradients=2.5)", r"budget\.gradients = 2\.5"),
         ("budget=BudgetConfig(gradients=True)", r"budget\.gradients = True: bool"),
+        ("budget=BudgetConfig(updates=True)", r"budget\.updates = True: bool"),
         ("budget=7", r"budget = 7: int is not an instance of .*BudgetConfig"),
         ("seeds=[0, 1]", r"seeds = \[0, 1\]: list is not a tuple"),
         ("seeds=(0, 'a')", r"seeds = \(0, 'a'\): item 1"),
@@ -103,6 +120,9 @@ def test_wrong_types_name_the_field(config_file, fields, message):
         ("OptimizerConfig('sgd', (0.1, 1.0, 2.0))", r"optimizers\.a\.learning_rates"),
         ("OptimizerConfig(3, (0.1, 1.0))", r"optimizers\.a\.factory = 3"),
         ("OptimizerConfig('sgd', (0.1, 1.0), {'momentum': 'x'})", r"optimizers\.a\.options"),
+        ("OptimizerConfig('rk4', (0.1, 1.0), preconditioner='adagrat')", r"optimizers\.a\.preconditioner = 'adagrat'"),
+        ("OptimizerConfig('rk4', (0.1, 1.0), rule='dahl')", r"optimizers\.a\.rule = 'dahl'"),
+        ("OptimizerConfig('rk4', (0.1, 1.0), stage_batches='cut')", r"optimizers\.a\.stage_batches = 'cut'"),
         ("'sgd'", "optimizers = "),
     ],
 )
@@ -125,6 +145,18 @@ def test_wrong_types_inside_an_entrant(config_file, entrant, message):
         ("model", "hidden", (8, 0), r"model\.hidden = 0 must be positive"),
         ("model", "l2", -1.0, r"model\.l2"),
         ("model", "l2", float("inf"), r"model\.l2"),
+        (
+            "budget",
+            "gradients",
+            None,
+            r"budget\.gradients, budget\.updates = \(None, None\) must be one number and one",
+        ),
+        ("budget", "updates", 40, r"budget\.gradients, budget\.updates = \(48, 40\) must be one number and one None"),
+        ("budget", "updates", 0, r"budget\.updates = 0 must be positive"),
+        ("budget", "scored_examples", 0, r"budget\.scored_examples = 0 must be positive"),
+        (None, "timed_updates", 4, r"timed_updates = 4 needs a budget in updates"),
+        ("tuning", "fraction", 0.0, r"tuning\.fraction = 0\.0 must be above 0, at most 1"),
+        ("tuning", "fraction", 1.5, r"tuning\.fraction = 1\.5"),
         ("tuning", "trials", 1, r"tuning\.trials = 1 must be at least 2"),
         ("tuning", "seeds", (1, 7), r"tuning\.seeds = \(1, 7\) must not contain a seed of the comparison"),
         ("tuning", "seeds", (), r"tuning\.seeds = \(\)"),

@@ -4,6 +4,7 @@ import numpy as np
 import optax
 import pytest
 
+import rk_optax
 from rk_optax import TABLEAUS
 from rk_optax.experiment.config import OptimizerConfig
 from rk_optax.experiment.errors import UsageError
@@ -89,3 +90,65 @@ def test_unknown_factories_suggest_a_known_one():
 def test_wrong_options_are_refused_before_training(factory, options, message):
     with pytest.raises(UsageError, match=rf"optimizers\.x\.options = .*{message}"):
         build(factory, **options)
+
+
+DAL = {"estimate": "free"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "direct"),
+    [
+        ({"preconditioner": "adagrad"}, lambda h: {"preconditioner": rk_optax.precondition_by_adagrad()}),
+        ({"preconditioner": "rms"}, lambda h: {"preconditioner": rk_optax.precondition_by_rms()}),
+        ({"preconditioner": "adam"}, lambda h: {"preconditioner": rk_optax.precondition_by_adam()}),
+        ({"rule": "dal"}, lambda h: {"learning_rate": rk_optax.dal(h)}),
+        ({"rule": "dal", "rule_options": DAL}, lambda h: {"learning_rate": rk_optax.dal(h, estimate="free")}),
+        (
+            {"stage_batches": "split"},
+            lambda h: {"stage_batches": "split", "batch_argnames": ("images", "labels")},
+        ),
+    ],
+)
+def test_ingredients_are_those_of_the_library(fields, direct):
+    optimizer = build_optimizer("x", OptimizerConfig("heun", (0.1, 1.0), {"momentum": 0.5}, **fields))
+    expected = rk_optax.heun(loss_fn, **{"learning_rate": 0.05, "momentum": 0.5, **direct(0.05)})
+    params, plain = jnp.array([0.3, -0.2]), rk_optax.heun(loss_fn, 0.05, momentum=0.5)
+    grads = jax.grad(loss_fn)(params, **optimizer.first_stage(DATA))
+    updates, state = optimizer.make(loss_fn, 0.05).update(grads, expected.init(params), params, **DATA)
+    np.testing.assert_allclose(updates, expected.update(grads, expected.init(params), params, **DATA)[0], rtol=1e-6)
+    assert not np.allclose(updates, plain.update(grads, plain.init(params), params, **DATA)[0], rtol=1e-3)
+    spent = int(state.cost.gradients) + 2 * int(state.cost.products)  # as the runner counts products
+    assert optimizer.gradients_per_step == (1 if "stage_batches" in fields else spent)
+
+
+@pytest.mark.parametrize(("estimate", "gradients"), [("free", 4), ("difference", 5), ("product", 6)])
+def test_what_a_rule_costs_is_counted(estimate, gradients):
+    config = OptimizerConfig("rk4", (0.1, 1.0), rule="dal", rule_options={"estimate": estimate})
+    assert build_optimizer("x", config).gradients_per_step == gradients
+
+
+def test_the_first_stage_of_split_batches_sees_the_first_slice():
+    optimizer = build_optimizer("x", OptimizerConfig("heun", (0.1, 1.0), stage_batches="split"))
+    seen = optimizer.first_stage(DATA)
+    np.testing.assert_array_equal(seen["images"], DATA["images"][:1])
+    np.testing.assert_array_equal(seen["labels"], DATA["labels"][:1])
+    assert build("heun").first_stage(DATA) is DATA
+
+
+@pytest.mark.parametrize(
+    ("factory", "fields", "message"),
+    [
+        ("adam", {"preconditioner": "adagrad"}, r"preconditioner = 'adagrad' is for solvers, and adam is Optax's"),
+        ("sgd", {"rule": "dal"}, r"rule = 'dal' is for solvers"),
+        ("momentum", {"stage_batches": "split"}, r"stage_batches = 'split' is for solvers"),
+        ("rk4", {"rule_options": DAL}, r"rule_options = .* is for a rule: set optimizers\.x\.rule to 'dal'"),
+        ("rk4", {"rule": "dal", "rule_options": {"every": 2}}, r"rule_options = .* must leave out every"),
+        ("rk4", {"rule": "dal", "rule_options": {"estimate": "freee"}}, r"rule_options = .* estimate must be"),
+        ("rk4", {"rule": "dal", "rule_options": {"pover": 2.0}}, r"rule_options = .*pover"),
+        ("rk4", {"rule": "dal", "stage_batches": "split"}, r"stage_batches = 'split' does not go with a rule"),
+        ("euler", {"rule": "dal", "rule_options": DAL}, r"options = .* estimate='product' or 'difference'"),
+    ],
+)
+def test_impossible_ingredients_are_refused_before_training(factory, fields, message):
+    with pytest.raises(UsageError, match=rf"optimizers\.x\.{message}"):
+        build_optimizer("x", OptimizerConfig(factory, (0.1, 1.0), **fields))

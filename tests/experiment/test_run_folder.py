@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -10,14 +12,16 @@ from .helpers import read_metrics, strict_loads
 
 def test_what_is_not_finite_becomes_null(tmp_path):
     with RunFolder(tmp_path / "run") as folder:
-        folder.log(a=float("nan"), b=np.float32("inf"), c=np.array([1.0, np.nan]), d="x", e=None, f=np.int32(3))
-    assert read_metrics(tmp_path / "run") == [{"a": None, "b": None, "c": [1.0, None], "d": "x", "e": None, "f": 3}]
+        folder.log("x", a=float("nan"), b=np.float32("inf"), c=np.array([1.0, np.nan]), d="x", e=None, f=np.int32(3))
+    assert read_metrics(tmp_path / "run") == [
+        {"piece": "x", "a": None, "b": None, "c": [1.0, None], "d": "x", "e": None, "f": 3}
+    ]
 
 
 def test_lines_are_on_disk_at_once(tmp_path):
     with RunFolder(tmp_path / "run") as folder:
-        folder.log(a=1)
-        assert read_metrics(tmp_path / "run") == [{"a": 1}]
+        folder.log("x", a=1)
+        assert read_metrics(tmp_path / "run") == [{"piece": "x", "a": 1}]
 
 
 def test_resolved_config_and_what_it_ran_on(smoke_config, tmp_path):
@@ -25,7 +29,12 @@ def test_resolved_config_and_what_it_ran_on(smoke_config, tmp_path):
         folder.write_config("compare", "smoke", smoke_config)
     written = strict_loads((tmp_path / "run" / "config.json").read_text())
     assert written["config"]["optimizers"]["momentum"]["options"] == {"momentum": 0.9}
-    assert written["config"]["budget"] == {"gradients": 48, "evaluate_every": 4}
+    assert written["config"]["budget"] == {
+        "gradients": 48,
+        "evaluate_every": 4,
+        "updates": None,
+        "scored_examples": None,
+    }
     assert written["versions"]["rk-optax"] == __version__
     assert {"python", "jax", "optax", "flax"} <= set(written["versions"])
     assert written["device"]["platform"] == "cpu"
@@ -50,6 +59,56 @@ def test_a_path_that_cannot_be_a_folder(tmp_path):
         RunFolder(tmp_path / "file" / "run")
     with pytest.raises(UsageError, match="cannot write a run there"):
         RunFolder(tmp_path / "file")
+
+
+@pytest.fixture
+def interrupted(smoke_config, tmp_path):
+    """A run of two pieces, the second of which was cut short in the middle of a line."""
+    with RunFolder(tmp_path / "run") as folder:
+        folder.write_config("compare", "smoke", smoke_config)
+        folder.log("first", a=1)
+        folder.finish("first", {"a": [1.5, float("nan")]})
+        folder.log("second", a=2)
+    with (folder.path / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"piece": "sec')
+    return folder.path
+
+
+def test_resuming_keeps_what_was_finished_and_forgets_the_rest(interrupted, smoke_config):
+    with RunFolder(interrupted, resume=True) as folder:
+        folder.write_config("compare", "smoke", smoke_config)
+        assert folder.finished("first") == {"a": [1.5, None]}
+        assert folder.finished("second") is None
+        folder.log("second", a=3)
+    assert read_metrics(interrupted) == [{"piece": "first", "a": 1}, {"piece": "second", "a": 3}]
+
+
+def test_resuming_needs_the_same_config(interrupted, smoke_config):
+    other = dataclasses.replace(smoke_config, budget=dataclasses.replace(smoke_config.budget, gradients=96))
+    with (
+        RunFolder(interrupted, resume=True) as folder,
+        pytest.raises(UsageError, match=r"holds a run with budget\.gradients = 48, not 96: go on with the same"),
+    ):
+        folder.write_config("compare", "smoke", other)
+    fewer = dataclasses.replace(
+        smoke_config, optimizers={k: v for k, v in smoke_config.optimizers.items() if k != "adam"}
+    )
+    with (
+        RunFolder(interrupted, resume=True) as folder,
+        pytest.raises(UsageError, match=r"optimizers\.adam\.factory = 'adam', not None"),
+    ):
+        folder.write_config("compare", "smoke", fewer)
+
+
+def test_resuming_another_command_is_refused(interrupted, smoke_config):
+    with RunFolder(interrupted, resume=True) as folder, pytest.raises(UsageError, match=r"command = 'compare', not"):
+        folder.write_config("train", "smoke", smoke_config)
+
+
+def test_nothing_to_resume(tmp_path):
+    with pytest.raises(UsageError, match=r"holds no run to resume: start one with --out"):
+        RunFolder(tmp_path / "run", resume=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_default_path_has_config_and_time():

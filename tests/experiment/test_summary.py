@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from rk_optax.experiment.compare import Curve, Result, Timing, Tuned
+from rk_optax.experiment.optimizers import Optimizer
 from rk_optax.experiment.plan import Entrant
 from rk_optax.experiment.summary import Spread, as_json, summarize
 
@@ -13,7 +14,7 @@ def result(name, cost, total_steps, seconds_per_step):
     steps = np.arange(0, total_steps + 1, 10)
     loss = steps + np.arange(3)[:, None]
     return Result(
-        Entrant(name, None, cost, total_steps, (0.1, 0.2)),
+        Entrant(name, Optimizer(lambda *_: None, cost), total_steps, total_steps, total_steps, 10, (0.1, 0.2)),
         Tuned(0.2, np.array([np.inf, 1.0]), "highest"),
         Curve(steps, loss.astype(float), loss / 1000),
         Timing(np.array([0, total_steps]), np.array([0, total_steps * seconds_per_step]), np.ones(2), 0.5),

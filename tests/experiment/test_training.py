@@ -19,8 +19,8 @@ def task():
     return Task(build_model(ModelConfig(hidden=(6,)), data.classes), data, batch_size=32, l2=1e-2)
 
 
-def make(factory):
-    return build_optimizer("x", OptimizerConfig(factory, (0.1, 1.0))).make
+def make(factory, **fields):
+    return build_optimizer("x", OptimizerConfig(factory, (0.1, 1.0), **fields))
 
 
 def final_params(trainer, steps):
@@ -65,6 +65,24 @@ def test_a_grid_is_its_runs(task):
         alone = final_params(Trainer(task, make("rk4"), seeds=seed, rates=rate, chunk=4), 4)
         here = jax.tree.map(lambda leaf: leaf[row, column], grid)
         assert_close(here, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_runs_in_turns_are_the_runs_side_by_side(task):
+    arguments = task, make("rk4", options={"momentum": 0.5}), (3, 4), (0.1, 0.4), 4
+    in_turns, side_by_side = (final_params(Trainer(*arguments, vectorized=v), 8) for v in (False, True))
+    assert_close(in_turns, side_by_side, rtol=1e-4, atol=1e-5)
+
+
+def test_split_batches_are_a_step_over_the_slices(task):
+    """The oracle: Heun's two formulas, each stage on its half of the batch."""
+    params, data = task.init(5), task.data.train
+    for batch in task.batches(5, 0, 2):
+        k1, h = jax.grad(task.loss)(params, data.images[batch[:16]], data.labels[batch[:16]]), 0.2
+        middle = jax.tree.map(lambda p, k: p - h * k, params, k1)
+        k2 = jax.grad(task.loss)(middle, data.images[batch[16:]], data.labels[batch[16:]])
+        params = jax.tree.map(lambda p, a, b: p - h / 2 * (a + b), params, k1, k2)
+    trainer = Trainer(task, make("heun", stage_batches="split"), seeds=5, rates=0.2, chunk=2)
+    assert_close(final_params(trainer, 2), params, rtol=1e-5, atol=1e-6)
 
 
 def test_points(task):
