@@ -1,6 +1,8 @@
 """What composes: solver × preconditioner × rate × what comes after × stage batches; and a table of what does not."""
 
 import itertools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -311,3 +313,55 @@ def test_what_does_not_combine_raises_and_says_why(row):
     _, make, error, message = row
     with pytest.raises(error, match=message):
         make()
+
+
+# The README says the same, to people: each row of its table and the message that a reader gets.
+README_MESSAGES = [
+    "gradient-descent step",
+    "no second one",
+    "they see different batches",
+    "costs nothing",
+    "needs a 'product'",
+    "needs a 'product'",
+    "adaptive one cannot reach you",
+    "unexpected keyword argument 'momentum'",
+    "needs batch_argnames",
+    "does nothing with stage_batches='same'",
+    "which loss_fn does not take",
+    "does not divide",
+    "leading axis of length 4",
+    "two ways to say",
+    "nothing without momentum",
+    "becomes one with rk_optax.precondition_by",
+    "the solver's own mask= instead",
+]
+
+
+def readme_rows():
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    table = text.split("| This raises | because |\n|---|---|\n")[1].split("\n\n")[0]
+    return [re.findall(r"`([^`]+)`", line.split(" | ")[0]) for line in table.splitlines()]
+
+
+def test_the_table_of_the_readme_has_a_message_for_every_row():
+    assert len(readme_rows()) == len(README_MESSAGES)
+
+
+@pytest.mark.parametrize(("snippets", "message"), list(zip(readme_rows(), README_MESSAGES, strict=False)))
+def test_what_the_readme_says_raises_does(snippets, message):
+    w, seven = jnp.ones(3), jnp.ones((7, 3))
+
+    def loss_fn(params, x):
+        return jnp.mean((x @ params["w"]) ** 2)
+
+    def update(tx, **data):
+        params = {"w": w}
+        return tx.update(params, tx.init(params), params, **data)
+
+    names = {**vars(rk_optax), "optax": optax, "grad_fn": jax.grad(loss_fn)}
+    names |= {"loss_fn": loss_fn, "update": update, "w": w, "seven": seven}
+    *fine, raises = [snippet for snippet in snippets if "(" in snippet]
+    for snippet in fine:
+        eval(snippet, dict(names))
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        eval(raises, dict(names))

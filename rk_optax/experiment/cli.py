@@ -9,7 +9,7 @@ import rk_optax
 from rk_optax.experiment.errors import UsageError
 
 # What the modules behind the commands import and `pip install rk-optax` does not bring along.
-_EXTRA = ("flax", "matplotlib", "rich", "sklearn", "typeguard", "tyro")
+_EXTRA = ("flax", "matplotlib", "orbax", "rich", "sklearn", "typeguard", "tyro")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -40,6 +40,8 @@ def _run(argv: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     # tyro parses what follows, once it has seen the config; argparse must not take its --help.
     commands.add_parser("compare", add_help=False, help="compare optimizers at an equal budget")
+    commands.add_parser("train", add_help=False, help="train with one optimizer, or go on with a run")
+    commands.add_parser("plot", add_help=False, help="overlay runs by steps, cost or seconds")
     commands.add_parser("solvers", help="list the solvers with their cost and stability")
     arguments, rest = parser.parse_known_args(argv)
     try:
@@ -50,6 +52,10 @@ def _run(argv: list[str]) -> int:
         raise UsageError(f"{error.name} is not installed: pip install 'rk-optax[experiment]'") from error
     if arguments.command == "compare":
         return implementations.compare(rest)
+    if arguments.command == "train":
+        return implementations.train(rest)
+    if arguments.command == "plot":
+        return implementations.plot(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return implementations.solvers()

@@ -1,25 +1,31 @@
 """The commands of `rk-optax`; importing this needs the `experiment` extra."""
 
+import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import tyro
 
 from rk_optax.experiment.compare import Comparison
-from rk_optax.experiment.config import CompareConfig, load
+from rk_optax.experiment.config import CompareConfig, TrainConfig, load
+from rk_optax.experiment.curves import read_curves
 from rk_optax.experiment.errors import UsageError
-from rk_optax.experiment.plot import plot_comparison
+from rk_optax.experiment.plot import AXES, plot_comparison, plot_curves
 from rk_optax.experiment.progress import ProgressBar
 from rk_optax.experiment.report import (
     comparison_notes,
     comparison_table,
     make_console,
     solver_table,
+    training_summary,
 )
 from rk_optax.experiment.run_folder import RunFolder, default_path
 from rk_optax.experiment.summary import as_json, summarize
+from rk_optax.experiment.train import Training
+from rk_optax.experiment.train_folder import TrainFolder, stored_config
 from rk_optax.tableau import TABLEAUS
 
 _COMPARE_HELP = """\
@@ -34,6 +40,31 @@ seeds at an equal budget of gradient evaluations or of updates, times it, and sh
   --FIELD VALUE  overrides a field of the config, e.g. --budget.gradients 1200
 
 `rk-optax compare CONFIG --help` lists the fields of a config with their values."""
+
+
+_TRAIN_HELP = """\
+usage: rk-optax train CONFIG [--out DIR] [--FIELD VALUE ...]
+       rk-optax train --resume DIR
+
+Trains a network with one optimizer, writing metrics and checkpoints as it goes.
+
+  CONFIG         Python file whose get_config() returns a TrainConfig, e.g. configs/train_digits.py
+  --out DIR      folder for config, metrics and checkpoints (default: runs/<config>-<time>)
+  --resume DIR   go on with an interrupted run from its latest checkpoint, with the config it has
+  --FIELD VALUE  overrides a field of the config, e.g. --optimizer.learning-rate 0.1
+
+`rk-optax train CONFIG --help` lists the fields of a config with their values."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainCommand:
+    """Trains a network with one optimizer."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """New folder for config, metrics and checkpoints; by default runs/<config>-<time>."""
+    resume: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder of an interrupted run that is to go on. Its config governs; a different one is refused."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +124,99 @@ def compare(argv: Sequence[str]) -> int:
     for note in comparison_notes(config, results):
         console.print(note, markup=False)
     console.print(f"Written to {folder.path}", markup=False, soft_wrap=True)
+    return 0
+
+
+def train(argv: Sequence[str]) -> int:
+    """`rk-optax train`.
+
+    Args:
+        argv: the config file, then overrides; or --resume and a folder.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        UsageError: if the training is not possible as asked for.
+        KeyboardInterrupt: with a message that says how to go on.
+    """
+    if argv and argv[0].partition("=")[0] == "--resume":
+        folder = argv[0].partition("=")[2] or (argv[1] if len(argv) > 1 else "")
+        if not folder or len(argv) > (1 if "=" in argv[0] else 2):
+            raise UsageError("--resume takes the folder of a run and nothing else: the run goes on with its own config")
+        resume = Path(folder)
+        command, name = TrainCommand(stored_config(resume), resume=resume), resume.name
+    else:
+        if not argv or argv[0].startswith("-"):
+            if {"-h", "--help"} & set(argv):
+                print(_TRAIN_HELP)
+                return 0
+            raise UsageError("name a config file right after train, e.g. rk-optax train configs/train_digits.py")
+        path = Path(argv[0])
+        command, name = (
+            tyro.cli(
+                TrainCommand,
+                default=TrainCommand(load(path, TrainConfig)),
+                args=argv[1:],
+                prog=f"rk-optax train {path}",
+            ),
+            path.stem,
+        )
+    config, resume = command.config, command.resume
+    if resume and command.out:
+        raise UsageError("--out is for a new run and --resume for an old one: give one of them")
+    if config.data.data_dir is not None:  # the run may go on from another directory
+        data = dataclasses.replace(config.data, data_dir=config.data.data_dir.absolute())
+        config = dataclasses.replace(config, data=data)
+    if resume:
+        stored_config(resume)
+    training = Training(config)
+    with TrainFolder(resume or command.out or default_path(name), resume=resume is not None) as folder:
+        try:
+            folder.write_config("train", name, config)
+            with ProgressBar(make_console(stderr=True)) as bar:
+                last = training.run(folder, bar)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"interrupted; go on with: rk-optax train --resume {folder.path}") from None
+    console = make_console()
+    for line in training_summary(last):
+        console.print(line, markup=False)
+    console.print(f"Written to {folder.path}", markup=False, soft_wrap=True)
+    return 0
+
+
+def plot(argv: Sequence[str]) -> int:
+    """`rk-optax plot`.
+
+    Args:
+        argv: run folders and options.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        UsageError: if a folder holds no run that can be drawn, or the figure cannot be written.
+    """
+    parser = argparse.ArgumentParser(
+        prog="rk-optax plot", description="Draws training loss and test error of runs, overlaid."
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of train or compare")
+    parser.add_argument("--x", choices=tuple(AXES), default="steps", help="what the runs are laid over (steps)")
+    parser.add_argument("--out", type=Path, default=Path("plot.png"), metavar="FILE.png", help="the figure (plot.png)")
+    arguments = parser.parse_args(argv)
+    out = arguments.out
+    if out.suffix.lower() != ".png":
+        raise UsageError(f"--out {out} must be a PNG file: take {out.with_suffix('.png')}")
+    curves = [curve for path in arguments.runs for curve in read_curves(path)]
+    if arguments.x == "seconds":
+        for curve in curves:
+            if not np.isfinite(curve.seconds).any():
+                raise UsageError(f"{curve.label} has not been timed yet: take --x steps or --x cost")
+    try:
+        plot_curves(curves, arguments.x, out)
+    except OSError as error:
+        raise UsageError(f"--out {out}: cannot be written: {error.strerror or error}") from error
+    make_console().print(f"Written to {out}", markup=False, soft_wrap=True)
     return 0
 
 

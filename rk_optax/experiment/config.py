@@ -23,30 +23,40 @@ Config = TypeVar("Config")
 class DataConfig:
     """The data set and how it is split and batched."""
 
-    name: Literal["digits", "mnist", "fashion_mnist"] = "digits"
-    """Data set: digits is the one shipped inside scikit-learn."""
+    name: Literal["digits", "mnist", "fashion_mnist", "sums"] = "digits"
+    """Data set: digits are those inside scikit-learn, sums a text of sums in words, to be predicted by characters."""
     data_dir: Annotated[Path | None, tyro.conf.arg(aliases=("--data-dir",))] = None
     """Directory of the four IDX files of mnist or fashion_mnist; without it they are fetched from OpenML."""
     validation_fraction: float = 0.15
     """Fraction of the examples (of the training part, where a data set has parts) on which learning rates are tuned."""
     test_fraction: float = 0.2
-    """Fraction of the digits on which accuracies are reported; the others have a test part of their own."""
+    """Fraction of the digits or sums on which accuracies are reported; MNIST's kin have a test part of their own."""
     split_seed: int = 0
     """Seed of the stratified split, the same for every run."""
     batch_size: int | None = 256
     """Examples per batch; None takes the whole training set at every step."""
+    context: int = 64
+    """Characters of an example of sums."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The network."""
 
-    name: Literal["mlp"] = "mlp"
-    """Architecture."""
+    name: Literal["mlp", "cnn", "transformer"] = "mlp"
+    """Architecture: mlp and cnn are for images, transformer is for sums."""
     hidden: tuple[int, ...] = (64, 64)
-    """Widths of the hidden layers."""
+    """Widths of the hidden layers of an mlp, channels of the convolutions of a cnn."""
     activation: Literal["tanh", "relu", "gelu"] = "tanh"
     """Activation function of the hidden layers."""
+    dropout: float = 0.0
+    """Fraction of the features that are dropped in training."""
+    width: int = 64
+    """Features per position of a transformer."""
+    blocks: int = 2
+    """Blocks of attention and feed-forward layers of a transformer."""
+    heads: int = 4
+    """Attention heads of each block of a transformer."""
     l2: float = 1e-3
     """The loss is the mean cross-entropy plus l2/2 times the squared norm of the parameters."""
 
@@ -69,6 +79,59 @@ class OptimizerConfig:
     """Further keyword arguments of rk_optax.dal, such as estimate."""
     stage_batches: Literal["same", "split"] = "same"
     """With split, each stage of a solver sees its own slice of the batch, so a step costs one gradient in all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptimizerConfig:
+    """The optimizer of a single training run."""
+
+    factory: str
+    """sgd, momentum, adam, or the name of a solver (see `rk-optax solvers`)."""
+    learning_rate: float
+    """Step size h; with a schedule, that after the warm-up."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """How the learning rate goes down to 0 until the last step: Optax's cosine_decay_schedule or linear_schedule."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate first rises from 0, linearly."""
+    options: Mapping[str, float | bool] = dataclasses.field(default_factory=dict)
+    """Further keyword arguments of the factory, such as momentum."""
+    preconditioner: Literal["adagrad", "rms", "adam"] | None = None
+    """Scales every stage of a solver: rk_optax.precondition_by_adagrad and so on, with their defaults."""
+    rule: Literal["constant", "dal"] = "constant"
+    """With dal, learning_rate is its max_learning_rate."""
+    rule_options: Mapping[str, float | str] = dataclasses.field(default_factory=dict)
+    """Further keyword arguments of rk_optax.dal, such as estimate."""
+    stage_batches: Literal["same", "split"] = "same"
+    """With split, each stage of a solver sees its own slice of the batch, so a step costs one gradient in all."""
+
+    def entrant(self) -> OptimizerConfig:
+        """The same as an entrant of a comparison, which has a range of learning rates."""
+        fields = {field.name for field in dataclasses.fields(OptimizerConfig)} - {"learning_rates"}
+        rates = (self.learning_rate, self.learning_rate)
+        return OptimizerConfig(learning_rates=rates, **{name: getattr(self, name) for name in fields})
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One training run of one optimizer."""
+
+    optimizer: TrainOptimizerConfig
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    steps: int | None = None
+    """Length of the run in steps. Give either these or epochs."""
+    epochs: int | None = None
+    """Length of the run in passes over the training examples."""
+    evaluate_every: int | None = None
+    """Steps between two evaluations; None is an epoch, or the whole run if that is shorter."""
+    checkpoint_every: int | None = None
+    """Steps between two checkpoints, a multiple of evaluate_every; None writes one at every evaluation."""
+    keep_checkpoints: int = 3
+    """Checkpoints that are kept, the latest ones."""
+    seed: int = 0
+    """Seed of the initial parameters, the order of the batches and the dropout masks."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,29 +254,15 @@ def check(config: CompareConfig) -> None:
         UsageError: if a value is out of range; the message names the field and what it may be.
     """
     check_types(config)
-    data, budget, tuning = config.data, config.budget, config.tuning
-    for name, fraction in [
-        ("data.validation_fraction", data.validation_fraction),
-        ("data.test_fraction", data.test_fraction),
-    ]:
-        _require(0 < fraction < 1, name, fraction, "must lie between 0 and 1")
-    _require(
-        data.validation_fraction + data.test_fraction < 1,
-        "data.validation_fraction + data.test_fraction",
-        data.validation_fraction + data.test_fraction,
-        "must be below 1 to leave training examples",
-    )
-    _require(data.split_seed >= 0, "data.split_seed", data.split_seed, "must not be negative")
-    _require(0 <= config.model.l2 < math.inf, "model.l2", config.model.l2, "must be finite, not negative")
+    budget, tuning = config.budget, config.tuning
+    _check_task(config.data, config.model)
     for name, count in [
-        ("data.batch_size", 1 if data.batch_size is None else data.batch_size),
         ("budget.gradients", 1 if budget.gradients is None else budget.gradients),
         ("budget.updates", 1 if budget.updates is None else budget.updates),
         ("budget.scored_examples", 1 if budget.scored_examples is None else budget.scored_examples),
         ("budget.evaluate_every", budget.evaluate_every),
         ("timed_runs", config.timed_runs),
         ("timed_updates", 1 if config.timed_updates is None else config.timed_updates),
-        *(("model.hidden", width) for width in config.model.hidden),
     ]:
         _require(count > 0, name, count, "must be positive")
     _require(
@@ -260,6 +309,105 @@ def check(config: CompareConfig) -> None:
             entrant.learning_rates,
             "must be positive, finite, the lowest first",
         )
+
+
+def check_train(config: TrainConfig) -> None:
+    """Checks types and values of a training run.
+
+    Raises:
+        UsageError: if a value is out of range; the message names the field and what it may be.
+    """
+    check_types(config)
+    _check_task(config.data, config.model)
+    optimizer = config.optimizer
+    _require(
+        (config.steps is None) != (config.epochs is None),
+        "steps, epochs",
+        (config.steps, config.epochs),
+        "must be one number and one None: a run is so many steps or so many epochs long",
+    )
+    for name in ("steps", "epochs", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
+        count = getattr(config, name)
+        _require(count is None or count > 0, name, count, "must be positive")
+    _require(0 <= config.seed < 2**31, "seed", config.seed, "must be an integer from 0 to 2**31 - 1")
+    _require(
+        0 < optimizer.learning_rate < math.inf,
+        "optimizer.learning_rate",
+        optimizer.learning_rate,
+        "must be positive and finite",
+    )
+    _require(optimizer.warmup_steps >= 0, "optimizer.warmup_steps", optimizer.warmup_steps, "must not be negative")
+    _require(
+        optimizer.rule == "constant" or (optimizer.schedule == "constant" and optimizer.warmup_steps == 0),
+        "optimizer.rule",
+        optimizer.rule,
+        "sets the learning rate itself: leave schedule and warmup_steps out",
+    )
+
+
+def from_json(kind: type[Config], content: Any) -> Config:
+    """The configuration that `dataclasses.asdict` and JSON have been made of.
+
+    Args:
+        kind: its dataclass.
+        content: what `json.loads` returned.
+
+    Raises:
+        UsageError: if it does not fit the dataclass.
+    """
+    config = _from_json(kind, content, "")
+    check_types(config)
+    return config
+
+
+def _from_json(kind: Any, content: Any, prefix: str) -> Any:
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+        choices = typing.get_args(kind)
+        if isinstance(content, list):
+            return tuple(content)
+        return Path(content) if Path in choices and isinstance(content, str) else content
+    if not isinstance(content, dict):
+        raise UsageError(f"{prefix or 'config.'}: {content!r} is no configuration")
+    hints = typing.get_type_hints(kind)
+    unknown = [name for name in content if name not in hints]
+    if unknown:
+        raise UsageError(f"{prefix}{unknown[0]}: no field of this version of rk-optax")
+    values = {name: _from_json(hints[name], value, f"{prefix}{name}.") for name, value in content.items()}
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise UsageError(f"{prefix or 'config.'}: {error}") from error
+
+
+def _check_task(data: DataConfig, model: ModelConfig) -> None:
+    for name, fraction in [
+        ("data.validation_fraction", data.validation_fraction),
+        ("data.test_fraction", data.test_fraction),
+    ]:
+        _require(0 < fraction < 1, name, fraction, "must lie between 0 and 1")
+    _require(
+        data.validation_fraction + data.test_fraction < 1,
+        "data.validation_fraction + data.test_fraction",
+        data.validation_fraction + data.test_fraction,
+        "must be below 1 to leave training examples",
+    )
+    _require(
+        0 <= data.split_seed < 2**32, "data.split_seed", data.split_seed, "must not be negative, nor 2**32 or more"
+    )
+    _require(0 <= model.l2 < math.inf, "model.l2", model.l2, "must be finite, not negative")
+    _require(0 <= model.dropout < 1, "model.dropout", model.dropout, "must be at least 0, below 1")
+    for name, count in [
+        ("data.batch_size", 1 if data.batch_size is None else data.batch_size),
+        ("data.context", data.context),
+        *(("model.hidden", width) for width in model.hidden),
+        ("model.width", model.width),
+        ("model.blocks", model.blocks),
+        ("model.heads", model.heads),
+    ]:
+        _require(count > 0, name, count, "must be positive")
+    _require(model.width % model.heads == 0, "model.width", model.width, f"must be a multiple of {model.heads} heads")
+    takes, given = ("text" if it else "images" for it in (model.name == "transformer", data.name == "sums"))
+    _require(takes == given, "model.name", model.name, f"takes {takes}, and data.name = {data.name!r} is {given}")
 
 
 def _require(condition: bool, name: str, value: Any, message: str) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from sklearn.datasets import fetch_openml, load_digits
 from sklearn.model_selection import train_test_split
 
-from rk_optax.experiment import idx
+from rk_optax.experiment import idx, text
 from rk_optax.experiment.config import DataConfig
 from rk_optax.experiment.errors import UsageError
 
@@ -16,7 +16,11 @@ Array: TypeAlias = np.ndarray | jax.Array  # on the host, then on a device
 
 
 class Split(NamedTuple):
-    """Images (example, row, column, channel), float32 in [0, 1], and labels (example,), int32."""
+    """Inputs and the labels that they should be given, int32.
+
+    Images (example, row, column, channel) are float32 in [0, 1] and have a label each. A text has tokens (example,
+    position) for images, int32, and the token that comes next for a label at every position.
+    """
 
     images: Array
     labels: Array
@@ -37,13 +41,13 @@ def load_dataset(config: DataConfig) -> Dataset:
     Raises:
         UsageError: if the data cannot be had, or the split leaves too few examples, or fewer than a batch.
     """
-    train, validation, test = _LOADERS[config.name](config)
+    train, validation, test, classes = _LOADERS[config.name](config)
     if config.batch_size is not None and config.batch_size > len(train.labels):
         raise UsageError(
             f"data.batch_size = {config.batch_size} is more than the {len(train.labels)} training "
             "examples; None takes all of them"
         )
-    return Dataset(train, validation, test, classes=10)
+    return Dataset(train, validation, test, classes)
 
 
 def batch_indices(seed: int, examples: int, batch_size: int | None, start: int, count: int) -> np.ndarray:
@@ -78,25 +82,45 @@ def _stratified(images: Array, labels: Array, fraction: float, seed: int) -> tup
     return Split(a, labels_a), Split(b, labels_b)
 
 
-def _digits(config: DataConfig) -> tuple[Split, Split, Split]:
-    if config.data_dir is not None:
-        raise UsageError(f"data.data_dir = {str(config.data_dir)!r}: digits come with scikit-learn; leave it out")
+def _digits(config: DataConfig) -> Dataset:
+    _no_directory(config, "digits come with scikit-learn")
     digits: Any = load_digits()
     images = (digits.images[..., np.newaxis] / 16).astype(np.float32)
     rest, test = _stratified(images, digits.target.astype(np.int32), config.test_fraction, config.split_seed)
     # Of the rest, so that both fractions are of the whole.
     fraction = config.validation_fraction / (1 - config.test_fraction)
-    return *_stratified(*rest, fraction, config.split_seed), test
+    return Dataset(*_stratified(*rest, fraction, config.split_seed), test, classes=10)
 
 
-def _mnist(config: DataConfig) -> tuple[Split, Split, Split]:
+def _mnist(config: DataConfig) -> Dataset:
     """MNIST or a data set of its shape: its test part stays whole, the validation split is cut from the other."""
     parts = _fetch(config.name) if config.data_dir is None else idx.read_directory(config.data_dir)
     rest, test = (
         Split((part.images[..., np.newaxis] / np.float32(255)).astype(np.float32), part.labels.astype(np.int32))
         for part in parts
     )
-    return *_stratified(*rest, config.validation_fraction, config.split_seed), test
+    return Dataset(*_stratified(*rest, config.validation_fraction, config.split_seed), test, classes=10)
+
+
+def _sums(config: DataConfig) -> Dataset:
+    """Sums are split as whole lines, so that those of the validation and test texts are new to the network."""
+    _no_directory(config, "sums are generated")
+    lines = text.sums(config.split_seed)
+    alphabet = "".join(sorted(set("".join(lines))))
+    tests = round(config.test_fraction * len(lines))
+    validations = round(config.validation_fraction * len(lines))
+    parts = lines[tests + validations :], lines[tests : tests + validations], lines[:tests]
+    train, validation, test = (Split(*text.windows(part, alphabet, config.context)) for part in parts)
+    if not (len(train.labels) and len(validation.labels) and len(test.labels)):
+        raise UsageError(
+            f"data.validation_fraction, data.test_fraction: cannot split: a part has no {config.context} characters"
+        )
+    return Dataset(train, validation, test, len(alphabet))
+
+
+def _no_directory(config: DataConfig, reason: str) -> None:
+    if config.data_dir is not None:
+        raise UsageError(f"data.data_dir = {str(config.data_dir)!r}: {reason}; leave it out")
 
 
 def _fetch(name: str) -> tuple[idx.Labelled, idx.Labelled]:
@@ -121,4 +145,4 @@ def _fetch(name: str) -> tuple[idx.Labelled, idx.Labelled]:
 
 _OPENML = {"mnist": "mnist_784", "fashion_mnist": "Fashion-MNIST"}
 _OPENML_EXAMPLES, _OPENML_TRAINING = 70_000, 60_000  # the training part comes first
-_LOADERS = {"digits": _digits, "mnist": _mnist, "fashion_mnist": _mnist}
+_LOADERS = {"digits": _digits, "mnist": _mnist, "fashion_mnist": _mnist, "sums": _sums}

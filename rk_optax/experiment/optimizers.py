@@ -64,8 +64,12 @@ class _Rule(NamedTuple):
     gradients_per_step: int  # beside the solver's own
 
 
-def build_optimizer(name: str, config: OptimizerConfig) -> Optimizer:
-    """Resolves the factory of the entrant `name`.
+def build_optimizer(where: str, config: OptimizerConfig) -> Optimizer:
+    """Resolves the factory of an entrant.
+
+    Args:
+        where: the name of its configuration, such as optimizers.sgd, for messages.
+        config: the configuration.
 
     Raises:
         UsageError: if there is no such factory, or it does not take the options.
@@ -77,7 +81,7 @@ def build_optimizer(name: str, config: OptimizerConfig) -> Optimizer:
         for field, default in _WITHOUT_INGREDIENTS.items():
             _refuse_unless(
                 getattr(config, field) == default,
-                f"optimizers.{name}.{field}",
+                f"{where}.{field}",
                 getattr(config, field),
                 f"is for solvers, and {factory} is Optax's: set it to {default!r}",
             )
@@ -89,7 +93,7 @@ def build_optimizer(name: str, config: OptimizerConfig) -> Optimizer:
 
     elif factory in TABLEAUS:
         stages = TABLEAUS[factory].effective_stages
-        rule = _rule(name, config)
+        rule = _rule(where, config)
         gradients_per_step = (1 if config.stage_batches == "split" else stages) + rule.gradients_per_step
         if config.preconditioner is not None:
             options["preconditioner"] = _PRECONDITIONERS[config.preconditioner]()
@@ -105,39 +109,39 @@ def build_optimizer(name: str, config: OptimizerConfig) -> Optimizer:
     else:
         close = difflib.get_close_matches(factory, [*_OPTAX, *TABLEAUS], n=1)
         raise UsageError(
-            f"optimizers.{name}.factory = {factory!r} is neither of {', '.join(_OPTAX)} nor a "
+            f"{where}.factory = {factory!r} is neither of {', '.join(_OPTAX)} nor a "
             "solver listed by `rk-optax solvers`" + (f"; did you mean {close[0]!r}?" if close else "")
         )
     try:
         make(_probe_loss, 0.1)
     except (TypeError, ValueError) as error:
-        raise UsageError(f"optimizers.{name}.options = {dict(config.options)!r}: {error}") from error
+        raise UsageError(f"{where}.options = {dict(config.options)!r}: {error}") from error
     return Optimizer(make, gradients_per_step, first_stage)
 
 
-def _rule(name: str, config: OptimizerConfig) -> _Rule:
+def _rule(where: str, config: OptimizerConfig) -> _Rule:
     """The learning-rate rule of an entrant.
 
     Raises:
         UsageError: if its options are wrong, or its cost is no whole number of gradients per step.
     """
     options: dict[str, Any] = dict(config.rule_options)
-    where = f"optimizers.{name}.rule_options"
+    name = f"{where}.rule_options"
     if config.rule == "constant":
-        _refuse_unless(not options, where, options, "is for a rule: set optimizers." + name + ".rule to 'dal'")
+        _refuse_unless(not options, name, options, f"is for a rule: set {where}.rule to 'dal'")
         return _Rule(lambda learning_rate: learning_rate, 0)
     _refuse_unless(
         config.stage_batches == "same",
-        f"optimizers.{name}.stage_batches",
+        f"{where}.stage_batches",
         config.stage_batches,
         "does not go with a rule, which measures the curvature of the whole batch: set one of them back",
     )
     # Estimating in some of the steps only would make a step cost a fraction of a gradient.
-    _refuse_unless("every" not in options, where, options, "must leave out every: each step has to cost the same")
+    _refuse_unless("every" not in options, name, options, "must leave out every: each step has to cost the same")
     try:
         rk_optax.dal(1.0, **options)
     except (TypeError, ValueError) as error:
-        raise UsageError(f"{where} = {options!r}: {error}") from error
+        raise UsageError(f"{name} = {options!r}: {error}") from error
     estimate = options.get("estimate", "product")
     return _Rule(lambda learning_rate: rk_optax.dal(learning_rate, **options), _DAL_GRADIENTS[estimate])
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rk_optax.experiment.config import CompareConfig, check
+from rk_optax.experiment.config import CompareConfig, OptimizerConfig, check
 from rk_optax.experiment.errors import UsageError
 from rk_optax.experiment.optimizers import Optimizer, build_optimizer
 from rk_optax.tableau import TABLEAUS
@@ -35,8 +35,9 @@ def make_plan(config: CompareConfig) -> tuple[Entrant, ...]:
         UsageError: if a value is impossible or the budget cannot be spent equally.
     """
     check(config)
-    optimizers = {name: build_optimizer(name, entrant) for name, entrant in config.optimizers.items()}
-    _check_slices(config)
+    optimizers = {name: build_optimizer(f"optimizers.{name}", entrant) for name, entrant in config.optimizers.items()}
+    for name, entrant in config.optimizers.items():
+        check_slices(name, entrant, config.data.batch_size)
     steps, timed_chunks = _share(config, [optimizer.gradients_per_step for optimizer in optimizers.values()])
     return tuple(
         Entrant(
@@ -87,12 +88,15 @@ def _tuning_steps(config: CompareConfig, steps: int) -> int:
     return tuning_steps
 
 
-def _check_slices(config: CompareConfig) -> None:
-    for name, entrant in config.optimizers.items():
-        size = config.data.batch_size
-        if entrant.stage_batches == "split" and (size is None or size % TABLEAUS[entrant.factory].effective_stages):
-            stages = TABLEAUS[entrant.factory].effective_stages
-            raise UsageError(
-                f"data.batch_size = {size} must be a multiple of {stages}, because {name} cuts a batch into a "
-                f"slice for each of its {stages} stages"
-            )
+def check_slices(name: str, optimizer: OptimizerConfig, batch_size: int | None) -> None:
+    """Checks that a batch can be cut into a slice per stage, if it has to be.
+
+    Raises:
+        UsageError: if it cannot.
+    """
+    stages = TABLEAUS[optimizer.factory].effective_stages if optimizer.stage_batches == "split" else 1
+    if stages > 1 and (batch_size is None or batch_size % stages):
+        raise UsageError(
+            f"data.batch_size = {batch_size} must be a multiple of {stages}, because {name} cuts a batch into a "
+            f"slice for each of its {stages} stages"
+        )

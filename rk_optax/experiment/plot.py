@@ -1,17 +1,25 @@
-"""The figure of a comparison."""
+"""The figures: of a comparison, and of runs overlaid."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
 from rk_optax.experiment.compare import Result
+from rk_optax.experiment.curves import Curve
 
 # Okabe and Ito's palette: its colours stay apart for colour-blind readers, the markers also in print.
 _COLORS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+AXES = {
+    "steps": "steps",
+    "cost": "cost, gradient evaluations",
+    "seconds": "training time, s (without compilation)",
+}
 
 
 def plot_comparison(results: Sequence[Result], path: Path) -> None:
@@ -60,12 +68,8 @@ def plot_comparison(results: Sequence[Result], path: Path) -> None:
             axis.spines[["top", "right"]].set_visible(False)
         column[1].set_xlabel(label)
     loss, error = axes[:, 0]
-    # Labels between the powers of ten too, which may lie outside.
     for axis in (loss, error):
-        axis.set_yscale("log")
-        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        _logarithmic(axis)
     loss.set_ylabel("training loss")
     error.set_ylabel("test error, % (100 − accuracy)")
     handles, labels = loss.get_legend_handles_labels()
@@ -78,6 +82,49 @@ def plot_comparison(results: Sequence[Result], path: Path) -> None:
         "seeds; dotted: where the table compares)",
     )
     figure.savefig(path)
+
+
+def plot_curves(curves: Sequence[Curve], x: str, path: Path) -> None:
+    """Draws training loss and test error of several runs against steps, cost or seconds.
+
+    Args:
+        curves: the runs.
+        x: a key of `AXES`.
+        path: a PNG file.
+    """
+    figure = Figure(figsize=(9, 7), dpi=120, layout="constrained")
+    loss, error = figure.subplots(2, 1, sharex=True)
+    for index, curve in enumerate(curves):
+        style = {
+            "color": _COLORS[index % len(_COLORS)],
+            "linestyle": ("-", "--", ":")[index // len(_COLORS) % 3],
+            "marker": _MARKERS[index % len(_MARKERS)],
+            "linewidth": 1.6,
+            "markersize": 6,
+        }
+        along = getattr(curve, x)
+        # A run without test errors is drawn at 0.01 %: there is no zero on the axis.
+        for axis, values in ((loss, curve.train_loss), (error, np.maximum(100 * (1 - curve.test_accuracy), 0.01))):
+            seen = np.isfinite(along) & np.isfinite(values)
+            marks = (index, max(1, int(seen.sum()) // 8))
+            axis.plot(along[seen], values[seen], label=curve.label, markevery=marks, **style)
+    for axis, name in ((loss, "training loss"), (error, "test error, % (100 − accuracy)")):
+        axis.set_ylabel(name)
+        axis.grid(which="both", alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        _logarithmic(axis)
+    error.set_xlabel(AXES[x])
+    handles, labels = loss.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(curves), 3))
+    figure.savefig(path)
+
+
+def _logarithmic(axis: Any) -> None:
+    """A logarithmic vertical axis with labels between the powers of ten too, which may lie outside."""
+    axis.set_yscale("log")
+    axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _marked(x: np.ndarray, index: int) -> list[int]:

@@ -4,6 +4,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -73,6 +74,22 @@ def comparison_notes(config: CompareConfig, results: Sequence[Result]) -> list[s
         if result.tuned.at_edge
     ]
     return notes
+
+
+def training_summary(record: Mapping[str, Any]) -> list[str]:
+    """The end of a training run, from the last line of its metrics."""
+
+    def scored(split: str) -> str:
+        loss, accuracy = record[f"{split}_loss"], record[f"{split}_accuracy"]
+        if loss is None or not math.isfinite(loss):
+            return f"{split}: diverged"
+        return f"{split}: loss {loss:#.4g}, accuracy {100 * accuracy:.2f} %"
+
+    return [
+        f"{record['steps']} steps, {record['gradients']} gradients, {record['seconds']:.1f} s in training steps",
+        scored("validation"),
+        scored("test"),
+    ]
 
 
 def solver_table(tableaus: Mapping[str, ButcherTableau]) -> Table:

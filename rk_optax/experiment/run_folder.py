@@ -42,7 +42,7 @@ class RunFolder:
                 self._forget_unfinished()
             else:
                 path.mkdir(parents=True, exist_ok=True)
-                if any(path.iterdir()):
+                if not _blank(path):
                     raise UsageError(
                         f"{path} is not empty: choose another folder with --out, or go on with the run in it with "
                         "--resume"
@@ -141,6 +141,13 @@ class RunFolder:
 def default_path(config_name: str) -> Path:
     """`runs/<config>-<time>`, relative to the working directory."""
     return Path("runs") / f"{config_name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _blank(path: Path) -> bool:
+    """Whether a folder is empty, or was left by a run that was killed before it began."""
+    begun = {"config.json.new", "metrics.jsonl"}
+    metrics = path / "metrics.jsonl"
+    return {entry.name for entry in path.iterdir()} <= begun and not (metrics.exists() and metrics.stat().st_size)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

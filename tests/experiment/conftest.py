@@ -3,12 +3,29 @@ import dataclasses
 import io
 import types
 
+import jax
 import pytest
 
 from rk_optax.experiment.cli import main
 from rk_optax.experiment.compare import Comparison
 
 from .helpers import SMOKE, Silent, read_metrics
+
+
+@pytest.fixture(scope="session")
+def compilation_cache(tmp_path_factory):
+    """Compiles a program once for all the tests and subprocesses that run it; the value is for their environment."""
+    changes = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in changes}
+    for name, value in changes.items():
+        jax.config.update(name, value)
+    yield {name.upper(): str(value) for name, value in changes.items()}
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture

@@ -1,16 +1,22 @@
 """What the tests of the experiment runner share."""
 
+import contextlib
 import gzip
+import io
 import json
 
 import numpy as np
+import pytest
 
+from rk_optax.experiment.cli import main
 from rk_optax.experiment.config import (
     BudgetConfig,
     CompareConfig,
     DataConfig,
     ModelConfig,
     OptimizerConfig,
+    TrainConfig,
+    TrainOptimizerConfig,
     TuningConfig,
 )
 
@@ -29,6 +35,36 @@ SMOKE = CompareConfig(
     seeds=(0, 1, 2),
     timed_runs=2,
 )
+
+# BatchNorm, dropout, momentum and a schedule: all that a checkpoint has to bring back. A batch that no two of the eight
+# devices of the tests can share.
+TRAIN = TrainConfig(
+    TrainOptimizerConfig("heun", 0.1, schedule="cosine", warmup_steps=2, options={"momentum": 0.9}),
+    data=DataConfig(batch_size=63),
+    model=ModelConfig("cnn", hidden=(4,), activation="relu", dropout=0.3),
+    steps=24,
+    evaluate_every=4,
+)
+
+
+def write_train_config(path, config=TRAIN):
+    """Writes a config file that returns this configuration."""
+    imports = "from rk_optax.experiment.config import *\nfrom pathlib import *\n"
+    path.write_text(f"{imports}def get_config():\n    return {config!r}\n")
+    return path
+
+
+def run_command(*argv):
+    """Runs the command line in this process: exit code, stdout, stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as exit_info:
+        main([str(argument) for argument in argv])
+    return exit_info.value.code, out.getvalue(), err.getvalue()
+
+
+def without_time(records):
+    """Metrics as they have to be the same in every run."""
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
 
 
 class Silent:
@@ -84,7 +120,7 @@ def write_idx(directory, train=60, test=20, size=(28, 28), zipped=True):
     for part, examples in [("train", train), ("t10k", test)]:
         labels = np.arange(examples) % 10
         images = np.random.default_rng(examples).integers(0, 20, (examples, *size))
-        images[np.arange(examples), labels, :] = 255
+        images[np.arange(examples), labels % size[0], :] = 255
         contents[f"{part}-images-idx3-ubyte"] = idx_bytes(images)
         contents[f"{part}-labels-idx1-ubyte"] = idx_bytes(labels)
     for name, content in contents.items():

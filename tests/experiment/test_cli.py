@@ -222,7 +222,7 @@ main()
 
 @pytest.mark.parametrize("argv", [["solvers"], ["compare", "configs/digits.py"], ["compare", "--help"]])
 def test_without_the_extra(argv):
-    code = WITHOUT.format(modules={"flax", "matplotlib", "rich", "sklearn", "typeguard", "tyro"})
+    code = WITHOUT.format(modules={"flax", "matplotlib", "orbax", "rich", "sklearn", "typeguard", "tyro"})
     done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
@@ -230,6 +230,6 @@ def test_without_the_extra(argv):
 
 
 def test_version_without_the_extra():
-    code = WITHOUT.format(modules={"flax", "matplotlib", "rich", "sklearn", "typeguard", "tyro"})
+    code = WITHOUT.format(modules={"flax", "matplotlib", "orbax", "rich", "sklearn", "typeguard", "tyro"})
     done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, f"rk-optax {rk_optax.__version__}\n")

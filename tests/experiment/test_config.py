@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rk_optax.experiment.config import CompareConfig, OptimizerConfig, check, load
+from rk_optax.experiment.config import CompareConfig, OptimizerConfig, TrainConfig, check, check_train, load
 from rk_optax.experiment.errors import UsageError
 from rk_optax.experiment.plan import make_plan
 
@@ -15,7 +15,10 @@ CONFIGS = sorted((ROOT / "configs").glob("[!_]*.py"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_are_valid(path):
-    check(load(path, CompareConfig))
+    if path.stem.startswith("train_"):
+        check_train(load(path, TrainConfig))
+    else:
+        check(load(path, CompareConfig))
 
 
 def test_digits_is_the_comparison_of_the_readme():

@@ -19,7 +19,7 @@ DATA = {"images": jnp.array([[1.0, 2.0], [3.0, -1.0]]), "labels": jnp.array([0.5
 
 
 def build(factory, **options):
-    return build_optimizer("x", OptimizerConfig(factory, (0.1, 1.0), options))
+    return build_optimizer("optimizers.x", OptimizerConfig(factory, (0.1, 1.0), options))
 
 
 def one_step(optimizer, learning_rate=0.01):
@@ -110,7 +110,7 @@ DAL = {"estimate": "free"}
     ],
 )
 def test_ingredients_are_those_of_the_library(fields, direct):
-    optimizer = build_optimizer("x", OptimizerConfig("heun", (0.1, 1.0), {"momentum": 0.5}, **fields))
+    optimizer = build_optimizer("optimizers.x", OptimizerConfig("heun", (0.1, 1.0), {"momentum": 0.5}, **fields))
     expected = rk_optax.heun(loss_fn, **{"learning_rate": 0.05, "momentum": 0.5, **direct(0.05)})
     params, plain = jnp.array([0.3, -0.2]), rk_optax.heun(loss_fn, 0.05, momentum=0.5)
     grads = jax.grad(loss_fn)(params, **optimizer.first_stage(DATA))
@@ -124,11 +124,11 @@ def test_ingredients_are_those_of_the_library(fields, direct):
 @pytest.mark.parametrize(("estimate", "gradients"), [("free", 4), ("difference", 5), ("product", 6)])
 def test_what_a_rule_costs_is_counted(estimate, gradients):
     config = OptimizerConfig("rk4", (0.1, 1.0), rule="dal", rule_options={"estimate": estimate})
-    assert build_optimizer("x", config).gradients_per_step == gradients
+    assert build_optimizer("optimizers.x", config).gradients_per_step == gradients
 
 
 def test_the_first_stage_of_split_batches_sees_the_first_slice():
-    optimizer = build_optimizer("x", OptimizerConfig("heun", (0.1, 1.0), stage_batches="split"))
+    optimizer = build_optimizer("optimizers.x", OptimizerConfig("heun", (0.1, 1.0), stage_batches="split"))
     seen = optimizer.first_stage(DATA)
     np.testing.assert_array_equal(seen["images"], DATA["images"][:1])
     np.testing.assert_array_equal(seen["labels"], DATA["labels"][:1])
@@ -151,4 +151,4 @@ def test_the_first_stage_of_split_batches_sees_the_first_slice():
 )
 def test_impossible_ingredients_are_refused_before_training(factory, fields, message):
     with pytest.raises(UsageError, match=rf"optimizers\.x\.{message}"):
-        build_optimizer("x", OptimizerConfig(factory, (0.1, 1.0), **fields))
+        build_optimizer("optimizers.x", OptimizerConfig(factory, (0.1, 1.0), **fields))

@@ -20,7 +20,7 @@ def task():
 
 
 def make(factory, **fields):
-    return build_optimizer("x", OptimizerConfig(factory, (0.1, 1.0), **fields))
+    return build_optimizer("optimizers.x", OptimizerConfig(factory, (0.1, 1.0), **fields))
 
 
 def final_params(trainer, steps):
@@ -75,7 +75,7 @@ def test_runs_in_turns_are_the_runs_side_by_side(task):
 
 def test_split_batches_are_a_step_over_the_slices(task):
     """The oracle: Heun's two formulas, each stage on its half of the batch."""
-    params, data = task.init(5), task.data.train
+    params, data = task.init(5).params, task.data.train
     for batch in task.batches(5, 0, 2):
         k1, h = jax.grad(task.loss)(params, data.images[batch[:16]], data.labels[batch[:16]]), 0.2
         middle = jax.tree.map(lambda p, k: p - h * k, params, k1)
@@ -103,8 +103,8 @@ def test_a_run_can_be_repeated(task):
 
 
 def test_score_is_over_the_whole_split(task):
-    params = task.init(0)
-    score = task.score(params, task.data.test)
+    params, statistics, _ = task.init(0)
+    score = task.score(params, statistics, task.data.test)
     logits = task.model.apply(params, task.data.test.images)
     labels = np.asarray(task.data.test.labels)
     assert score.accuracy == pytest.approx(np.mean(np.argmax(logits, -1) == labels))
