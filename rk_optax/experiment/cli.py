@@ -40,18 +40,22 @@ def _run(argv: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     # tyro parses what follows, once it has seen the config; argparse must not take its --help.
     commands.add_parser("compare", add_help=False, help="compare optimizers at an equal budget")
+    commands.add_parser("race", add_help=False, help="race solvers on a stiff full-batch problem")
     commands.add_parser("train", add_help=False, help="train with one optimizer, or go on with a run")
     commands.add_parser("plot", add_help=False, help="overlay runs by steps, cost or seconds")
     commands.add_parser("solvers", help="list the solvers with their cost and stability")
     arguments, rest = parser.parse_known_args(argv)
     try:
         from rk_optax.experiment import commands as implementations
+        from rk_optax.experiment.race_command import race
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _EXTRA:
             raise
         raise UsageError(f"{error.name} is not installed: pip install 'rk-optax[experiment]'") from error
     if arguments.command == "compare":
         return implementations.compare(rest)
+    if arguments.command == "race":
+        return race(rest)
     if arguments.command == "train":
         return implementations.train(rest)
     if arguments.command == "plot":

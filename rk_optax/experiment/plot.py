@@ -12,8 +12,8 @@ from rk_optax.experiment.compare import Result
 from rk_optax.experiment.curves import Curve
 
 # Okabe and Ito's palette: its colours stay apart for colour-blind readers, the markers also in print.
-_COLORS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+COLORS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 AXES = {
     "steps": "steps",
@@ -47,7 +47,7 @@ def plot_comparison(results: Sequence[Result], path: Path) -> None:
                 (result.curve.train_loss, np.maximum(100 * (1 - result.curve.test_accuracy), 0.01)),
                 strict=True,
             ):
-                color = _COLORS[index % len(_COLORS)]
+                color = COLORS[index % len(COLORS)]
                 # The initial point has no place on a logarithmic axis.
                 x, y = cost[1:], runs[:, 1:]
                 axis.plot(
@@ -55,7 +55,7 @@ def plot_comparison(results: Sequence[Result], path: Path) -> None:
                     y.mean(axis=0),
                     color=color,
                     linewidth=1.6,
-                    marker=_MARKERS[index % len(_MARKERS)],
+                    marker=MARKERS[index % len(MARKERS)],
                     markersize=6,
                     markevery=_marked(x, index),
                     label=f"{result.entrant.name}, {result.tuned.rate:.3g}",
@@ -96,9 +96,9 @@ def plot_curves(curves: Sequence[Curve], x: str, path: Path) -> None:
     loss, error = figure.subplots(2, 1, sharex=True)
     for index, curve in enumerate(curves):
         style = {
-            "color": _COLORS[index % len(_COLORS)],
-            "linestyle": ("-", "--", ":")[index // len(_COLORS) % 3],
-            "marker": _MARKERS[index % len(_MARKERS)],
+            "color": COLORS[index % len(COLORS)],
+            "linestyle": ("-", "--", ":")[index // len(COLORS) % 3],
+            "marker": MARKERS[index % len(MARKERS)],
             "linewidth": 1.6,
             "markersize": 6,
         }

@@ -23,7 +23,7 @@ class Cost(NamedTuple):
 
     def plus(self, other: Cost) -> Cost:
         """The sum, field by field, in int32."""
-        return Cost(*(jnp.asarray(x, jnp.int32) + y for x, y in zip(self, other, strict=True)))
+        return Cost(*(jnp.asarray(x, jnp.int32) + jnp.asarray(y, jnp.int32) for x, y in zip(self, other, strict=True)))
 
 
 class Step(NamedTuple):

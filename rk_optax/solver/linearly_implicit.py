@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -92,7 +93,7 @@ class RosenbrockEuler(_ByConjugateGradients):
     Hessian or Gauss–Newton product for each CG iteration.
 
     Where B is indefinite, as a network's Hessian is, CG stops at the first direction of negative curvature of I + hB
-    and the step is what it has by then (`state.solver.negative_curvature`): a descent direction, but no step of the method.
+    and the step is what it has by then (`state.solver.negative_curvature`): a descent direction, no step of the method.
     Never use it with a fixed h on such a loss without watching.
 
     Args:
@@ -251,15 +252,14 @@ class ResidualEuler(Solver):
             parts = jax.tree.map(lambda rows, x: _real_matmul(_matrix(rows), jnp.ravel(x)), jacobian, v)
             return sum(jax.tree.leaves(parts), jnp.zeros_like(residual))
 
-        grams = jax.tree.map(lambda rows, q: _gram(_matrix(rows), jnp.ravel(q)), jacobian, scale)
+        grams = jax.tree.map(lambda rows, q: _lower_gram(_matrix(rows), jnp.ravel(q)), jacobian, scale)
         gram = sum(jax.tree.leaves(grams), jnp.zeros((count, count), residual.dtype))
         wanted = residual if pull is None else residual - h * push(jax.tree.map(jnp.multiply, scale, pull))
         # (I + hK) y = b as (I/h + K) hy = b, which stays finite for large h; h = 0 must stay finite too.
         small = jnp.asarray(h, residual.dtype) < 1
         safe = jnp.where(small, 1, h).astype(residual.dtype)
         system = jnp.where(small, 1, 1 / safe) * jnp.eye(count, dtype=residual.dtype) + jnp.where(small, h, 1) * gram
-        factor = jax.scipy.linalg.cho_factor(system, lower=True)
-        y = jax.scipy.linalg.cho_solve(factor, wanted) * jnp.where(small, 1, 1 / safe)
+        y = _solve_positive(system, wanted) * jnp.where(small, 1, 1 / safe)
         back = jax.tree.map(
             lambda rows, p: jnp.matmul(y, _matrix(rows), precision="highest").reshape(p.shape).astype(p.dtype),
             jacobian,
@@ -303,5 +303,19 @@ def _real_matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.real(jnp.matmul(jnp.conj(a), b, precision="highest"))
 
 
-def _gram(rows: jax.Array, scale: jax.Array) -> jax.Array:
-    return _real_matmul(rows, (scale * rows).T)
+def _lower_gram(rows: jax.Array, scale: jax.Array, blocks: int = 4) -> jax.Array:
+    """The lower triangle of Re(R Q Rᴴ), block by block: five eighths of the products of the whole."""
+    cuts = [len(rows) * i // blocks for i in range(blocks + 1)]
+    parts = [rows[start:end] for start, end in itertools.pairwise(cuts)]
+    strips = []
+    for i, part in enumerate(parts):
+        strip = _real_matmul(part, (scale * rows[: cuts[i + 1]]).T)
+        strips.append(jnp.pad(strip, ((0, 0), (0, len(rows) - cuts[i + 1]))))
+    return jnp.concatenate(strips)
+
+
+def _solve_positive(lower: jax.Array, b: jax.Array) -> jax.Array:
+    """X with A x = b from the lower triangle of a positive definite A; NaN where it is not one, to rounding."""
+    factor = jnp.linalg.cholesky(lower, symmetrize_input=False)
+    y = jax.scipy.linalg.solve_triangular(factor, b, lower=True)
+    return jax.scipy.linalg.solve_triangular(factor, y, lower=True, trans=1)

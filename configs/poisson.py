@@ -1,0 +1,26 @@
+"""The 2-D Poisson problem by a physics-informed network: error over seconds, five seeds."""
+
+from rk_optax.experiment.race import EntrantConfig, RaceConfig
+
+
+def get_config() -> RaceConfig:
+    return RaceConfig(
+        problem="poisson",
+        entrants={
+            "adam": EntrantConfig("adam", trials=(3e-3, 1e-2), steps=10_000, seconds=600, chunk=250),
+            "lbfgs": EntrantConfig("lbfgs", trials=(10, 50), tunes="memory_size", seconds=180, chunk=20),
+            "adam, lbfgs": EntrantConfig(
+                "adam_then_lbfgs",
+                trials=(3e-3, 1e-2),
+                options={"adam_steps": 2000, "memory_size": 50},
+                seconds=60,
+                chunk=50,
+            ),
+            "nesterov": EntrantConfig("nesterov", trials=(1e-4, 3e-4), seconds=20, chunk=250),
+            "rkc": EntrantConfig("rkc", seconds=30, chunk=5),
+            "rosenbrock_euler": EntrantConfig("rosenbrock_euler", options={"max_iterations": 100}, seconds=45, chunk=2),
+            "residual_euler": EntrantConfig("residual_euler", seconds=60, chunk=5),
+        },
+        tuning_fraction=0.25,
+        targets=(1e-2, 1e-3, 2e-4),
+    )

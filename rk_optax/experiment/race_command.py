@@ -1,0 +1,86 @@
+"""`rk-optax race`."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import tyro
+
+from rk_optax.experiment.config import load
+from rk_optax.experiment.errors import UsageError
+from rk_optax.experiment.progress import ProgressBar
+from rk_optax.experiment.race import Race, RaceConfig
+from rk_optax.experiment.race_report import plot_race, race_table, summary
+from rk_optax.experiment.report import make_console
+from rk_optax.experiment.run_folder import RunFolder, default_path
+
+_HELP = """\
+usage: rk-optax race CONFIG [--out DIR | --resume DIR] [--FIELD VALUE ...]
+
+Runs solvers and optimizers on a full-batch problem with a known solution, each tuned on a seed of its own, and shows
+what every error costs in gradients, V (one value_and_grad) and seconds.
+
+  CONFIG         Python file whose get_config() returns a RaceConfig, e.g. configs/poisson.py
+  --out DIR      folder for config, runs, table and figure (default: runs/<config>-<time>)
+  --resume DIR   go on with an interrupted race, with the same config: finished runs are kept
+  --FIELD VALUE  overrides a field of the config, e.g. --seeds 0 1, or --x64
+
+`rk-optax race CONFIG --help` lists the fields of a config with their values."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RaceCommand:
+    """Races solvers and optimizers on a full-batch problem."""
+
+    config: Annotated[RaceConfig, tyro.conf.arg(name="")]
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """New folder for config, runs, table and figure; by default runs/<config>-<time>."""
+    resume: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder of an interrupted race that is to go on, with the same config."""
+
+
+def race(argv: Sequence[str]) -> int:
+    """`rk-optax race`.
+
+    Args:
+        argv: the config file, then overrides.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        UsageError: if the race is not possible as asked for.
+        KeyboardInterrupt: with a message that says where the finished part is.
+    """
+    if not argv or argv[0].startswith("-"):
+        if {"-h", "--help"} & set(argv):
+            print(_HELP)
+            return 0
+        raise UsageError("name a config file right after race, e.g. rk-optax race configs/poisson.py")
+    path = Path(argv[0])
+    command = tyro.cli(
+        RaceCommand, default=RaceCommand(load(path, RaceConfig)), args=argv[1:], prog=f"rk-optax race {path}"
+    )
+    config, resume = command.config, command.resume
+    if resume and command.out:
+        raise UsageError("--out is for a new race and --resume for an old one: give one of them")
+    with jax.enable_x64(config.x64):
+        contest = Race(config)
+        with RunFolder(resume or command.out or default_path(path.stem), resume=resume is not None) as folder:
+            try:
+                folder.write_config("race", path.stem, config)
+                with ProgressBar(make_console(stderr=True)) as bar:
+                    results = contest.run(folder, bar)
+                rows = summary(results, config.targets)
+                folder.write_json("summary.json", {"error": contest.error_name, "entrants": rows})
+                plot_race(results, contest.error_name, folder.path / "race.png")
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(
+                    f"interrupted; what was finished is in {folder.path}, go on with --resume {folder.path}"
+                ) from None
+    console = make_console()
+    console.print(race_table(rows, contest.error_name))
+    console.print(f"Written to {folder.path}", markup=False, soft_wrap=True)
+    return 0
