@@ -206,7 +206,7 @@ def _logistic_optimum(x: np.ndarray, y: np.ndarray, l2: float) -> tuple[np.ndarr
 
 
 def gp_dual(seed: int, points: int = 500, noise: float = 0.05) -> Problem:
-    """The dual of Gaussian-process regression, ½αᵀ(K + σ²I)α − yᵀα over n: Matérn 3/2 kernel, inputs in the unit square.
+    """The dual of Gaussian-process regression, (½αᵀ(K + σ²I)α − yᵀα)/n, with a Matérn 3/2 kernel on the unit square.
 
     The error is relative in the norm of K + σ²I.
     """
