@@ -29,8 +29,8 @@ def conjugate_gradients(
 
     With a diagonal P the operator is symmetric only in the metric of P^(−1), so CG runs on I + c·P^(1/2)BP^(1/2). It
     stops at a relative residual of `tolerance`, after `max_iterations`, or where the curvature along the search
-    direction is not positive (Steihaug): x is then the last iterate, or b itself at the first. One product an iteration;
-    the library versions evaluate the operator more often and report success on indefinite systems.
+    direction is not positive (Steihaug): x is then the last iterate, or b itself at the first. One product an
+    iteration; the library versions evaluate the operator more often and report success on indefinite systems.
     """
     root = None if scale is None else jax.tree.map(jnp.sqrt, scale)
 

@@ -68,8 +68,8 @@ class Implicit(Solver):
     well-solved linear system, is within `tolerance` of d in the norm of P^(−1); on a convex loss that bounds the error.
 
     A step whose stages do not converge is refused (NOT_SOLVED), and at a fixed h it will be refused again: shorten h,
-    or let `rk_optax.descent_control()` do so. On a loss that is not convex the equations of a long step may have several
-    solutions or none.
+    or let `rk_optax.descent_control()` do so. On a loss that is not convex the equations of a long step may have
+    several solutions or none.
 
     Cost: k1, two gradients for each Newton iteration (the linearisation and the residual; for s coupled stages s + 1),
     and a Hessian product for each linear iteration. Memory: the s stages and a few trees, whatever the iterations.
@@ -108,7 +108,7 @@ class Implicit(Solver):
                 f"The tableau {tableau.name!r} has an explicit stage after the first (a zero on the diagonal of a), "
                 "which Implicit does not solve. Use another, such as sdirk3 in rk_optax.IMPLICIT_TABLEAUS."
             )
-        if not self._one_by_one and not max(np.linalg.cond(m) for m in (tableau.a, np.linalg.eig(tableau.a)[1])) < 1e8:
+        if not self._one_by_one and not max(np.linalg.cond(m) for m in (tableau.a, np.linalg.eig(tableau.a)[1])) < 1e6:
             raise ValueError(
                 f"The tableau {tableau.name!r} has coupled stages and an a that cannot be inverted and diagonalised, "
                 "as Implicit does. Use another method, such as radau3 in rk_optax.IMPLICIT_TABLEAUS."
