@@ -336,7 +336,7 @@ def test_trees_keep_their_types_and_masked_leaves_their_values(solver, x64):
     assert int(last.rejected) == 0
 
 
-@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+@pytest.mark.parametrize("solver", [SOLVERS["etdrk2"], SOLVERS["ros2"]], ids=["etdrk2", "ros2"])
 def test_a_step_of_zero_stays_and_lanes_of_a_vmap_are_single_steps(solver):
     ws = jnp.asarray(np.stack([THETA, THETA[::-1]]), jnp.float32)
 
