@@ -65,7 +65,8 @@ class Implicit(Solver):
     with one Hessian, at the centre of the stages: the eigenvalues μ of a turn the system into (I + hμP∇²L) y = b, which
     is complex, but a shift of a symmetric one. The unknowns are the d_i: positions would lose the digits of a tiny h,
     and the k_i of a stiff field cancel. A stage has converged where its residual, or the last correction of a
-    well-solved linear system, is within `tolerance` of d in the norm of P^(−1); on a convex loss that bounds the error.
+    well-solved linear system, is within `tolerance` of d in the norm of P^(−1), or hd below eight roundings of θ; on a
+    convex loss that bounds the error.
 
     A step whose stages do not converge is refused (NOT_SOLVED), and at a fixed h it will be refused again: shorten h,
     or let `rk_optax.descent_control()` do so. On a loss that is not convex the equations of a long step may have
@@ -204,7 +205,7 @@ class Implicit(Solver):
                 return _Correction(found.x, found.iterations, found.residual, ~found.negative)
 
             defect = _tree.scale(-1, _tree.add_scaled(known, own, k1))
-            d, solved = self._newton(defect, residual, correct, problem.scale)
+            d, solved = self._newton(defect, residual, correct, params, h, problem.scale)
             ds = jax.tree.map(lambda slots, new: jax.lax.dynamic_update_index_in_dim(slots, new, i, 0), ds, d)
             return (ds, before.then(solved)), None
 
@@ -238,13 +239,16 @@ class Implicit(Solver):
                 left += jnp.max(found.residual)
             return _Correction(change, products, left, jnp.ones([], bool))
 
-        return self._newton(_tree.scale(-1, _mixed(a, _stacked(k1, len(a)))), residual, correct, problem.scale)
+        defect = _tree.scale(-1, _mixed(a, _stacked(k1, len(a))))
+        return self._newton(defect, residual, correct, params, h, problem.scale)
 
     def _newton(
         self,
         defect: PyTree,
         residual: Callable[[PyTree], PyTree],
         correct: Callable[[PyTree, PyTree], _Correction],
+        params: PyTree,
+        h: Any,
         scale: PyTree | None,
     ) -> tuple[PyTree, _Solved]:
         """Solves residual(d) = 0 from d = 0, whose residual is `defect`; `correct` solves Newton's linear system.
@@ -257,7 +261,10 @@ class Implicit(Solver):
         def size(x: PyTree) -> jax.Array:
             return _tree.norm(x if root is None else jax.tree.map(jnp.divide, x, root))
 
-        tolerance = max(self.tolerance, 32 * _tree.unit_roundoff(defect))
+        rounding = _tree.unit_roundoff(defect)
+        tolerance = max(self.tolerance, 32 * rounding)
+        # Near a minimum d is as small as the rounding of the field. What θ − hd cannot show need not be solved for.
+        invisible = 8 * rounding * _tree.ratio(size(params), jnp.asarray(h))
 
         def iterate(carry: tuple[PyTree, PyTree, _Solved]) -> tuple[PyTree, PyTree, _Solved]:
             d, defect, before = carry
@@ -265,7 +272,7 @@ class Implicit(Solver):
             left = correction.left * size(defect)
             d = jax.tree.map(jnp.subtract, d, correction.change)
             defect = residual(d)
-            wanted = tolerance * size(d)
+            wanted = tolerance * size(d) + invisible
             # Rounding in a stiff field keeps the residual up. A small correction then says the same, if well solved.
             settled = correction.sound & (size(correction.change) + left <= wanted)
             relative = _tree.ratio(size(defect), size(d)).astype(before.residual.dtype)

@@ -187,6 +187,21 @@ def test_a_step_on_a_quadratic_is_the_direct_solve_with_a_diagonal_preconditione
     np.testing.assert_allclose(THETA + updates, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("weights", [[1 / 3, 1 / 3, 1 / 3], [0.2, 0.3, 0.5]], ids=["stiffly accurate", "not"])
+def test_an_explicit_first_stage_enters_all_later_ones(weights, x64):
+    """The a of TR-BDF2, with an error estimate against other weights."""
+    a = np.array([[0, 0, 0], [0.25, 0.25, 0], [1 / 3, 1 / 3, 1 / 3]])
+    b_hat = np.array([0.5, 0.2, 0.3])
+    tableau = ButcherTableau("esdirk", a, weights, [0, 0.5, 1], 1, b_hat, 1)
+    problem, w, h = hand_made(quadratic), jnp.asarray(THETA), 0.8
+    solver = Implicit(tableau, 1e-13)
+    step = jax.jit(lambda: solver.step(problem, w, problem(w), h, solver.init(w), want_error=True))()
+    expected = direct_step(tableau, MATRIX, THETA, h)
+    np.testing.assert_allclose(w - h * step.direction, expected, rtol=0, atol=1e-12)
+    embedded = direct_step(ButcherTableau("embedded", a, b_hat, [0, 0.5, 1], 1), MATRIX, THETA, h)
+    np.testing.assert_allclose(step.error, embedded - expected, rtol=0, atol=1e-12)
+
+
 @named
 def test_stiff_modes_decay_in_float32_where_the_method_is_l_stable_and_slow_ones_stay_accurate(name):
     """λh from 1 to 1e6 in a single step: no mode may be lost in the rounding of another."""
@@ -241,6 +256,29 @@ def test_with_a_real_shift_they_are_those_of_conjugate_gradients(x64):
     np.testing.assert_allclose(ours.x[0], theirs.x, rtol=1e-12)
     np.testing.assert_allclose(ours.residual, theirs.residual, rtol=1e-10)
     assert int(ours.iterations) == int(theirs.iterations) == 2
+
+
+@one_of_each
+def test_near_a_minimum_no_step_is_refused_for_the_rounding_of_the_gradient(name):
+    """In float32 the terms of this gradient are a thousand times larger than what is left of it."""
+
+    def valley(w):
+        return jnp.sum(100 * (w[1] - w[0] ** 2) ** 2 + (1 - w[0]) ** 2)
+
+    tx = rk_optax.runge_kutta(valley, 0.03, name)
+
+    @jax.jit
+    def run(w):
+        def step(carry, _):
+            w, state = carry
+            updates, state = tx.update(jax.grad(valley)(w), state, w)
+            return (optax.apply_updates(w, updates), state), None
+
+        return jax.lax.scan(step, (w, tx.init(w)), length=2000)[0]
+
+    w, state = run(jnp.array([0.9, 0.8]))
+    np.testing.assert_allclose(w, 1, atol=2e-4)
+    assert int(state.rejected) == 0
 
 
 # --- Refusals --------------------------------------------------------------------------------------------------------
