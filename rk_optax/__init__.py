@@ -1,13 +1,19 @@
 """Runge–Kutta solvers of the gradient flow as Optax gradient transformations."""
 
 from rk_optax.alias import (
+    backward_euler,
     bogacki_shampine,
     dopri5,
     dopri8,
+    etd1,
+    etdrk2,
     euler,
+    gauss4,
     heun,
+    implicit_midpoint,
     kutta3,
     midpoint,
+    radau3,
     ralston,
     residual_euler,
     rk4,
@@ -16,7 +22,10 @@ from rk_optax.alias import (
     rkl,
     ros2,
     rosenbrock_euler,
+    sdirk2,
+    sdirk3,
     ssprk3,
+    trapezoid,
     tsit5,
 )
 from rk_optax.control import descent_control, error_control, trust_ratio_control
@@ -29,7 +38,20 @@ from rk_optax.preconditioner import (
     precondition_by_rms,
 )
 from rk_optax.problem import Problem, first_stage_batch
-from rk_optax.solver import Cost, Explicit, ResidualEuler, Ros2, RosenbrockEuler, Solver, Stabilized, Step
+from rk_optax.solver import (
+    IMPLICIT_TABLEAUS,
+    Cost,
+    DiagonalCurvature,
+    Etd,
+    Explicit,
+    Implicit,
+    ResidualEuler,
+    Ros2,
+    RosenbrockEuler,
+    Solver,
+    Stabilized,
+    Step,
+)
 from rk_optax.step_size import Attempt, Reason, StepSizeRule, Verdict, dal, sgd_g2
 from rk_optax.structured_loss import LeastSquares, ModelLoss
 from rk_optax.tableau import TABLEAUS, ButcherTableau, rk2, rk3, rk4_family
@@ -38,11 +60,15 @@ from rk_optax.transform import RungeKuttaState, inject_hyperparams, runge_kutta,
 __version__ = "0.1.0"
 
 __all__ = [
+    "IMPLICIT_TABLEAUS",
     "TABLEAUS",
     "Attempt",
     "ButcherTableau",
     "Cost",
+    "DiagonalCurvature",
+    "Etd",
     "Explicit",
+    "Implicit",
     "LeastSquares",
     "ModelLoss",
     "Preconditioner",
@@ -57,15 +83,20 @@ __all__ = [
     "Step",
     "StepSizeRule",
     "Verdict",
+    "backward_euler",
     "bogacki_shampine",
     "dal",
     "descent_control",
     "dopri5",
     "dopri8",
     "error_control",
+    "etd1",
+    "etdrk2",
     "euler",
     "first_stage_batch",
+    "gauss4",
     "heun",
+    "implicit_midpoint",
     "inject_hyperparams",
     "kutta3",
     "midpoint",
@@ -74,6 +105,7 @@ __all__ = [
     "precondition_by_adam",
     "precondition_by_hutchinson",
     "precondition_by_rms",
+    "radau3",
     "ralston",
     "residual_euler",
     "rk2",
@@ -87,8 +119,11 @@ __all__ = [
     "rosenbrock_euler",
     "runge_kutta",
     "scale_by_rk",
+    "sdirk2",
+    "sdirk3",
     "sgd_g2",
     "ssprk3",
+    "trapezoid",
     "trust_ratio_control",
     "tsit5",
 ]

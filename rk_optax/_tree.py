@@ -74,6 +74,15 @@ def ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     return jnp.where(zero, 0, numerator / jnp.where(zero, 1, denominator))
 
 
+def random_signs(key: jax.Array, like: PyTree) -> PyTree:
+    """Independent numbers +1 and −1, in the shapes and dtypes of `like`."""
+    leaves, treedef = jax.tree.flatten(like)
+    keys = jax.random.split(key, max(len(leaves), 1))
+    return treedef.unflatten(
+        [jax.random.rademacher(k, x.shape, real_dtype(x)).astype(x.dtype) for k, x in zip(keys, leaves, strict=False)]
+    )
+
+
 def is_inexact(leaf: Any) -> bool:
     """Whether `leaf` is a real or complex floating-point array (or abstract array)."""
     return jnp.issubdtype(leaf.dtype, jnp.inexact)

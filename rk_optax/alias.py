@@ -10,7 +10,8 @@ import optax
 
 from rk_optax import tableau
 from rk_optax.control import descent_control, trust_ratio_control
-from rk_optax.solver import ResidualEuler, Ros2, RosenbrockEuler, Stabilized
+from rk_optax.solver import Etd, Implicit, ResidualEuler, Ros2, RosenbrockEuler, Stabilized, implicit
+from rk_optax.solver.exponential import Linear
 from rk_optax.solver.linearly_implicit import Curvature
 from rk_optax.step_size import LearningRate
 from rk_optax.transform import Options, runge_kutta, with_options_of
@@ -317,6 +318,145 @@ def residual_euler(
     """
     solver = ResidualEuler(max_rows)
     return runge_kutta(loss_fn, _or(learning_rate, trust_ratio_control), solver, momentum=momentum, **options)
+
+
+@_ready
+def backward_euler(
+    loss_fn: Loss,
+    learning_rate: LearningRate,
+    *,
+    momentum: Momentum = None,
+    **options: Unpack[AliasOptions],
+) -> Transformation:
+    """Backward Euler: order 1, L-stable, no stability limit. On a convex loss g* is a proximal step of length h.
+
+    Newton's method with Krylov solvers, at the defaults of `rk_optax.Implicit`; for others, pass one to `runge_kutta`.
+    """
+    return runge_kutta(loss_fn, learning_rate, Implicit(implicit.BACKWARD_EULER), momentum=momentum, **options)
+
+
+@_ready
+def implicit_midpoint(
+    loss_fn: Loss,
+    learning_rate: LearningRate,
+    *,
+    momentum: Momentum = None,
+    **options: Unpack[AliasOptions],
+) -> Transformation:
+    """The implicit midpoint method: order 2, A-stable; symmetric, so that stiff modes hardly decay at a large h.
+
+    Newton's method with Krylov solvers, at the defaults of `rk_optax.Implicit`; for others, pass one to `runge_kutta`.
+    """
+    return runge_kutta(loss_fn, learning_rate, Implicit(implicit.IMPLICIT_MIDPOINT), momentum=momentum, **options)
+
+
+@_ready
+def trapezoid(
+    loss_fn: Loss,
+    learning_rate: LearningRate,
+    *,
+    momentum: Momentum = None,
+    **options: Unpack[AliasOptions],
+) -> Transformation:
+    """The trapezoid method of Crank and Nicolson: order 2, A-stable; stiff modes hardly decay at a large h.
+
+    Newton's method with Krylov solvers, at the defaults of `rk_optax.Implicit`; for others, pass one to `runge_kutta`.
+    """
+    return runge_kutta(loss_fn, learning_rate, Implicit(implicit.TRAPEZOID), momentum=momentum, **options)
+
+
+@_ready
+def sdirk2(
+    loss_fn: Loss,
+    learning_rate: LearningRate,
+    *,
+    momentum: Momentum = None,
+    **options: Unpack[AliasOptions],
+) -> Transformation:
+    """Alexander's SDIRK2: two stages, one after the other, order 2(1), L-stable.
+
+    Newton's method with Krylov solvers, at the defaults of `rk_optax.Implicit`; for others, pass one to `runge_kutta`.
+    """
+    return runge_kutta(loss_fn, learning_rate, Implicit(implicit.SDIRK2), momentum=momentum, **options)
+
+
+@_ready
+def sdirk3(
+    loss_fn: Loss,
+    learning_rate: LearningRate,
+    *,
+    momentum: Momentum = None,
+    **options: Unpack[AliasOptions],
+) -> Transformation:
+    """Alexander's SDIRK3: three stages, one after the other, order 3(2), L-stable.
+
+    Newton's method with Krylov solvers, at the defaults of `rk_optax.Implicit`; for others, pass one to `runge_kutta`.
+    """
+    return runge_kutta(loss_fn, learning_rate, Implicit(implicit.SDIRK3), momentum=momentum, **options)
+
+
+@_ready
+def radau3(
+    loss_fn: Loss,
+    learning_rate: LearningRate,
+    *,
+    momentum: Momentum = None,
+    **options: Unpack[AliasOptions],
+) -> Transformation:
+    """Radau IIA with two coupled stages: order 3, L-stable.
+
+    Newton's method with Krylov solvers, at the defaults of `rk_optax.Implicit`; for others, pass one to `runge_kutta`.
+    """
+    return runge_kutta(loss_fn, learning_rate, Implicit(implicit.RADAU3), momentum=momentum, **options)
+
+
+@_ready
+def gauss4(
+    loss_fn: Loss,
+    learning_rate: LearningRate,
+    *,
+    momentum: Momentum = None,
+    **options: Unpack[AliasOptions],
+) -> Transformation:
+    """Gauss with two coupled stages: order 4, A-stable; stiff modes hardly decay at a large h.
+
+    Newton's method with Krylov solvers, at the defaults of `rk_optax.Implicit`; for others, pass one to `runge_kutta`.
+    """
+    return runge_kutta(loss_fn, learning_rate, Implicit(implicit.GAUSS4), momentum=momentum, **options)
+
+
+@_ready
+def etd1(
+    loss_fn: Loss,
+    learning_rate: LearningRate,
+    *,
+    linear: Linear = "diagonal",
+    momentum: Momentum = None,
+    **options: Unpack[AliasOptions],
+) -> Transformation:
+    """Exponential Euler: one gradient a step, order 1, exact for a diagonal linear part of the field.
+
+    `linear` is "l2" (the decay of `l2=`, exactly), "diagonal" or a `rk_optax.DiagonalCurvature` (an estimate of the
+    Hessian's diagonal, one product every ten steps). See `rk_optax.Etd`.
+    """
+    return runge_kutta(loss_fn, learning_rate, Etd(1, linear), momentum=momentum, **options)
+
+
+@_ready
+def etdrk2(
+    loss_fn: Loss,
+    learning_rate: LearningRate,
+    *,
+    linear: Linear = "diagonal",
+    momentum: Momentum = None,
+    **options: Unpack[AliasOptions],
+) -> Transformation:
+    """ETDRK2: two gradients a step, order 2(1), exact for a diagonal linear part of the field.
+
+    `linear` is "l2" (the decay of `l2=`, exactly), "diagonal" or a `rk_optax.DiagonalCurvature` (an estimate of the
+    Hessian's diagonal, one product every ten steps). See `rk_optax.Etd`.
+    """
+    return runge_kutta(loss_fn, learning_rate, Etd(2, linear), momentum=momentum, **options)
 
 
 def _or(learning_rate: LearningRate | None, control: Callable[[], LearningRate]) -> LearningRate:

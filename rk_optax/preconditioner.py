@@ -193,7 +193,7 @@ def precondition_by_hutchinson(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
 
         def estimate() -> PyTree:
-            signs = _random_signs(key, params)
+            signs = _tree.random_signs(key, params)
             product = problem.product(params, signs)
 
             def mean(d: jax.Array, z: jax.Array, hz: jax.Array) -> jax.Array:
@@ -275,17 +275,6 @@ def _finite_or_nan(statistic: jax.Array, scale: jax.Array, like: jax.Array) -> j
 def _real_zeros(params: PyTree) -> PyTree:
     # zeros_like keeps shardings; its real part drops the imaginary axis of complex leaves.
     return jax.tree.map(lambda x: jnp.real(jnp.zeros_like(x)), params)
-
-
-def _random_signs(key: jax.Array, params: PyTree) -> PyTree:
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(key, max(len(leaves), 1))
-    return treedef.unflatten(
-        [
-            jax.random.rademacher(k, x.shape, _tree.real_dtype(x)).astype(x.dtype)
-            for k, x in zip(keys, leaves, strict=False)
-        ]
-    )
 
 
 _FLOOR = "it bounds the scale of a stage"

@@ -308,7 +308,7 @@ class Objective:
             result = part.moving(_checked_gradient(result, whole, self._has_aux))
             return self.with_l2(_tree.cast_like(result, moving), moving)
 
-        return Problem(field) if of_loss is None else dataclasses.replace(of_loss, field=field)
+        return Problem(field, l2=self._l2) if of_loss is None else dataclasses.replace(of_loss, field=field)
 
     def _problem_of_loss(
         self, loss: DataFunction, data: Mapping[str, Any], merged: Callable[[PyTree], PyTree]

@@ -115,6 +115,36 @@ def test_every_valid_combination_keeps_structure_and_dtypes(solver):
     assert traced == 6 * 4 * (3 * 5 if solver == "euler" else 3 * 4 + 1)
 
 
+# Solvers of other kinds than tableaus: they ask for a diagonal scale and have no second stage to compare with.
+OTHERS = {"sdirk3": "sdirk3", "radau3": "radau3", "etd1": rk_optax.Etd(1), "ros2": rk_optax.Ros2("diagonal")}
+
+
+@pytest.mark.parametrize("solver", OTHERS.values(), ids=OTHERS)
+def test_implicit_and_exponential_solvers_go_with_diagonal_preconditioners_and_rates_for_any_solver(solver):
+    params, x = {"w": jax.ShapeDtypeStruct((2,), jnp.bfloat16)}, jax.ShapeDtypeStruct((2,), jnp.float32)
+    for scale, rate in itertools.product(PRECONDITIONERS, RATES):
+
+        def build_it(scale=scale, rate=rate):
+            options = {"preconditioner": PRECONDITIONERS[scale], **AFTER["adam"]}
+            return rk_optax.runge_kutta(product_loss, RATES[rate], solver, **options)
+
+        if scale == "clip" or rate in ("dal, free", "sgd_g2"):
+            with pytest.raises(ValueError, match=r"diagonal one|no second one|gradient-descent step"):
+                build_it()
+            continue
+
+        def init_and_update(params, x, build_it=build_it):
+            tx = build_it()
+            state = tx.init(params)
+            return state, *tx.update(params, state, params, x=x)
+
+        before, updates, after = jax.eval_shape(init_and_update, params, x)
+        assert updates == params
+        assert jax.tree.structure(after) == jax.tree.structure(before)
+        for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True):
+            assert (new.shape, new.dtype, new.weak_type) == (old.shape, old.dtype, old.weak_type), (scale, rate)
+
+
 # --- Every pair of them, compiled and run ----------------------------------------------------------------------------
 
 # One solver of each kind of program: no later stage, chained stages, stored stages, a stage that no weight uses. The

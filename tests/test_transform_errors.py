@@ -38,7 +38,7 @@ IMPLICIT_EULER = rk_optax.ButcherTableau("implicit Euler", [[1.0]], [1.0], [1.0]
         (lambda: rk_optax.runge_kutta(loss_fn, 0.1, "zzz"), ValueError, "Unknown solver 'zzz'; known names: euler"),
         (lambda: rk_optax.runge_kutta(loss_fn, 0.1, None), TypeError, "solver must be a name, a ButcherTableau or"),
         (lambda: rk_optax.runge_kutta(loss_fn, 0.1, rk_optax.Explicit), TypeError, "an instance, not the class"),
-        (lambda: rk_optax.runge_kutta(loss_fn, 0.1, IMPLICIT_EULER), ValueError, "'implicit Euler' is not explicit"),
+        (lambda: rk_optax.Explicit(IMPLICIT_EULER), ValueError, "'implicit Euler' is not explicit"),
         (lambda: rk_optax.rk4(loss_fn, 0.1, momentum=1.0), ValueError, r"momentum must be in \[0, 1\), got 1\.0"),
         (lambda: rk_optax.rk4(loss_fn, 0.1, momentum=-0.1), ValueError, r"momentum must be in \[0, 1\), got -0\.1"),
         (lambda: rk_optax.rk4(loss_fn, 0.1, momentum=np.nan), ValueError, r"momentum must be in \[0, 1\), got nan"),

@@ -3,14 +3,21 @@
 import difflib
 
 from rk_optax.solver._base import Cost, Solver, Step
+from rk_optax.solver._diagonal import DiagonalCurvature
 from rk_optax.solver.explicit import Explicit
+from rk_optax.solver.exponential import Etd
+from rk_optax.solver.implicit import IMPLICIT_TABLEAUS, Implicit
 from rk_optax.solver.linearly_implicit import ResidualEuler, Ros2, RosenbrockEuler
 from rk_optax.solver.stabilized import Stabilized
 from rk_optax.tableau import TABLEAUS, ButcherTableau
 
 __all__ = [
+    "IMPLICIT_TABLEAUS",
     "Cost",
+    "DiagonalCurvature",
+    "Etd",
     "Explicit",
+    "Implicit",
     "ResidualEuler",
     "Ros2",
     "RosenbrockEuler",
@@ -22,21 +29,22 @@ __all__ = [
 
 
 def as_solver(solver: str | ButcherTableau | Solver) -> Solver:
-    """A solver from a name in `TABLEAUS`, a tableau, or a solver.
+    """A solver from a name in `TABLEAUS` or `IMPLICIT_TABLEAUS`, a tableau, or a solver.
 
     Raises:
-      ValueError: the name is unknown or the tableau is not explicit.
+      ValueError: the name is unknown, or the tableau is one that no solver takes.
       TypeError: anything else.
     """
     if isinstance(solver, Solver):
         return solver
     if isinstance(solver, ButcherTableau):
-        return Explicit(solver)
+        return Explicit(solver) if solver.is_explicit else Implicit(solver)
     if isinstance(solver, str):
-        if solver in TABLEAUS:
-            return Explicit(TABLEAUS[solver])
-        near = difflib.get_close_matches(solver.lower(), TABLEAUS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known names: {', '.join(TABLEAUS)}."
+        known = {**TABLEAUS, **IMPLICIT_TABLEAUS}
+        if solver in known:
+            return as_solver(known[solver])
+        near = difflib.get_close_matches(solver.lower(), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known names: {', '.join(known)}."
         raise ValueError(f"Unknown solver {solver!r}; {hint}")
     raise TypeError(
         f"solver must be a name, a ButcherTableau or a Solver, got {type(solver).__name__}"

@@ -44,7 +44,7 @@ class Explicit(Solver):
             raise ValueError(
                 f"The tableau {self.tableau.name!r} is not explicit (a must be strictly lower triangular), so its "
                 "stages cannot be evaluated one after the other. Choose an explicit tableau: see "
-                "rk_optax.TABLEAUS."
+                "rk_optax.TABLEAUS; or solve for the stages: rk_optax.Implicit(tableau)."
             )
 
     @property

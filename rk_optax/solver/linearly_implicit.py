@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from rk_optax import _checks, _tree
-from rk_optax.problem import Capability, Linear, Problem
+from rk_optax.problem import Capability, Problem
 from rk_optax.solver._base import Cost, Solver, Step
+from rk_optax.solver._diagonal import DiagonalCurvature
 from rk_optax.solver._linear import Solution, conjugate_gradients
 
 PyTree = Any
-Curvature = Literal["hessian", "gauss_newton", "zero"]
+Curvature = Literal["hessian", "gauss_newton", "diagonal", "zero"] | DiagonalCurvature
+_Solve = Callable[[Any, PyTree], Solution]
 
 
 class LinearState(NamedTuple):
@@ -25,67 +29,89 @@ class LinearState(NamedTuple):
     iterations: jax.Array  # shape=(), int32: CG iterations of the step; 0 for a direct solve
     residual: jax.Array  # shape=(), float: relative residual of the last linear system
     negative_curvature: jax.Array  # shape=(), bool: whether CG stopped at a direction of negative curvature
+    diagonal: PyTree = ()  # a `DiagonalState` where the curvature is such an estimate
 
 
-def _initial_state() -> LinearState:
-    return LinearState(jnp.zeros([], jnp.int32), jnp.zeros([], _tree.default_float()), jnp.zeros([], bool))
+def _initial_state(diagonal: PyTree = ()) -> LinearState:
+    return LinearState(jnp.zeros([], jnp.int32), jnp.zeros([], _tree.default_float()), jnp.zeros([], bool), diagonal)
 
 
 @dataclasses.dataclass(frozen=True)
-class _ByConjugateGradients(Solver):
-    """What both methods share: J, and the CG that solves with it."""
+class _Rosenbrock(Solver):
+    """What both methods share: B, and how to solve with it."""
 
     curvature: Curvature = "gauss_newton"
     tolerance: float = 1e-3
     max_iterations: int = 50
 
     def __post_init__(self):
-        if self.curvature not in ("hessian", "gauss_newton", "zero"):
-            raise ValueError(f"curvature must be 'hessian', 'gauss_newton' or 'zero', got {self.curvature!r}.")
+        named = self.curvature in ("hessian", "gauss_newton", "diagonal", "zero")
+        if not (named or isinstance(self.curvature, DiagonalCurvature)):
+            raise ValueError(
+                "curvature must be 'hessian', 'gauss_newton', 'diagonal', 'zero' or a DiagonalCurvature, got "
+                f"{self.curvature!r}."
+            )
         if not 0 < _checks.number(self.tolerance, "tolerance", "positive") < 1:
             raise ValueError(f"tolerance must be in (0, 1), got {self.tolerance}.")
         _checks.count(self.max_iterations, "max_iterations")
 
     @property
     def needs(self) -> frozenset[Capability]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """What J is made of."""
-        needs: dict[str, frozenset[Capability]] = {
-            "hessian": frozenset({"product"}),
-            "gauss_newton": frozenset({"gauss_newton"}),
-            "zero": frozenset(),
-        }
-        return needs[self.curvature]
+        """What B is made of."""
+        if self._estimator is not None or self.curvature == "hessian":
+            return frozenset({"product"})
+        return frozenset({"gauss_newton"}) if self.curvature == "gauss_newton" else frozenset()
 
     @property
     def needs_diagonal_scale(self) -> bool:
-        """CG is for symmetric systems."""
+        """CG is for symmetric systems, a division for diagonal ones."""
         return True
 
     def init(self, params: PyTree) -> LinearState:
         """Nothing has been solved yet."""
-        del params
-        return _initial_state()
+        return _initial_state(() if self._estimator is None else self._estimator.init(params))
 
-    def _product(self, problem: Problem, params: PyTree) -> Linear:
+    @property
+    def _estimator(self) -> DiagonalCurvature | None:
+        if isinstance(self.curvature, DiagonalCurvature):
+            return self.curvature
+        return DiagonalCurvature() if self.curvature == "diagonal" else None
+
+    def _system(self, problem: Problem, params: PyTree, state: LinearState) -> tuple[_Solve, PyTree, Cost]:
+        """`solve(c, b)` for (I + c·PB) x = b, the estimator's new state, and what B cost."""
+        if self._estimator is not None:
+            rate, diagonal, cost = self._estimator.update(problem, params, state.diagonal)
+            if problem.scale is not None:
+                rate = jax.tree.map(jnp.multiply, rate, problem.scale)
+            return functools.partial(_divide, rate), diagonal, cost
         if self.curvature == "zero":
-            return lambda v: jax.tree.map(jnp.zeros_like, v)
-        return problem.hessian(params) if self.curvature == "hessian" else problem.gauss_newton(params)
-
-    def _solve(self, problem: Problem, product: Linear, c: Any, b: PyTree) -> Solution:
-        return conjugate_gradients(
-            product, c, b, problem.scale, tolerance=self.tolerance, max_iterations=self.max_iterations
-        )
-
-    def _cost(self, gradients: int, *solutions: Solution) -> Cost:
+            return functools.partial(_divide, None), (), Cost()
         # Linearising runs the gradient once more; CG then calls its linear part alone.
-        linearised = self.curvature != "zero"
-        return Cost(
-            gradients=gradients + linearised, products=sum(s.iterations for s in solutions) if linearised else 0
-        )
+        product = problem.hessian(params) if self.curvature == "hessian" else problem.gauss_newton(params)
+
+        def solve(c: Any, b: PyTree) -> Solution:
+            return conjugate_gradients(
+                product, c, b, problem.scale, tolerance=self.tolerance, max_iterations=self.max_iterations
+            )
+
+        return solve, (), Cost(gradients=1)
+
+
+def _divide(rate: PyTree | None, c: Any, b: PyTree) -> Solution:
+    """The solution for a diagonal PB."""
+    if rate is not None:
+        b = jax.tree.map(lambda d, x: x / (1 + jnp.asarray(c, d.dtype) * d), rate, b)
+    return Solution(b, *_initial_state()[:3])
+
+
+def _total(cost: Cost, gradients: int, *solutions: Solution) -> Cost:
+    return cost._replace(
+        gradients=cost.gradients + gradients, products=cost.products + sum(s.iterations for s in solutions)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
-class RosenbrockEuler(_ByConjugateGradients):
+class RosenbrockEuler(_Rosenbrock):
     """Linearly implicit Euler: (I + hPB) g* = P∇L, θ ← θ − h·g*. Order 1 for any B, L-stable with the exact one.
 
     As h → ∞ the step becomes Newton's or Gauss–Newton's: h runs from gradient descent to it (pseudo-transient
@@ -97,7 +123,8 @@ class RosenbrockEuler(_ByConjugateGradients):
     Never use it with a fixed h on such a loss without watching.
 
     Args:
-      curvature: B, "gauss_newton" (of a `ModelLoss` or `LeastSquares`; never negative) or "hessian" (of any loss).
+      curvature: B, "gauss_newton" (of a `ModelLoss` or `LeastSquares`; never negative), "hessian" (of any loss) or an
+        estimate of its diagonal, "diagonal" or a `DiagonalCurvature`, which needs no CG: a product each `every` steps.
       tolerance: relative residual at which CG stops, in (0, 1).
       max_iterations: cap on CG, in products.
 
@@ -115,13 +142,14 @@ class RosenbrockEuler(_ByConjugateGradients):
         self, problem: Problem, params: PyTree, k1: PyTree, h: Any, state: PyTree, *, want_error: bool = False
     ) -> Step:
         """One step; see `Solver.step`."""
-        del state
         _refuse_error(self, want_error)
-        solution = self._solve(problem, self._product(problem, params), h, k1)
-        new = LinearState(solution.iterations, solution.residual.astype(_tree.default_float()), solution.negative)
+        solve, diagonal, cost = self._system(problem, params, state)
+        solution = solve(h, k1)
+        residual = solution.residual.astype(_tree.default_float())
+        new = LinearState(solution.iterations, residual, solution.negative, diagonal)
         return Step(
             solution.x,
-            self._cost(1, solution),
+            _total(cost, 1, solution),
             predicted_fall=predicted_fall(problem, k1, h, solution.x),
             state=new,
             refused_state=new,
@@ -129,7 +157,7 @@ class RosenbrockEuler(_ByConjugateGradients):
 
 
 @dataclasses.dataclass(frozen=True)
-class Ros2(_ByConjugateGradients):
+class Ros2(_Rosenbrock):
     """ROS2, a two-stage W-method: order 2 for any B, even a wrong one.
 
     (I + γhPB) k₁ = F(θ), (I + γhPB) k₂ = F(θ + hk₁) − 2k₁, θ ← θ + (3/2)hk₁ + (1/2)hk₂, with F = −P∇L. Costs three
@@ -140,7 +168,7 @@ class Ros2(_ByConjugateGradients):
     grow tenfold, and γ = 1 + 1/√2 does not.
 
     Args:
-      curvature: B: "gauss_newton", "hessian" or "zero" (Heun's method).
+      curvature: B: "gauss_newton", "hessian", "diagonal" or a `DiagonalCurvature`, or "zero" (Heun's method).
       tolerance: as for `RosenbrockEuler`.
       max_iterations: as for `RosenbrockEuler`, for each of the two systems.
       gamma: γ; by default 1 − 1/√2 for the Hessian and 1 + 1/√2 for anything less exact.
@@ -168,18 +196,18 @@ class Ros2(_ByConjugateGradients):
         self, problem: Problem, params: PyTree, k1: PyTree, h: Any, state: PyTree, *, want_error: bool = False
     ) -> Step:
         """One step; see `Solver.step`. Directions are −k of the docstring, so that θ ← θ − h·g*."""
-        del state
         root = 1 / math.sqrt(2)
         gamma = self.gamma if self.gamma is not None else 1 - root if self.curvature == "hessian" else 1 + root
-        product = self._product(problem, params)
-        first = self._solve(problem, product, gamma * h, k1)
+        solve, diagonal, cost = self._system(problem, params, state)
+        first = solve(gamma * h, k1)
         field = problem(_tree.add_scaled(params, -h, first.x), 1)
-        second = self._solve(problem, product, gamma * h, _tree.add_scaled(field, -2, first.x))
+        second = solve(gamma * h, _tree.add_scaled(field, -2, first.x))
         direction = jax.tree.map(lambda a, b: 1.5 * a + 0.5 * b, first.x, second.x)
         error = _tree.scale(h, jax.tree.map(lambda a, b: 0.5 * (a + b), first.x, second.x)) if want_error else None
         residual = jnp.maximum(first.residual, second.residual).astype(_tree.default_float())
-        new = LinearState(first.iterations + second.iterations, residual, first.negative | second.negative)
-        return Step(direction, self._cost(2, first, second), error=error, state=new, refused_state=new)
+        negative = first.negative | second.negative
+        new = LinearState(first.iterations + second.iterations, residual, negative, diagonal)
+        return Step(direction, _total(cost, 2, first, second), error=error, state=new, refused_state=new)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,372 @@
+"""Implicit Runge–Kutta methods by a capped Newton–Krylov iteration: references, and stable steps of any length."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rk_optax import _checks, _tree
+from rk_optax.problem import Capability, Problem
+from rk_optax.solver._base import Cost, Solver, Step
+from rk_optax.solver._linear import conjugate_gradients, shifted_lanczos
+from rk_optax.tableau import ButcherTableau
+
+PyTree = Any
+
+
+class ImplicitState(NamedTuple):
+    """State of `Implicit`: how the latest step was solved."""
+
+    iterations: jax.Array  # shape=(), int32: Newton iterations, all stages together
+    linear_iterations: jax.Array  # shape=(), int32: products with the Hessian in their linear systems
+    residual: jax.Array  # shape=(), float: of the stage equations, relative to the displacements; the largest
+
+
+class _Solved(NamedTuple):
+    """How Newton's iteration ended."""
+
+    iterations: jax.Array
+    linear_iterations: jax.Array
+    residual: jax.Array
+    converged: jax.Array
+
+    def then(self, other: _Solved) -> _Solved:
+        """Both, one after the other."""
+        return _Solved(
+            self.iterations + other.iterations,
+            self.linear_iterations + other.linear_iterations,
+            jnp.maximum(self.residual, other.residual),
+            self.converged & other.converged,
+        )
+
+
+class _Correction(NamedTuple):
+    """An approximate solution of Newton's linear system."""
+
+    change: PyTree
+    products: jax.Array
+    left: jax.Array  # relative residual of the linear system
+    sound: jax.Array  # bool: no negative curvature was met
+
+
+@dataclasses.dataclass(frozen=True)
+class Implicit(Solver):
+    """The implicit Runge–Kutta method of a tableau: g* = Σ b_i k_i, k_i = g(θ − h d_i), d_i = Σ_j a_ij k_j, g = P∇L.
+
+    Stages that depend on earlier ones and themselves alone (a lower triangular) are solved one after the other, by
+    Newton's method with conjugate gradients, which I + h·a_ii·P∇²L is made for. Coupled stages are solved together,
+    with one Hessian, at the centre of the stages: the eigenvalues μ of a turn the system into (I + hμP∇²L) y = b, which
+    is complex, but a shift of a symmetric one. The unknowns are the d_i: positions would lose the digits of a tiny h,
+    and the k_i of a stiff field cancel. A stage has converged where its residual, or the last correction of a
+    well-solved linear system, is within `tolerance` of d in the norm of P^(−1), or hd below eight roundings of θ; on a
+    convex loss that bounds the error.
+
+    A step whose stages do not converge is refused (NOT_SOLVED), and at a fixed h it will be refused again: shorten h,
+    or let `rk_optax.descent_control()` do so. On a loss that is not convex the equations of a long step may have
+    several solutions or none.
+
+    Cost: k1, two gradients for each Newton iteration (the linearisation and the residual; for s coupled stages s + 1),
+    and a Hessian product for each linear iteration. Memory: the s stages and a few trees, whatever the iterations.
+
+    Args:
+      tableau: an implicit tableau, such as `rk_optax.IMPLICIT_TABLEAUS["sdirk3"]`: lower triangular and explicit at
+        most in its first stage, or with an a that can be inverted and diagonalised.
+      tolerance: of the stage equations, in (0, 1); never tighter than 32 units of rounding.
+      max_iterations: cap on Newton's iterations, for each stage.
+      max_linear_iterations: cap on the products of one linear system.
+
+    Raises:
+      TypeError: `tableau` is not a ButcherTableau.
+      ValueError: the tableau is explicit or of none of these forms; an argument out of its range; at construction of
+        the optimizer, a `grad_fn` without a loss or a preconditioner that is not diagonal.
+
+    Source: Hairer and Wanner, "Solving Ordinary Differential Equations II" (1996), IV.6 and IV.8.
+    """
+
+    tableau: ButcherTableau
+    tolerance: float = 1e-5
+    max_iterations: int = 10
+    max_linear_iterations: int = 100
+    needs: ClassVar[frozenset[Capability]] = frozenset({"product"})
+
+    def __post_init__(self):
+        tableau = self.tableau
+        if not isinstance(tableau, ButcherTableau):
+            raise TypeError(f"tableau must be a ButcherTableau, got {type(tableau).__name__}.")
+        if tableau.is_explicit:
+            raise ValueError(
+                f"The tableau {tableau.name!r} is explicit, so there is nothing to solve: use rk_optax.Explicit."
+            )
+        if self._one_by_one and not np.diagonal(tableau.a)[1:].all():
+            raise ValueError(
+                f"The tableau {tableau.name!r} has an explicit stage after the first (a zero on the diagonal of a), "
+                "which Implicit does not solve. Use another, such as sdirk3 in rk_optax.IMPLICIT_TABLEAUS."
+            )
+        if not self._one_by_one and not max(np.linalg.cond(m) for m in (tableau.a, np.linalg.eig(tableau.a)[1])) < 1e6:
+            raise ValueError(
+                f"The tableau {tableau.name!r} has coupled stages and an a that cannot be inverted and diagonalised, "
+                "as Implicit does. Use another method, such as radau3 in rk_optax.IMPLICIT_TABLEAUS."
+            )
+        if not 0 < _checks.number(self.tolerance, "tolerance", "positive") < 1:
+            raise ValueError(f"tolerance must be in (0, 1), got {self.tolerance}.")
+        for name in ("max_iterations", "max_linear_iterations"):
+            _checks.count(getattr(self, name), name)
+
+    @property
+    def needs_diagonal_scale(self) -> bool:
+        """The linear systems are symmetric in the metric of P^(−1)."""
+        return True
+
+    @property
+    def error_order(self) -> int | None:
+        """The lower of the orders of the two methods, where the tableau has two."""
+        order = self.tableau.order_hat
+        return None if order is None else min(order, self.tableau.order)
+
+    def init(self, params: PyTree) -> ImplicitState:
+        """Nothing has been solved yet."""
+        del params
+        return ImplicitState(*(jnp.zeros([], dtype) for dtype in (jnp.int32, jnp.int32, _tree.default_float())))
+
+    def step(
+        self, problem: Problem, params: PyTree, k1: PyTree, h: Any, state: PyTree, *, want_error: bool = False
+    ) -> Step:
+        """One step; see `Solver.step`. `h` may be zero or traced."""
+        del state
+        tableau = self.tableau
+        if want_error and tableau.b_hat is None:
+            raise ValueError(f"The tableau {tableau.name!r} has no embedded weights to estimate an error with.")
+        solve = self._sequential if self._one_by_one else self._coupled
+        ds, solved = solve(problem, params, k1, h)
+        new = ImplicitState(solved.iterations, solved.linear_iterations, solved.residual)
+        gradients = solved.iterations * (2 if self._one_by_one else 1 + tableau.stages)
+        error = None
+        if want_error and tableau.b_hat is not None:
+            error = _tree.scale(h, self._weighted(tableau.b - tableau.b_hat, k1, ds))
+        return Step(
+            self._weighted(tableau.b, k1, ds),
+            Cost(gradients=1 + gradients, products=solved.linear_iterations),
+            finite=jnp.isfinite(solved.residual),
+            solved=solved.converged,
+            error=error,
+            state=new,
+            refused_state=new,
+        )
+
+    @property
+    def _one_by_one(self) -> bool:
+        return not np.triu(self.tableau.a, 1).any()
+
+    @property
+    def _blocks(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """The rows and columns of a that belong to implicit stages, and their column of an explicit first stage."""
+        a = self.tableau.a
+        return (a, None) if a[0].any() else (a[1:, 1:], a[1:, 0])
+
+    def _weighted(self, weights: np.ndarray, k1: PyTree, ds: PyTree) -> PyTree:
+        """Σ w_i k_i from the displacements: w·a⁻¹ of them, which is the last one for a stiffly accurate method."""
+        a, explicit = self._blocks
+        of_ds = np.linalg.solve(a.T, weights[-len(a) :])
+        # Zeros but for rounding must be zeros: in a stiff field k1 is huge.
+        of_ds = np.where(np.abs(of_ds) < 1e-14, 0, of_ds)
+        total = _combined(of_ds, ds)
+        if explicit is None:
+            return total
+        of_k1 = weights[0] - of_ds @ explicit
+        return total if abs(of_k1) < 1e-14 else _tree.add_scaled(total, of_k1, k1)
+
+    def _sequential(self, problem: Problem, params: PyTree, k1: PyTree, h: Any) -> tuple[PyTree, _Solved]:
+        """The displacements of a lower triangular tableau, stacked; the loss is traced once, whatever s is."""
+        a, explicit = self._blocks
+        explicit = np.zeros(len(a)) if explicit is None else explicit
+        # What the earlier stages contribute to d_i, in terms of their own displacements and k1.
+        of_ds = np.tril(np.tril(a, -1) @ np.linalg.inv(a), -1)
+        of_k1 = explicit - of_ds @ explicit
+
+        def stage(carry: tuple[PyTree, _Solved], inputs: Any) -> tuple[tuple[PyTree, _Solved], None]:
+            ds, before = carry
+            i, own, row, first = inputs
+            known = _tree.add_scaled(_combined(row, ds), first, k1)
+
+            def residual(d: PyTree) -> PyTree:
+                k = problem(_moved(params, h, d), i + len(self.tableau.a) - len(a))
+                return jax.tree.map(jnp.subtract, d, _tree.add_scaled(known, own, k))
+
+            def correct(d: PyTree, defect: PyTree) -> _Correction:
+                product = problem.hessian(_moved(params, h, d))
+                found = conjugate_gradients(product, h * own, defect, problem.scale, **self._linear_limits)
+                return _Correction(found.x, found.iterations, found.residual, ~found.negative)
+
+            defect = _tree.scale(-1, _tree.add_scaled(known, own, k1))
+            d, solved = self._newton(defect, residual, correct, params, h, problem.scale)
+            ds = jax.tree.map(lambda slots, new: jax.lax.dynamic_update_index_in_dim(slots, new, i, 0), ds, d)
+            return (ds, before.then(solved)), None
+
+        inputs = jax.tree.map(jnp.asarray, (np.arange(len(a)), np.diagonal(a), of_ds, of_k1))
+        return jax.lax.scan(stage, (_stacked(jax.tree.map(jnp.zeros_like, k1), len(a)), _nothing_solved()), inputs)[0]
+
+    def _coupled(self, problem: Problem, params: PyTree, k1: PyTree, h: Any) -> tuple[PyTree, _Solved]:
+        """The displacements of any tableau, stacked, by Newton's method with one Hessian for all of them."""
+        a = self.tableau.a
+        eigenvalues, vectors = np.linalg.eig(a)
+        inverse = np.linalg.inv(vectors)
+        dtype = jnp.promote_types(_tree.default_float(), jnp.complex64)
+
+        def residual(ds: PyTree) -> PyTree:
+            ks = jax.lax.map(lambda place: problem(place, 0), _moved(params, h, ds))
+            return jax.tree.map(jnp.subtract, ds, _mixed(a, ks))
+
+        def correct(ds: PyTree, defect: PyTree) -> _Correction:
+            product = problem.hessian(_moved(params, h, _combined(np.full(len(a), 1 / len(a)), ds)))
+            change, products, left = jax.tree.map(jnp.zeros_like, ds), jnp.zeros([], jnp.int32), jnp.zeros([])
+            for e in np.flatnonzero(np.imag(eigenvalues) >= 0):
+                c = jnp.asarray(h, dtype) * eigenvalues[e]
+                found = jax.lax.map(
+                    lambda b, c=c: shifted_lanczos(product, c, b, problem.scale, **self._linear_limits), defect
+                )
+                # Of a conjugate pair the other solution is the conjugate one.
+                weights = (2 if np.imag(eigenvalues[e]) else 1) * np.outer(vectors[:, e], inverse[e])
+                for part, y in zip((np.real(weights), -np.imag(weights)), found.x, strict=True):
+                    change = jax.tree.map(jnp.add, change, _mixed(part, y))
+                products += jnp.sum(found.iterations, dtype=jnp.int32)
+                left += jnp.max(found.residual)
+            return _Correction(change, products, left, jnp.ones([], bool))
+
+        defect = _tree.scale(-1, _mixed(a, _stacked(k1, len(a))))
+        return self._newton(defect, residual, correct, params, h, problem.scale)
+
+    def _newton(
+        self,
+        defect: PyTree,
+        residual: Callable[[PyTree], PyTree],
+        correct: Callable[[PyTree, PyTree], _Correction],
+        params: PyTree,
+        h: Any,
+        scale: PyTree | None,
+    ) -> tuple[PyTree, _Solved]:
+        """Solves residual(d) = 0 from d = 0, whose residual is `defect`; `correct` solves Newton's linear system.
+
+        From θ, that is, where the residual is known: h·k of an earlier stage may lead anywhere on a stiff loss.
+        """
+        # The inverse of I + haP∇²L of a convex loss shrinks what is measured in this norm.
+        root = None if scale is None else jax.tree.map(jnp.sqrt, scale)
+
+        def size(x: PyTree) -> jax.Array:
+            return _tree.norm(x if root is None else jax.tree.map(jnp.divide, x, root))
+
+        rounding = _tree.unit_roundoff(defect)
+        tolerance = max(self.tolerance, 32 * rounding)
+        # Near a minimum d is as small as the rounding of the field. What θ − hd cannot show need not be solved for.
+        invisible = 8 * rounding * _tree.ratio(size(params), jnp.asarray(h))
+
+        def iterate(carry: tuple[PyTree, PyTree, _Solved]) -> tuple[PyTree, PyTree, _Solved]:
+            d, defect, before = carry
+            correction = correct(d, defect)
+            left = correction.left * size(defect)
+            d = jax.tree.map(jnp.subtract, d, correction.change)
+            defect = residual(d)
+            wanted = tolerance * size(d) + invisible
+            # Rounding in a stiff field keeps the residual up. A small correction then says the same, if well solved.
+            settled = correction.sound & (size(correction.change) + left <= wanted)
+            relative = _tree.ratio(size(defect), size(d)).astype(before.residual.dtype)
+            return (
+                d,
+                defect,
+                _Solved(
+                    before.iterations + 1,
+                    before.linear_iterations + correction.products,
+                    relative,
+                    (size(defect) <= wanted) | (settled & jnp.isfinite(relative)),
+                ),
+            )
+
+        def go_on(carry: tuple[PyTree, PyTree, _Solved]) -> jax.Array:
+            solved = carry[2]
+            return ~solved.converged & (solved.iterations < self.max_iterations) & jnp.isfinite(solved.residual)
+
+        # NaN in k1 is no residual, and is not solved.
+        known = _nothing_solved()._replace(converged=size(defect) == 0)
+        start = jax.tree.map(jnp.zeros_like, defect)
+        d, _, solved = jax.lax.while_loop(go_on, iterate, (start, defect, known))
+        return d, solved
+
+    @property
+    def _linear_limits(self) -> dict[str, Any]:
+        return {"tolerance": 0.1 * self.tolerance, "max_iterations": self.max_linear_iterations}
+
+
+def _nothing_solved() -> _Solved:
+    zero = jnp.zeros([], jnp.int32)
+    return _Solved(zero, zero, jnp.zeros([], _tree.default_float()), jnp.ones([], bool))
+
+
+def _stacked(k: PyTree, count: int) -> PyTree:
+    return jax.tree.map(lambda x: jnp.stack([x] * count), k)
+
+
+def _combined(row: Any, xs: PyTree) -> PyTree:
+    """Σ_j row_j x_j of stacked trees; one that is not finite shows, even with weight 0."""
+    # No dot product, which accelerators round to bfloat16 or TF32.
+    return jax.tree.map(lambda x: sum(jnp.asarray(row[j], _tree.real_dtype(x)) * x[j] for j in range(len(x))), xs)
+
+
+def _mixed(matrix: np.ndarray, xs: PyTree) -> PyTree:
+    """Σ_j matrix_ij x_j for each i, stacked."""
+    return jax.tree.map(lambda *rows: jnp.stack(rows), *(_combined(row, xs) for row in matrix))
+
+
+def _moved(params: PyTree, h: Any, offset: PyTree) -> PyTree:
+    """θ − h·offset, for one offset or stacked ones."""
+    return jax.tree.map(lambda theta, d: theta - jnp.asarray(h, _tree.real_dtype(d)) * d, params, offset)
+
+
+_ALEXANDER = "R. Alexander, SIAM J. Numer. Anal. 14 (1977) 1006-1021"
+_HAIRER = "E. Hairer, G. Wanner, Solving Ordinary Differential Equations II (1996), IV.5"
+_R2, _R3 = math.sqrt(2), math.sqrt(3)
+_G2 = 1 - 1 / _R2
+_G3 = 0.43586652150845899942  # the root of γ³ − 3γ² + (3/2)γ − 1/6 that makes it L-stable
+_B3 = -(6 * _G3**2 - 16 * _G3 + 1) / 4, (6 * _G3**2 - 20 * _G3 + 5) / 4
+
+BACKWARD_EULER = ButcherTableau("backward_euler", [[1]], [1], [1], 1, source="A. L. Cauchy (1824)")
+IMPLICIT_MIDPOINT = ButcherTableau("implicit_midpoint", [[0.5]], [1], [0.5], 2, source=_HAIRER)
+TRAPEZOID = ButcherTableau(
+    "trapezoid",
+    [[0, 0], [0.5, 0.5]],
+    [0.5, 0.5],
+    [0, 1],
+    2,
+    source="J. Crank, P. Nicolson, Proc. Camb. Phil. Soc. 43 (1947)",
+)
+SDIRK2 = ButcherTableau("sdirk2", [[_G2, 0], [1 - _G2, _G2]], [1 - _G2, _G2], [_G2, 1], 2, [1, 0], 1, _ALEXANDER)
+SDIRK3 = ButcherTableau(
+    "sdirk3",
+    [[_G3, 0, 0], [(1 - _G3) / 2, _G3, 0], [*_B3, _G3]],
+    [*_B3, _G3],
+    [_G3, (1 + _G3) / 2, 1],
+    3,
+    [_G3 / (1 - _G3), (1 - 2 * _G3) / (1 - _G3), 0],
+    2,
+    _ALEXANDER,
+)
+RADAU3 = ButcherTableau(
+    "radau3", [[5 / 12, -1 / 12], [3 / 4, 1 / 4]], [3 / 4, 1 / 4], [1 / 3, 1], 3, source=f"{_HAIRER}, Radau IIA"
+)
+GAUSS4 = ButcherTableau(
+    "gauss4",
+    [[1 / 4, 1 / 4 - _R3 / 6], [1 / 4 + _R3 / 6, 1 / 4]],
+    [1 / 2, 1 / 2],
+    [1 / 2 - _R3 / 6, 1 / 2 + _R3 / 6],
+    4,
+    source=f"{_HAIRER}, Kuntzmann (1961)",
+)
+IMPLICIT_TABLEAUS: Mapping[str, ButcherTableau] = MappingProxyType(
+    {t.name: t for t in (BACKWARD_EULER, IMPLICIT_MIDPOINT, TRAPEZOID, SDIRK2, SDIRK3, RADAU3, GAUSS4)}
+)
+"""The named implicit methods. Backward Euler, SDIRK2, SDIRK3 and Radau IIA are L-stable, the others A-stable only."""
