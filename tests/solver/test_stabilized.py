@@ -312,14 +312,20 @@ SPECTRA = {
 }
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
-def test_the_estimate_of_the_spectral_radius_is_close_and_with_its_safety_factor_from_above(spectrum, seed):
-    loss, theta = quadratic(spectrum, seed)
-    tx = rk_optax.runge_kutta(loss, 1e-3, Stabilized("rkc1"))
-    _, (state,) = updates(tx, loss, theta, 1)
+def test_the_estimate_of_the_spectral_radius_is_close_and_with_its_safety_factor_from_above(spectrum):
+    rng, n = np.random.default_rng(0), len(spectrum)
+    bases = np.linalg.qr(rng.normal(size=(8, n, n)))[0]
+    matrices = jnp.asarray(bases * spectrum @ bases.transpose(0, 2, 1), jnp.float32)
+    tx = rk_optax.runge_kutta(lambda theta, a: 0.5 * theta @ a @ theta, 1e-3, Stabilized("rkc1", max_stages=4))
+
+    def radius(theta, a):
+        return tx.update(a @ theta, tx.init(theta), theta, a=a)[1].solver.spectral_radius
+
+    radii = jax.jit(jax.vmap(radius))(jnp.asarray(rng.normal(size=(8, n)), jnp.float32), matrices)
     largest = np.abs(spectrum).max()
-    assert largest <= float(state.solver.spectral_radius) <= 1.2 * largest * 1.01
+    assert largest <= radii.min()
+    assert radii.max() <= 1.2 * largest * 1.01
 
 
 def test_the_estimate_on_a_network_is_its_hessians_largest_eigenvalue():
@@ -549,10 +555,10 @@ def test_momentum_runs_on_the_effective_gradient():
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("h", [0, 0.0, 1e-30])
+@pytest.mark.parametrize("stages", [3, "auto"])
 @families
-def test_a_step_of_next_to_no_size_has_the_gradient_as_direction(family, h, x64):
-    for stages in (3, "auto"):
+def test_a_step_of_next_to_no_size_has_the_gradient_as_direction(family, stages, x64):
+    for h in (0.0, 1e-30):
         step = one_step(Stabilized(family, stages), cubic, THETA, jnp.asarray(h, float))
         np.testing.assert_allclose(step.direction, cubic(THETA), rtol=1e-12)
 
