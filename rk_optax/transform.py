@@ -406,16 +406,15 @@ def _between(
 
 
 # Functions, and numbers that the program is compiled for; the others, such as rates, may be traced.
-_NOT_HYPERPARAMETERS = frozenset(
-    ("loss_fn", "grad_fn", "mask", "stage_dtype")
-    + ("stages", "order", "damping", "max_stages", "max_iterations", "max_rows", "tolerance")
-)
+_NOT_HYPERPARAMETERS = frozenset({"loss_fn", "grad_fn", "mask", "stage_dtype"}) | {
+    *("stages", "order", "damping", "max_stages", "max_iterations", "max_rows", "tolerance")
+}
 
 
 def inject_hyperparams(
     factory: Callable[..., optax.GradientTransformation], **options: Any
 ) -> Callable[..., optax.GradientTransformationExtraArgs]:
-    """`optax.inject_hyperparams` for the factories of this package, told that a loss is no schedule, nor `stages` a rate.
+    """`optax.inject_hyperparams` for the factories of this package, told that a loss is no schedule, no count a rate.
 
     >>> import jax, jax.numpy as jnp, rk_optax
     >>> def loss_fn(w, x): return jnp.sum((w - x) ** 2)

@@ -140,9 +140,7 @@ def numpy_descent_control(count, h, theta, loss, gradient):
 @pytest.mark.parametrize("initial", [1e-3, 10.0])
 def test_descent_control_is_its_reference(initial, x64):
     ours, _ = attempts(rk_optax.euler(quartic, descent_control(initial)), quartic, START, 30)
-    theirs = numpy_descent_control(
-        30, initial, START, lambda t: np.sum(t**4) / 4 + np.sum(t) ** 2, quartic_gradient
-    )
+    theirs = numpy_descent_control(30, initial, START, lambda t: np.sum(t**4) / 4 + np.sum(t) ** 2, quartic_gradient)
     np.testing.assert_array_equal(ours[1], theirs[1])
     np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-12)
     assert len(set(np.sign(np.diff(theirs[0])))) == 2  # it grew and it shrank

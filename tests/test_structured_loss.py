@@ -54,9 +54,7 @@ def by_hand(params, mean):
 
 
 def least_squares(mean=False, weights=WEIGHTS):
-    return LeastSquares(
-        TERMS, weights=weights, pointwise=["x", "edge"], reduction="mean" if mean else "sum"
-    )
+    return LeastSquares(TERMS, weights=weights, pointwise=["x", "edge"], reduction="mean" if mean else "sum")
 
 
 # --- least squares ---
@@ -80,8 +78,8 @@ def test_rows_are_the_jacobian_of_the_weighted_residuals(mean, pointwise, x64):
         "boundary": lambda params, edge: jax.vmap(lambda x: boundary(params, x))(edge),
         "anchor": anchor,
     }
-    loss = least_squares(mean) if pointwise else LeastSquares(
-        whole, weights=WEIGHTS, reduction="mean" if mean else "sum"
+    loss = (
+        least_squares(mean) if pointwise else LeastSquares(whole, weights=WEIGHTS, reduction="mean" if mean else "sum")
     )
     rows = loss.rows(params, DATA)
     flat = np.concatenate([np.reshape(leaf, (22, -1)) for leaf in jax.tree.leaves(rows.jacobian)], axis=1)

@@ -1,4 +1,4 @@
-"""Linearly implicit steps: against direct solves of explicit matrices, scipy's flow and the closed form on quadratics."""
+"""Linearly implicit steps: against direct solves, scipy's flow and the closed form on quadratics."""
 
 import functools
 
@@ -366,7 +366,7 @@ def test_a_solver_is_vectorised_over_the_step_size(x64):
     loss = LOSSES["least squares"]
     for solver in (ResidualEuler(), RosenbrockEuler(**exact())):
         problem, params, k1 = bound(loss, solver)
-        take = jax.jit(lambda h: solver.step(problem, params, k1, h, ()).direction["a"])  # noqa: B023
+        take = jax.jit(lambda h: solver.step(problem, params, k1, h, ()).direction["a"])
         sizes = jnp.array([0.1, 5.0])
         np.testing.assert_allclose(jax.vmap(take)(sizes), [take(h) for h in sizes], rtol=1e-8)
 
@@ -397,9 +397,7 @@ def test_cg_takes_the_iterations_of_the_textbook(spectrum, most, tolerance, x64)
     basis = np.linalg.qr(rng.normal(size=(8, 8)))[0]
     matrix, b, c = (basis * spectrum) @ basis.T, rng.normal(size=8), 4.0
     expected, count, negative = numpy_cg(np.eye(8) + c * matrix, b, tolerance, most)
-    found = conjugate_gradients(
-        lambda v: matrix @ v, c, jnp.asarray(b), None, tolerance=tolerance, max_iterations=most
-    )
+    found = conjugate_gradients(lambda v: matrix @ v, c, jnp.asarray(b), None, tolerance=tolerance, max_iterations=most)
     assert (int(found.iterations), bool(found.negative)) == (count, negative)
     np.testing.assert_allclose(found.x, expected, rtol=1e-8, atol=1e-10)
     if not negative:
