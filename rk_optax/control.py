@@ -306,7 +306,7 @@ class TrustRatioControl(_Controlled):
         """Accepts where the loss does not rise. Costs two losses."""
         dtype = state.step_size.dtype
         before, after = attempt.problem.loss(attempt.params), attempt.problem.loss(attempt.candidate)
-        accepted = attempt.usable & (after <= before)
+        accepted = attempt.usable & (before - after >= 0)  # ∞ − ∞ is no fall
         predicted = attempt.step.predicted_fall
         if predicted is None:
             raise ValueError(f"{_name(attempt.solver)} says that it predicts the fall of the loss, and did not.")

@@ -405,10 +405,16 @@ def _between(
     return optax.trace(_checks.number(momentum, "momentum", "decay"), nesterov=nesterov)
 
 
+# Functions, and numbers that the program is compiled for; the others, such as rates, may be traced.
+_NOT_HYPERPARAMETERS = frozenset({"loss_fn", "grad_fn", "mask", "stage_dtype"}) | {
+    *("stages", "order", "damping", "max_stages", "max_iterations", "max_rows", "tolerance")
+}
+
+
 def inject_hyperparams(
     factory: Callable[..., optax.GradientTransformation], **options: Any
 ) -> Callable[..., optax.GradientTransformationExtraArgs]:
-    """`optax.inject_hyperparams` for the factories of this package, told that a loss is not a schedule.
+    """`optax.inject_hyperparams` for the factories of this package, told that a loss is no schedule, no count a rate.
 
     >>> import jax, jax.numpy as jnp, rk_optax
     >>> def loss_fn(w, x): return jnp.sum((w - x) ** 2)
@@ -424,7 +430,7 @@ def inject_hyperparams(
     Returns:
       A factory with the arguments of `factory`, whose numeric ones live in `state.hyperparams`.
     """
-    static = {"loss_fn", "grad_fn", "mask", "stage_dtype"} & set(inspect.signature(factory).parameters)
+    static = _NOT_HYPERPARAMETERS & set(inspect.signature(factory).parameters)
     further = options.pop("static_args", ())
     static |= {further} if isinstance(further, str) else set(further)
     return optax.inject_hyperparams(factory, static_args=static, **options)

@@ -164,7 +164,8 @@ class Stabilized(Solver):
             # Stages as a continuous function of h, or a controller that compares steps takes rounding for a loss.
             work=choices[0] * jnp.sqrt(stiffness / intervals[0]),
             error=error,
-            largest_step=jnp.asarray(intervals[-1], radius.dtype) / radius,
+            # A ρ that is not finite, of one bad batch say, tells nothing: a controller must not take h from it.
+            largest_step=jnp.where(jnp.isfinite(radius), jnp.asarray(intervals[-1], radius.dtype) / radius, jnp.inf),
             state=new,
             # What was learnt of the curvature holds where we stay; one learnt elsewhere may be why the step failed.
             refused_state=new._replace(age=jnp.where(due, 0, self.estimate_every).astype(jnp.int32)),

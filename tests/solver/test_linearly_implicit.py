@@ -1,0 +1,500 @@
+"""Linearly implicit steps: against direct solves, scipy's flow and the closed form on quadratics."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.integrate
+from conftest import network, network_loss
+from jax.flatten_util import ravel_pytree
+
+import rk_optax
+from rk_optax import LeastSquares, ModelLoss, Problem, Reason, ResidualEuler, Ros2, RosenbrockEuler
+from rk_optax._tree import partition
+from rk_optax.problem import Objective
+from rk_optax.solver._linear import conjugate_gradients
+
+X = np.linspace(-1, 1, 7)
+Y = np.sin(2 * X)
+THETA = {"a": np.array([0.7, -0.4]), "b": np.array([[0.3], [0.9]])}
+
+
+def curve(params, x):
+    """A model that is nonlinear in its parameters."""
+    return jnp.tanh(params["a"][0] * x + params["a"][1]) * params["b"][0, 0] + params["b"][1, 0] * x**2
+
+
+def misfit(params):
+    """Residuals of which there are more than parameters."""
+    return {"fit": curve(params, X) - Y, "pull": 0.5 * params["a"]}
+
+
+def half_square(outputs):
+    return 0.5 * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(outputs))
+
+
+def softplus_misfit(outputs):
+    """Convex in the outputs, and not quadratic."""
+    return jnp.sum(jnp.logaddexp(outputs - Y, Y - outputs))
+
+
+LOSSES = {
+    "least squares": LeastSquares(misfit),
+    "split": ModelLoss(lambda params: curve(params, X), softplus_misfit),
+}
+
+
+def flat(params=THETA):
+    return ravel_pytree(jax.tree.map(jnp.asarray, params))
+
+
+def matrices(loss, l2=0.0):
+    """Gradient, Hessian and Gauss–Newton matrix at THETA, from jacobians of the flattened loss."""
+    theta, unravel = flat()
+
+    def outputs(t):
+        params = unravel(t)
+        return ravel_pytree(misfit(params))[0] if isinstance(loss, LeastSquares) else curve(params, X)
+
+    of_outputs = (lambda r: 0.5 * r @ r) if isinstance(loss, LeastSquares) else softplus_misfit
+    jacobian = jax.jacfwd(outputs)(theta)
+    full = lambda t: of_outputs(outputs(t)) + 0.5 * l2 * t @ t  # noqa: E731
+    gauss_newton = jacobian.T @ jax.hessian(of_outputs)(outputs(theta)) @ jacobian + l2 * np.eye(len(theta))
+    found = jax.grad(full)(theta), jax.hessian(full)(theta), gauss_newton
+    return [np.asarray(m, np.float64) for m in found]
+
+
+def effective_gradient(loss, h, solver, params=THETA, **options):
+    """g* at params, flat, and the state."""
+    params = jax.tree.map(jnp.asarray, params)
+    tx = rk_optax.scale_by_rk(loss, h, solver, stage_dtype=None, **options)
+    grads = jax.tree.map(jnp.conj, jax.grad(loss)(params))
+    direction, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    return np.asarray(ravel_pytree(direction)[0]), state
+
+
+def bound(loss, solver, params=THETA, l2=None):
+    """The problem and its gradient at params."""
+    params = jax.tree.map(jnp.asarray, params)
+    problem = Objective(loss, needs=solver.needs, l2=l2).bind({}, params, partition(None, params), None)
+    return problem, params, problem(params)
+
+
+def scaled_by(diagonal):
+    """A preconditioner with this P, a flat vector in the order of THETA."""
+    scale = flat()[1](jnp.asarray(diagonal))
+    return rk_optax.Preconditioner(
+        init=lambda params: (),
+        update=lambda k1, state, params, problem: (scale, state, rk_optax.Cost()),
+        apply=lambda gradient, frozen: jax.tree.map(jnp.multiply, gradient, frozen),
+        diagonal=lambda frozen: frozen,
+    )
+
+
+P = np.array([0.5, 2.0, 0.1, 3.0])
+exact = functools.partial(dict, tolerance=1e-13, max_iterations=40)
+
+
+# --- linearly implicit Euler is the direct solve ---
+
+
+@pytest.mark.parametrize("l2", [None, 0.3])
+@pytest.mark.parametrize("preconditioned", [False, True])
+@pytest.mark.parametrize("which", ["hessian", "gauss_newton", "split gauss_newton", "residual"])
+def test_a_step_solves_the_linear_system(which, preconditioned, l2, x64):
+    loss = LOSSES["split" if "split" in which else "least squares"]
+    gradient, hessian, gauss_newton = matrices(loss, l2 or 0.0)
+    matrix = hessian if which == "hessian" else gauss_newton
+    scale = P if preconditioned else np.ones(4)
+    solver = ResidualEuler() if which == "residual" else RosenbrockEuler(which.split()[-1], **exact())
+    options = {"preconditioner": scaled_by(P)} if preconditioned else {}
+    params = jax.tree.map(jnp.asarray, THETA)
+
+    @jax.jit
+    def step(h):
+        tx = rk_optax.scale_by_rk(loss, lambda count: h, solver, l2=l2, **options)
+        return ravel_pytree(tx.update(jax.grad(loss)(params), tx.init(params), params)[0])[0]
+
+    compared = 0
+    for h in (0.0, 0.03, 0.2, 1.0, 40.0):
+        system = np.eye(4) + h * scale[:, None] * matrix
+        if np.linalg.eigvals(system).real.min() > 0:  # an indefinite one is not CG's to solve
+            np.testing.assert_allclose(step(h), np.linalg.solve(system, scale * gradient), rtol=1e-9, atol=1e-10)
+            compared += 1
+    assert compared == 5 or which == "hessian"
+    assert compared >= 2
+
+
+@pytest.mark.parametrize("h", [1e6, 1e12])
+def test_a_very_long_step_is_gauss_newtons(h, x64):
+    loss = LOSSES["least squares"]
+    gradient, _, gauss_newton = matrices(loss)
+    found, _ = effective_gradient(loss, h, ResidualEuler())
+    np.testing.assert_allclose(h * found, np.linalg.solve(gauss_newton, gradient), rtol=1e-3 if h < 1e9 else 1e-4)
+
+
+def test_more_residuals_than_rows_allowed_are_solved_by_cg(x64):
+    loss = LOSSES["least squares"]
+    direct, state = effective_gradient(loss, 2.0, ResidualEuler(max_rows=9))
+    assert (int(state.cost.rows), int(state.cost.products), int(state.solver.iterations)) == (9, 0, 0)
+    by_cg, state = effective_gradient(loss, 2.0, ResidualEuler(max_rows=8, tolerance=1e-12))
+    assert int(state.cost.rows) == 0
+    assert int(state.cost.products) == int(state.solver.iterations) > 0
+    np.testing.assert_allclose(by_cg, direct, rtol=1e-9)
+
+
+@pytest.mark.parametrize("solver", [ResidualEuler(), RosenbrockEuler(**exact())], ids=["rows", "cg"])
+def test_complex_leaves_are_pairs_of_reals(solver, x64):
+    z = np.array([1.0 + 0.5j, -0.3 + 2.0j])
+
+    def residuals(params):
+        u, v = params["z"]
+        return jnp.stack([jnp.real(u * v), jnp.imag(u) - 0.5, jnp.abs(v) ** 2, jnp.real(u) + jnp.imag(v)])
+
+    def of_pairs(t):
+        return residuals({"z": t[:2] + 1j * t[2:]})
+
+    pairs = jnp.concatenate([z.real, z.imag])
+    jacobian, r = np.asarray(jax.jacfwd(of_pairs)(pairs)), np.asarray(of_pairs(pairs))
+    expected = np.linalg.solve(np.eye(4) + 0.7 * jacobian.T @ jacobian, jacobian.T @ r)
+    found, _ = effective_gradient(LeastSquares(residuals), 0.7, solver, {"z": z})
+    np.testing.assert_allclose(found, expected[:2] + 1j * expected[2:], rtol=1e-10)
+
+
+def test_fixed_leaves_stay_out_of_the_system(x64):
+    loss, mask = LOSSES["least squares"], {"a": True, "b": False}
+    gradient, _, gauss_newton = matrices(loss)
+    expected = np.linalg.solve(np.eye(2) + 2.0 * gauss_newton[:2, :2], gradient[:2])
+    for solver in (ResidualEuler(), RosenbrockEuler(**exact())):
+        found, _ = effective_gradient(loss, 2.0, solver, mask=mask)
+        np.testing.assert_allclose(found, [*expected, 0, 0], rtol=1e-9)
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+def test_stiff_modes_decay_at_once(curvature):
+    rates = jnp.array([1e-2, 1.0, 1e6])
+    loss = LeastSquares(lambda theta: jnp.sqrt(rates) * theta)
+    theta = jnp.ones(3)
+    for solver in (RosenbrockEuler(curvature, 1e-6), ResidualEuler()):
+        direction, _ = effective_gradient(loss, 1.0, solver, theta)
+        np.testing.assert_allclose(theta - direction, 1 / (1 + rates), atol=1e-2)  # relative to a gradient of 1e6
+        assert abs(theta[2] - direction[2]) < 2e-5
+
+
+# --- the quadratic model ---
+
+
+@pytest.mark.parametrize("l2", [None, 0.3])
+@pytest.mark.parametrize(
+    "solver",
+    [
+        RosenbrockEuler("gauss_newton", **exact()),
+        RosenbrockEuler("gauss_newton", 1e-13, 1),
+        RosenbrockEuler("gauss_newton", 1e-13, 2),
+        RosenbrockEuler("gauss_newton", 0.5),
+        ResidualEuler(),
+    ],
+    ids=["solved", "one iteration", "two iterations", "loosely", "rows"],
+)
+@pytest.mark.parametrize("scale", [None, P], ids=["", "preconditioned"])
+def test_the_predicted_fall_is_that_of_the_quadratic_model_also_when_cg_is_cut_short(solver, l2, scale, x64):
+    loss, h = LOSSES["least squares"], 3.0
+    problem, params, k1 = bound(loss, solver, l2=l2)
+    if scale is not None:
+        tree = flat()[1](jnp.asarray(scale))
+        problem = problem.preconditioned(lambda g: jax.tree.map(jnp.multiply, tree, g), tree)
+        k1 = problem(params)
+    step = solver.step(problem, params, k1, h, solver.init(params))
+    gradient, _, matrix = matrices(loss, l2 or 0.0)
+    moved = h * np.asarray(ravel_pytree(step.direction)[0])
+    assert float(step.predicted_fall) == pytest.approx(gradient @ moved - 0.5 * moved @ matrix @ moved, rel=1e-8)
+
+
+def test_at_a_first_direction_of_negative_curvature_the_step_is_the_gradient_and_the_state_says_so(x64):
+    def saddle(theta):
+        return 0.5 * (theta[0] ** 2 - 4 * theta[1] ** 2)
+
+    theta = jnp.array([0.1, 1.0])
+    direction, state = effective_gradient(saddle, 1.0, RosenbrockEuler("hessian"), theta)
+    np.testing.assert_allclose(direction, [0.1, -4.0])
+    assert bool(state.solver.negative_curvature)
+    _, state = effective_gradient(saddle, 0.2, RosenbrockEuler("hessian", 1e-10), theta)  # 1 − 0.2·4 > 0
+    assert not bool(state.solver.negative_curvature)
+
+
+# --- ROS2 ---
+
+
+@functools.cache
+def flow():
+    params, data = network(np.float64)
+    theta, unravel = ravel_pytree(params)
+
+    def outputs(theta):
+        p = unravel(theta)
+        return jnp.tanh(data["x"] @ p["w1"] + p["b1"]) @ p["w2"]
+
+    loss = ModelLoss(outputs, lambda out: jnp.mean((out - data["y"]) ** 2))
+    gradient = jax.jit(jax.grad(lambda theta: network_loss(unravel(theta), **data)))
+    run = scipy.integrate.solve_ivp(
+        lambda t, y: -np.asarray(gradient(y)), (0, 0.5), np.asarray(theta), "DOP853", rtol=1e-13, atol=1e-14
+    )
+    return theta, loss, run.y[:, -1]
+
+
+def errors_at_the_end(solver, counts):
+    theta, loss, end = flow()
+
+    @jax.jit
+    def run(count):
+        tx = rk_optax.runge_kutta(loss, lambda _: 0.5 / count, solver)
+
+        def step(_, carry):
+            theta, state = carry
+            change, state = tx.update(jax.grad(loss)(theta), state, theta)
+            return theta + change, state
+
+        return jax.lax.fori_loop(0, count, step, (theta, tx.init(theta)))[0]
+
+    return [np.linalg.norm(run(n) - end) for n in counts]
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton", "zero"])
+def test_ros2_is_of_order_two_with_any_matrix(curvature, x64):
+    errors = errors_at_the_end(Ros2(curvature, 1e-11), (32, 64, 128))
+    assert np.log2(errors[1] / errors[2]) == pytest.approx(2, abs=0.12)
+    assert np.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.2)
+
+
+def test_rosenbrock_euler_is_of_order_one(x64):
+    errors = errors_at_the_end(RosenbrockEuler(tolerance=1e-10), (64, 128))
+    assert np.log2(errors[0] / errors[1]) == pytest.approx(1, abs=0.1)
+
+
+def test_without_a_matrix_ros2_is_heuns_method(x64):
+    def loss(params):
+        return half_square(misfit(params))
+
+    heun, _ = effective_gradient(loss, 0.2, "heun")
+    ours, state = effective_gradient(loss, 0.2, Ros2("zero"))
+    np.testing.assert_allclose(ours, heun, rtol=1e-12)
+    assert (int(state.cost.gradients), int(state.cost.products)) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("curvature", "gamma", "used"),
+    [
+        ("hessian", None, 1 - 0.5**0.5),
+        ("gauss_newton", None, 1 + 0.5**0.5),
+        ("gauss_newton", 0.5, 0.5),
+    ],
+)
+def test_ros2_on_a_quadratic_is_its_stability_function(curvature, gamma, used, x64):
+    rates = np.array([0.0, 0.1, 1.0, 7.0, 1e6])
+    loss = LeastSquares(lambda theta: np.sqrt(rates) * theta)
+    found, _ = effective_gradient(loss, 1.0, Ros2(curvature, 1e-14, 50, used if gamma else None), np.ones(5))
+    k1 = -rates / (1 + used * rates)
+    k2 = (-rates * (1 + k1) - 2 * k1) / (1 + used * rates)
+    np.testing.assert_allclose(-found, 1.5 * k1 + 0.5 * k2, rtol=1e-9, atol=1e-10)
+
+
+def test_with_half_the_curvature_the_greater_gamma_is_stable_and_the_smaller_is_not(x64):
+    """REFERENCES: max|R| 10.7 for γ = 1 − 1/√2 and 0.99 for 1 + 1/√2."""
+    rates = jnp.logspace(-2, 6, 400)
+
+    def growth(gamma):
+        solver = Ros2("gauss_newton", 1e-10, gamma=gamma)
+        half = [0.5 * rate for rate in rates]
+
+        def mode(rate, wrong):  # one mode at a time: CG solves a system of one unknown in one iteration
+            problem = Problem(lambda theta, stage: rate * theta)
+            object.__setattr__(problem, "gauss_newton", lambda theta: lambda v: wrong * v)
+            one = jnp.ones(1)
+            return 1 - solver.step(problem, one, rate * one, 1.0, ()).direction[0]
+
+        return float(jnp.abs(jax.vmap(mode)(rates, jnp.stack(half))).max())
+
+    root = 0.5**0.5
+    assert growth(1 - root) == pytest.approx(10.7, abs=0.1)
+    assert growth(1 + root) == pytest.approx(0.99, abs=0.01)
+    assert growth(None) == growth(1 + root)
+
+
+def test_the_error_estimate_of_ros2_is_its_distance_from_linearly_implicit_euler(x64):
+    loss, h = LOSSES["least squares"], 0.4
+    solver = Ros2(tolerance=1e-13)
+    problem, params, k1 = bound(loss, solver)
+    step = solver.step(problem, params, k1, h, solver.init(params), want_error=True)
+    gradient, _, matrix = matrices(loss)
+    first = np.linalg.solve(np.eye(4) + (1 + 0.5**0.5) * h * matrix, gradient)
+    expected = h * (np.asarray(ravel_pytree(step.direction)[0]) - first)  # θ̂ − θ₁, as for explicit pairs
+    np.testing.assert_allclose(ravel_pytree(step.error)[0], expected, rtol=1e-8, atol=1e-12)
+
+
+# --- what it costs, and what the state says ---
+
+
+@pytest.mark.parametrize(
+    ("solver", "gradients"),
+    [(RosenbrockEuler("hessian"), 2), (RosenbrockEuler(), 2), (RosenbrockEuler("zero"), 1), (Ros2(), 3)],
+    ids=["hessian", "gauss_newton", "zero", "ros2"],
+)
+def test_costs_are_gradients_and_a_product_for_each_iteration(solver, gradients, x64):
+    _, state = effective_gradient(LOSSES["least squares"], 0.5, solver)
+    products = 0 if solver.curvature == "zero" else int(state.solver.iterations)
+    assert (int(state.cost.gradients), int(state.cost.products), int(state.cost.rows)) == (gradients, products, 0)
+    assert float(state.solver.residual) <= solver.tolerance
+
+
+def test_a_bad_residual_is_refused_and_leaves_everything_as_it_was():
+    loss = LeastSquares(lambda theta, x: theta - x)
+    for factory in (rk_optax.residual_euler, rk_optax.rosenbrock_euler):
+        tx = factory(loss)
+        theta = jnp.ones(2)
+        bad = jnp.array([0.0, jnp.nan])
+        change, state = jax.jit(tx.update)(theta - bad, tx.init(theta), theta, x=bad)
+        np.testing.assert_array_equal(change, 0)
+        assert int(state.reason) == Reason.NOT_FINITE
+        change, state = jax.jit(tx.update)(theta, state, theta, x=jnp.zeros(2))
+        assert bool(state.accepted)
+
+
+def test_a_solver_is_vectorised_over_the_step_size(x64):
+    loss = LOSSES["least squares"]
+    for solver in (ResidualEuler(), RosenbrockEuler(**exact())):
+        problem, params, k1 = bound(loss, solver)
+        take = jax.jit(lambda h: solver.step(problem, params, k1, h, ()).direction["a"])
+        sizes = jnp.array([0.1, 5.0])
+        np.testing.assert_allclose(jax.vmap(take)(sizes), [take(h) for h in sizes], rtol=1e-8)
+
+
+# --- conjugate gradients ---
+
+
+def numpy_cg(a, b, tolerance, most):
+    """Textbook CG from 0 with Steihaug's exit."""
+    x, r = np.zeros_like(b), b.copy()
+    p, count = r.copy(), 0
+    while np.linalg.norm(r) > tolerance * np.linalg.norm(b) and count < most:
+        count += 1
+        moved = a @ p
+        if p @ moved <= 0:
+            return (b if count == 1 else x), count, True
+        step = r @ r / (p @ moved)
+        x, new = x + step * p, r - step * moved
+        p, r = new + new @ new / (r @ r) * p, new
+    return x, count, False
+
+
+@pytest.mark.parametrize("tolerance", [0.3, 1e-3, 1e-10])
+@pytest.mark.parametrize("most", [1, 3, 50])
+@pytest.mark.parametrize("spectrum", [np.linspace(1, 9, 8), np.repeat([1.0, 5.0], 4), np.r_[-0.5, np.ones(7) * 2]])
+def test_cg_takes_the_iterations_of_the_textbook(spectrum, most, tolerance, x64):
+    rng = np.random.default_rng(3)
+    basis = np.linalg.qr(rng.normal(size=(8, 8)))[0]
+    matrix, b, c = (basis * spectrum) @ basis.T, rng.normal(size=8), 4.0
+    expected, count, negative = numpy_cg(np.eye(8) + c * matrix, b, tolerance, most)
+    found = conjugate_gradients(lambda v: matrix @ v, c, jnp.asarray(b), None, tolerance=tolerance, max_iterations=most)
+    assert (int(found.iterations), bool(found.negative)) == (count, negative)
+    np.testing.assert_allclose(found.x, expected, rtol=1e-8, atol=1e-10)
+    if not negative:
+        true = np.linalg.norm(b - (np.eye(8) + c * matrix) @ found.x) / np.linalg.norm(b)
+        assert float(found.residual) == pytest.approx(true, rel=1e-4, abs=1e-12)
+        assert true <= tolerance or count == most
+    if len(set(np.round(spectrum, 9))) == 2 and not negative and most == 50:
+        assert count <= 2  # as many as distinct eigenvalues
+
+
+def test_cg_under_a_preconditioner_works_on_the_symmetric_form(x64):
+    rng = np.random.default_rng(4)
+    root = rng.normal(size=(5, 5))
+    matrix, b, scale = root @ root.T, rng.normal(size=5), np.array([0.01, 1.0, 100.0, 0.5, 3.0])
+    found = conjugate_gradients(
+        lambda v: matrix @ v, 0.3, jnp.asarray(b), jnp.asarray(scale), tolerance=1e-12, max_iterations=5
+    )
+    expected = np.linalg.solve(np.eye(5) + 0.3 * scale[:, None] * matrix, b)
+    np.testing.assert_allclose(found.x, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_cg_of_nothing_is_nothing_and_of_nan_is_nan():
+    def solve(b, product=lambda v: v):
+        return conjugate_gradients(product, 1.0, b, None, tolerance=1e-3, max_iterations=9)
+
+    nothing = solve(jnp.zeros(3))
+    assert (int(nothing.iterations), float(nothing.residual)) == (0, 0.0)
+    np.testing.assert_array_equal(nothing.x, 0)
+    for bad in (solve(jnp.array([1.0, np.nan])), solve(jnp.ones(2), lambda v: v * np.nan), solve(jnp.array([np.inf]))):
+        assert np.isnan(bad.x).all()
+        assert int(bad.iterations) <= 1
+
+
+def test_products_are_those_of_the_explicit_matrices(x64):
+    for loss in LOSSES.values():
+        for l2 in (None, 0.3):
+            problem, params, k1 = bound(loss, RosenbrockEuler(), l2=l2)
+            gradient, hessian, gauss_newton = matrices(loss, l2 or 0.0)
+            np.testing.assert_allclose(ravel_pytree(k1)[0], gradient, rtol=1e-12)
+            unravel, eye = flat()[1], jnp.eye(4)
+            for product, matrix in (
+                (problem.gauss_newton(params), gauss_newton),
+                (problem.hessian(params), hessian),
+            ):
+                columns = [ravel_pytree(product(unravel(unit)))[0] for unit in eye]
+                np.testing.assert_allclose(columns, matrix, rtol=1e-10, atol=1e-12)
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda loss, **o: rk_optax.runge_kutta(loss, 0.1, RosenbrockEuler(), **o),
+        lambda loss, **o: rk_optax.runge_kutta(loss, 0.1, Ros2(), **o),
+        lambda loss, **o: rk_optax.runge_kutta(loss, 0.1, ResidualEuler(), **o),
+    ],
+    ids=["rosenbrock", "ros2", "residual"],
+)
+def test_a_preconditioner_that_is_no_diagonal_and_a_loss_without_structure_are_refused(make):
+    clip = rk_optax.precondition_by(optax.clip_by_global_norm(1.0))
+    with pytest.raises(ValueError, match="symmetric only with a diagonal"):
+        make(LOSSES["least squares"], preconditioner=clip)
+    with pytest.raises(ValueError, match=r"rk_optax\.(ModelLoss|LeastSquares)"):
+        make(lambda theta: jnp.sum(theta**2))
+
+
+def test_rows_need_least_squares_and_a_hessian_a_loss():
+    with pytest.raises(ValueError, match="pass a least-squares loss"):
+        rk_optax.residual_euler(LOSSES["split"])
+    rk_optax.rosenbrock_euler(lambda theta: theta**2, curvature="hessian")
+    with pytest.raises(ValueError, match="'product': pass loss_fn"):
+        rk_optax.rosenbrock_euler(None, 0.1, curvature="hessian", grad_fn=lambda theta: theta)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RosenbrockEuler("exact"), "curvature must be"),  # pyright: ignore[reportArgumentType]
+        (lambda: RosenbrockEuler(tolerance=0.0), "tolerance"),
+        (lambda: RosenbrockEuler(tolerance=1.0), r"tolerance must be in \(0, 1\)"),
+        (lambda: RosenbrockEuler(max_iterations=0), "max_iterations"),
+        (lambda: Ros2(gamma=-1.0), "gamma must be positive"),
+        (lambda: Ros2(tolerance=2.0), "tolerance"),
+        (lambda: ResidualEuler(max_rows=0), "max_rows"),
+        (lambda: ResidualEuler(tolerance=-1.0), "tolerance"),
+        (lambda: ResidualEuler(max_iterations=-1), "max_iterations"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("solver", [RosenbrockEuler(), ResidualEuler()])
+def test_euler_has_no_error_estimate(solver):
+    problem, params, k1 = bound(LOSSES["least squares"], solver)
+    with pytest.raises(ValueError, match="no error estimate"):
+        solver.step(problem, params, k1, 0.1, (), want_error=True)

@@ -1,0 +1,458 @@
+"""Rules that refuse steps: against NumPy references, diffrax's controller, and batches made to break them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from diffrax import PIDController
+
+import rk_optax
+from rk_optax import (
+    Attempt,
+    Cost,
+    LeastSquares,
+    Reason,
+    Step,
+    descent_control,
+    error_control,
+    trust_ratio_control,
+)
+
+START = np.array([1.5, -0.7, 0.4])
+
+
+def quartic(theta):
+    return jnp.sum(theta**4) / 4 + jnp.sum(theta) ** 2
+
+
+def quartic_gradient(theta):
+    return theta**3 + 2 * np.sum(theta)
+
+
+def valley(theta):
+    """Rosenbrock's function as residuals."""
+    return jnp.stack([theta[0] - 1, 10 * (theta[1] - theta[0] ** 2)])
+
+
+def attempts(tx, loss, theta, count):
+    """What the state says after each of some updates: h, accepted, and the parameters."""
+    step = jax.jit(lambda theta, state: tx.update(jax.grad(loss)(theta), state, theta))
+    theta, state, seen = jnp.asarray(theta), tx.init(jnp.asarray(theta)), []
+    for _ in range(count):
+        change, state = step(theta, state)
+        theta = theta + change
+        seen.append((float(state.step_size), bool(state.accepted), np.asarray(theta)))
+    return [np.array(column) for column in zip(*seen, strict=True)], state
+
+
+# --- error control ---
+
+
+def numpy_error_control(p, i, d, count, h, rtol, atol, theta):
+    """Heun's method with a PID controller, from the formula in `error_control`'s docstring; p̂ + 1 = 2."""
+    one, two, seen = 1.0, 1.0, []
+    for _ in range(count):
+        k1 = quartic_gradient(theta)
+        k2 = quartic_gradient(theta - h * k1)
+        new, error = theta - h * (k1 + k2) / 2, h * (k2 - k1) / 2
+        e = np.sqrt(np.mean((error / (atol + rtol * np.maximum(abs(theta), abs(new)))) ** 2))
+        factor = 0.9 * e ** (-(p + i + d) / 2) * one ** ((p + 2 * d) / 2) * two ** (-d / 2)
+        factor = np.clip(factor, 0.2, 5.0 if e <= 1 else 0.9)
+        if e <= 1:
+            theta, one, two = new, e, one
+        seen.append((h, e <= 1, theta))
+        h *= factor
+    return [np.array(column) for column in zip(*seen, strict=True)]
+
+
+@pytest.mark.parametrize(("p", "i", "d"), [(0.0, 1.0, 0.0), (0.4, 0.3, 0.0), (0.3, 0.4, 0.1)])
+def test_error_control_is_the_pid_controller_of_its_formula(p, i, d, x64):
+    tolerances = {"rtol": 1e-3, "atol": 1e-4}
+    rule = error_control(**tolerances, initial_step_size=0.3, pcoeff=p, icoeff=i, dcoeff=d, factor_max=5.0)
+    ours, _ = attempts(rk_optax.heun(quartic, rule), quartic, START, 20)
+    theirs = numpy_error_control(p, i, d, 20, 0.3, theta=START, **tolerances)
+    np.testing.assert_array_equal(ours[1], theirs[1])
+    assert 0 < np.sum(~theirs[1]) < 15  # some refusals
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-9)
+    np.testing.assert_allclose(ours[2], theirs[2], rtol=1e-9)
+
+
+@pytest.mark.parametrize(("p", "i", "d"), [(0.0, 1.0, 0.0), (0.4, 0.3, 0.1)])
+def test_where_it_grows_or_refuses_error_control_is_diffraxs(p, i, d, x64):
+    """The one difference: an accepted step may shrink the next here, and diffrax holds the factor at 1 there."""
+    rule = error_control(1e-3, 1e-3, initial_step_size=1.0, pcoeff=p, icoeff=i, dcoeff=d, max_step_size=1e9)
+    theirs = PIDController(1e-3, 1e-3, pcoeff=p, icoeff=i, dcoeff=d, norm=lambda x: jnp.sqrt(jnp.mean(x**2)))
+    theta, new = jnp.array([1.0, 2.0]), jnp.array([0.9, 2.5])
+    solver = rk_optax.Explicit(rk_optax.TABLEAUS["bogacki_shampine"])
+    state = rule.init()
+    memory = (jnp.array(1.0), jnp.array(1.0), jnp.array(False))
+    compared = 0
+    for size in (1e-4, 3e-4, 5.0, 5e-3, 4e-4, 1e-9, 2e-4, 1e3, 1e-3):
+        error = size * jnp.array([1.0, -2.0])
+        h = state.step_size
+        step = Step(theta, Cost(), error=error)
+        verdict = rule.judge(state, Attempt(solver, None, theta, theta, new, h, step, jnp.array(True)))  # pyright: ignore[reportArgumentType]
+        keep, _, t1, _, memory, _ = theirs.adapt_step_size(0.0, float(h), theta, new, None, error, 3, memory)
+        t0 = float(h) if keep else 0.0
+        factor = float(verdict.state.step_size / h)
+        assert bool(keep) == bool(verdict.accepted)
+        expected = (float(t1) - t0) / float(h)
+        if keep and factor < 1:
+            assert expected == pytest.approx(1)
+        else:
+            assert factor == pytest.approx(expected, rel=1e-6)
+        compared += factor >= 1 or not keep
+        state = verdict.state
+    assert compared >= 5
+
+
+def test_error_control_follows_the_flow_within_its_tolerance(x64):
+    rates = jnp.array([0.5, 3.0])
+    tx = rk_optax.dopri5(lambda theta: 0.5 * jnp.sum(rates * theta**2), error_control(1e-6, 1e-9))
+    step = jax.jit(lambda theta, state: tx.update(rates * theta, state, theta))
+    theta, state, time = jnp.ones(2), tx.init(jnp.ones(2)), 0.0
+    while time < 2:
+        change, state = step(theta, state)
+        theta, time = theta + change, time + float(state.step_size) * bool(state.accepted)
+    np.testing.assert_allclose(theta, np.exp(-rates * time), rtol=3e-5)
+
+
+# --- descent control ---
+
+
+def numpy_descent_control(count, h, theta, loss, gradient):
+    """Gradient descent that climbs to the h of most fall per ‖g‖²; one gradient a step."""
+    gain, growing, seen = 0.0, True, []
+    for _ in range(count):
+        g = gradient(theta)
+        fall = loss(theta) - loss(theta - h * g)
+        seen.append((h, fall >= 0))
+        if fall < 0:
+            h, gain, growing = h * 0.25, 0.0, True
+            continue
+        theta, new = theta - h * g, fall / (g @ g)
+        growing = growing != (new < gain)
+        gain, h = new, h * (1.5 if growing else 1 / 1.5)
+    return [np.array(column) for column in zip(*seen, strict=True)]
+
+
+@pytest.mark.parametrize("initial", [1e-3, 10.0])
+def test_descent_control_is_its_reference(initial, x64):
+    ours, _ = attempts(rk_optax.euler(quartic, descent_control(initial)), quartic, START, 30)
+    theirs = numpy_descent_control(30, initial, START, lambda t: np.sum(t**4) / 4 + np.sum(t) ** 2, quartic_gradient)
+    np.testing.assert_array_equal(ours[1], theirs[1])
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-12)
+    assert len(set(np.sign(np.diff(theirs[0])))) == 2  # it grew and it shrank
+
+
+def test_descent_control_stays_where_the_loss_does_not_resolve_the_step():
+    tx = rk_optax.euler(lambda theta: jnp.sum(theta) * 0 + 1e6, descent_control(0.5))
+    theta = jnp.ones(2)
+    change, state = tx.update(1e-9 * theta, tx.init(theta), theta)
+    assert bool(state.accepted)
+    assert float(state.rule.step_size) == 0.5
+    assert (int(state.cost.gradients), int(state.cost.losses)) == (1, 2)
+    assert float(np.abs(change).max()) > 0
+
+
+# --- trust-ratio control ---
+
+
+def numpy_trust_ratio(count, h, theta):
+    """Linearly implicit Euler on Rosenbrock's residuals by a dense solve; Nielsen's update of the step."""
+    divisor, seen = 2.0, []
+    for _ in range(count):
+        r = np.array([theta[0] - 1, 10 * (theta[1] - theta[0] ** 2)])
+        jacobian = np.array([[1.0, 0.0], [-20 * theta[0], 10.0]])
+        direction = np.linalg.solve(np.eye(2) + h * jacobian.T @ jacobian, jacobian.T @ r)
+        new = theta - h * direction
+        after = np.array([new[0] - 1, 10 * (new[1] - new[0] ** 2)])
+        linear = r - h * jacobian @ direction
+        ratio = (r @ r - after @ after) / (r @ r - linear @ linear)
+        accepted = after @ after <= r @ r
+        seen.append((h, accepted, new if accepted else theta))
+        h = h / max(1 / 3, 1 - (2 * ratio - 1) ** 3) if accepted else h / divisor
+        theta, divisor = (new, 2.0) if accepted else (theta, 2 * divisor)
+    return [np.array(column) for column in zip(*seen, strict=True)]
+
+
+@pytest.mark.parametrize("factory", [rk_optax.residual_euler, rk_optax.rosenbrock_euler])
+def test_trust_ratio_control_is_its_reference(factory, x64):
+    loss = LeastSquares(valley)
+    options = {} if factory is rk_optax.residual_euler else {"tolerance": 1e-13}
+    rule = trust_ratio_control(1e4)
+    ours, state = attempts(factory(loss, rule, **options), loss, np.array([-1.2, 1.0]), 18)
+    theirs = numpy_trust_ratio(18, 1e4, np.array([-1.2, 1.0]))
+    np.testing.assert_array_equal(ours[1], theirs[1])
+    assert np.sum(~theirs[1]) >= 2
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-6)
+    np.testing.assert_allclose(ours[2], theirs[2], rtol=1e-6, atol=1e-8)
+    assert int(state.cost.losses) == 36
+
+
+# --- what a refusal leaves alone ---
+
+
+def solvers():
+    """Each rule with a solver that it goes with, and momentum where it may have it."""
+    loss = LeastSquares(lambda theta, x: x * theta)
+    return {
+        "error": rk_optax.heun(loss, error_control(0.1, 0.1, initial_step_size=0.1), momentum=0.9),
+        "descent": rk_optax.rkc(loss, descent_control(0.1), momentum=0.9, max_stages=20),
+        "descent, fixed": rk_optax.rkc(loss, descent_control(0.1), momentum=0.9, stages=4),
+        "trust ratio": rk_optax.residual_euler(loss, trust_ratio_control(0.1)),
+    }
+
+
+rules = pytest.mark.parametrize("name", ["error", "descent", "descent, fixed", "trust ratio"])
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, 1e30])
+@rules
+def test_what_is_not_finite_is_refused_and_leaves_all_but_the_step_size_bit_for_bit(name, poison):
+    tx, theta = solvers()[name], jnp.array([1.0, -2.0])
+    step = jax.jit(lambda theta, state, x: tx.update(x**2 * theta, state, theta, x=x))
+    good, bad = jnp.ones(2), jnp.array([1.0, poison])
+    change, before = step(theta, tx.init(theta), good)
+    assert bool(before.accepted)
+    theta = theta + change
+    stays, after = step(theta, before, bad)
+    np.testing.assert_array_equal(stays, 0)
+    assert not bool(after.accepted)
+    assert int(after.rejected) == 1
+    for kept in ("after", "preconditioner"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, kept), getattr(before, kept))
+    assert 0 < float(after.rule.step_size) < float(before.rule.step_size)
+    for _ in range(3):  # and it goes on as if nothing had been
+        change, after = step(theta, after, good)
+        theta = theta + change
+    assert bool(after.accepted)
+    assert np.isfinite(theta).all()
+
+
+@rules
+def test_repeated_refusals_end_at_the_smallest_step_and_say_so(name):
+    """Against a gradient of the wrong sign no step helps; nothing loops inside an update."""
+
+    def residual(theta, x):
+        return 1.0 + x * theta
+
+    bounds = {"initial_step_size": 1e-2, "min_step_size": 1e-3}
+    loss = LeastSquares(residual)
+    tx = {
+        "error": rk_optax.heun(loss, error_control(0.0, 1e-12, **bounds)),
+        "descent": rk_optax.rkc(loss, descent_control(**bounds), max_stages=20),
+        "descent, fixed": rk_optax.rkc(loss, descent_control(**bounds), stages=3),
+        "trust ratio": rk_optax.rosenbrock_euler(loss, trust_ratio_control(**bounds)),
+    }[name]
+    theta = jnp.array([1.0, 2.0])
+    wrong = -jax.grad(loss)(theta, jnp.ones(2))
+    tx_state, seen = tx.init(theta), []
+    if "descent" in name:  # the stages' own gradients point downhill: only a wrong field is refused for ever
+        tx = rk_optax.runge_kutta(
+            loss, descent_control(**bounds), rk_optax.Stabilized("rkc1", 3), grad_fn=lambda theta, x: -theta - 1
+        )
+        tx_state = tx.init(theta)
+    step = jax.jit(lambda state: tx.update(wrong, state, theta, x=jnp.ones(2)))
+    for _ in range(5):
+        _, tx_state = step(tx_state)
+        seen.append((bool(tx_state.accepted), float(tx_state.step_size), int(tx_state.reason)))
+    assert not any(accepted for accepted, *_ in seen)
+    assert seen[-1][1] == pytest.approx(1e-3)
+    assert seen[-1][2] == Reason.SMALLEST_STEP
+    assert seen[0][2] in (Reason.LOSS_ROSE, Reason.ERROR_TOO_LARGE)
+
+
+def test_the_candidate_that_is_judged_has_the_momentum_in_it():
+    def loss(theta):
+        return 0.5 * jnp.sum(theta**2)
+
+    tx = rk_optax.euler(loss, descent_control(0.1), momentum=0.9)
+    theta = jnp.ones(1)
+    state = tx.init(theta)
+    state = state._replace(after=optax.TraceState(jnp.full(1, -100.0)))  # 1 − 0.1·(1 − 90) = 9.9
+    change, after = tx.update(theta, state, theta)
+    assert int(after.reason) == Reason.LOSS_ROSE
+    assert float(after.rule.fall) == pytest.approx(0.5 - 0.5 * 9.9**2, rel=1e-5)
+    np.testing.assert_array_equal(after.after.trace, -100)
+    np.testing.assert_array_equal(change, 0)
+
+
+@pytest.mark.parametrize("name", ["descent", "trust ratio"])
+def test_both_losses_are_those_of_the_steps_own_batch(name):
+    """A batch of far greater loss than the last one is no rise of the loss."""
+    loss = LeastSquares(lambda theta, x: x * theta)
+    tx = rk_optax.rkc(loss, max_stages=20) if name == "descent" else rk_optax.residual_euler(loss)
+    theta = jnp.array([1.0, 1.0])
+    state = tx.init(theta)
+    for scale in (1e-2, 3.0, 1e-2):
+        x = jnp.full(2, scale)
+        change, state = tx.update(x**2 * theta, state, theta, x=x)
+        assert bool(state.accepted)
+        theta = theta + change
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        error_control(1e-1, 1.0, initial_step_size=0.02, max_step_size=0.05, min_step_size=0.01),
+        descent_control(0.02, max_step_size=0.05, min_step_size=0.01),
+        trust_ratio_control(0.02, max_step_size=0.05, min_step_size=0.01),
+    ],
+    ids=["error", "descent", "trust ratio"],
+)
+def test_the_step_size_stays_between_its_bounds(rule):
+    loss = LeastSquares(lambda theta: theta - 3.0)
+    if isinstance(rule, type(trust_ratio_control())):
+        tx = rk_optax.residual_euler(loss, rule)
+    else:
+        tx = rk_optax.heun(loss, rule)
+    (sizes, accepted, _), _ = attempts(tx, loss, np.zeros(2, np.float32), 8)
+    assert accepted.all()
+    assert sizes.max() == pytest.approx(0.05)
+    assert sizes.min() >= 0.01
+
+
+# --- programs ---
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["float32", "x64"])
+@rules
+def test_state_and_updates_keep_their_types_so_that_nothing_retraces(name, double, request):
+    if double:
+        request.getfixturevalue("x64")
+    tx = solvers()[name]
+    params = jax.ShapeDtypeStruct((2,), jnp.float32)
+
+    def init_and_update(params):
+        state = tx.init(params)
+        return state, *tx.update(params, state, params, x=params)
+
+    before, change, after = jax.eval_shape(init_and_update, params)
+    assert (change.shape, change.dtype) == (params.shape, params.dtype)
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True):
+        assert (new.shape, new.dtype, new.weak_type) == (old.shape, old.dtype, old.weak_type)
+
+
+# --- what is refused ---
+
+
+def square(theta):
+    return jnp.sum(theta**2)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: rk_optax.scale_by_rk(square, descent_control()), "adaptive one cannot reach you"),
+        (lambda: rk_optax.scale_by_rk(square, error_control(), "heun"), "adaptive one cannot reach you"),
+        (lambda: rk_optax.rk4(square, error_control()), "'rk4' has not"),
+        (lambda: rk_optax.rkc(square, error_control()), "Stabilized has not"),
+        (lambda: rk_optax.rk4(square, trust_ratio_control()), "the tableau 'rk4' has none"),
+        (lambda: rk_optax.rkc(square, trust_ratio_control()), "Stabilized has none"),
+        (lambda: rk_optax.residual_euler(LeastSquares(valley), momentum=0.9), "momentum, after or weight_decay"),
+        (lambda: rk_optax.residual_euler(LeastSquares(valley), weight_decay=0.1), "momentum, after or weight_decay"),
+        (lambda: rk_optax.rk4(None, descent_control(), grad_fn=square), "'loss': pass loss_fn"),
+        (lambda: error_control(rtol=-1.0), "rtol"),
+        (lambda: error_control(atol=0.0), "atol must be positive"),
+        (lambda: error_control(safety=1.1), r"safety must be in \(0, 1\]"),
+        (lambda: error_control(factor_min=1.0), "factor_min < 1 < factor_max"),
+        (lambda: error_control(factor_max=np.inf), "factor_min < 1 < factor_max"),
+        (lambda: error_control(initial_step_size=0.0), "initial_step_size must be positive"),
+        (lambda: descent_control(growth=1.0), "growth must be above 1"),
+        (lambda: descent_control(shrinkage=1.0), "shrinkage"),
+        (lambda: descent_control(1.0, min_step_size=2.0), "must lie between"),
+        (lambda: descent_control(1.0, max_step_size=0.5), "must lie between"),
+        (lambda: descent_control(np.nan), "initial_step_size"),
+        (lambda: trust_ratio_control(growth=np.nan), "growth must be above 1"),
+        (lambda: trust_ratio_control(-1.0), "initial_step_size must be positive"),
+        (lambda: trust_ratio_control(max_step_size=np.nan), "must lie between"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_at_construction(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# --- no learning rate: logistic regression ---
+
+
+def logistic(z, targets):
+    return jnp.mean(jnp.logaddexp(0, z) - targets * z)
+
+
+def conditioned(kappa, n=80, d=12, seed=0):
+    """Logistic regression with soft labels whose optimum is known and whose Hessian there has this condition number."""
+    rng = np.random.default_rng(seed)
+    x, optimum = rng.normal(size=(n, d)), rng.normal(size=d) / np.sqrt(d)
+    probability = 1 / (1 + np.exp(-x @ optimum))  # soft labels: the gradient at the optimum is 0
+    hessian = (x.T * (probability * (1 - probability))) @ x / n
+    values, vectors = np.linalg.eigh(hessian)
+    rotation = np.linalg.qr(rng.normal(size=(d, d)))[0]
+    change = (vectors / np.sqrt(values)) @ (np.logspace(-np.log10(kappa), 0, d)[:, None] ** 0.5 * rotation.T)
+    return jnp.asarray(x @ change), jnp.asarray(probability), np.linalg.solve(change, optimum)
+
+
+def test_rkc_with_descent_control_needs_a_fifth_of_gradient_descents_gradients_at_condition_ten_thousand(x64):
+    x, targets, optimum = conditioned(1e4)
+
+    def loss(w):
+        return logistic(x @ w, targets)
+
+    np.testing.assert_allclose(jax.grad(loss)(optimum), 0, atol=1e-12)
+    eigenvalues = np.linalg.eigvalsh(jax.hessian(loss)(optimum))
+    assert eigenvalues[-1] / eigenvalues[0] == pytest.approx(1e4, rel=1e-6)
+
+    def gradients(tx):
+        def go_on(carry):
+            w, state = carry
+            far = jnp.linalg.norm(w - optimum) > 1e-4 * np.linalg.norm(optimum)
+            return far & (state.cost.gradients < 200_000)
+
+        def step(carry):
+            w, state = carry
+            change, state = tx.update(jax.grad(loss)(w), state, w)
+            return w + change, state
+
+        w = jnp.zeros(len(optimum))
+        w, state = jax.jit(lambda w: jax.lax.while_loop(go_on, step, (w, tx.init(w))))(w)
+        assert jnp.linalg.norm(w - optimum) <= 1e-4 * np.linalg.norm(optimum)
+        return int(state.cost.gradients)
+
+    best_rate = 2 / (eigenvalues[0] + eigenvalues[-1])
+    descent, ours = gradients(rk_optax.euler(loss, best_rate)), gradients(rk_optax.rkc(loss))
+    print(f"gradient descent {descent}, rkc {ours}, ratio {descent / ours:.1f}")
+    assert ours <= descent / 5
+
+
+def test_rkc_with_descent_control_never_diverges_whatever_the_first_step():
+    def train(seed, first):
+        a, b, c = jax.random.split(jax.random.key(seed), 3)
+        x = jax.random.normal(a, (40, 6)) * jnp.logspace(-1.5, 0.5, 6)
+        targets = (x @ jax.random.normal(b, (6,)) + 0.3 * jax.random.normal(c, (40,)) > 0).astype(float)
+
+        def loss(w):
+            return logistic(x @ w, targets) + 5e-4 * w @ w
+
+        tx = rk_optax.rkc(loss, max_stages=100)
+        w = jnp.zeros(6)
+        state = tx.init(w)
+        state = state._replace(rule=state.rule._replace(step_size=first))
+
+        def step(carry, _):
+            w, state = carry
+            change, state = tx.update(jax.grad(loss)(w), state, w)
+            return (w + change, state), loss(w + change)
+
+        (w, state), losses = jax.lax.scan(step, (w, state), length=60)
+        return losses, jnp.linalg.norm(jax.grad(loss)(w)), state
+
+    seeds, firsts = (grid.ravel() for grid in jnp.meshgrid(jnp.arange(20), 10.0 ** jnp.arange(-4, 5, 2)))
+    losses, gradients, state = jax.jit(jax.vmap(train))(seeds, firsts)
+    assert np.isfinite(losses).all()
+    assert np.diff(losses, axis=1).max() <= 1e-6
+    assert losses[:, 0].max() <= np.log(2) + 1e-6
+    assert gradients.max() < 1e-2  # 0.1 and more at the start
+    assert (state.rejected < 30).all()
