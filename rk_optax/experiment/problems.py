@@ -1,5 +1,6 @@
 """Full-batch problems with a known solution, on which solvers race: stiff, deterministic, small enough for one core."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -122,7 +123,7 @@ def initial_network(key: jax.Array, widths: tuple[int, ...]) -> Params:
     """Glorot-normal weights and zero biases."""
     glorot = jax.nn.initializers.glorot_normal()
     keys = jax.random.split(key, len(widths) - 1)
-    shapes = zip(widths[:-1], widths[1:], strict=True)
+    shapes = itertools.pairwise(widths)
     return [{"w": glorot(k, shape), "b": jnp.zeros(shape[1])} for k, shape in zip(keys, shapes, strict=True)]
 
 
