@@ -313,6 +313,8 @@ class TrustRatioControl(_Controlled):
         # At a minimum both falls are rounding, and 0/0 is agreement.
         ratio = jnp.where((after == before) & (predicted <= 0), 1, (before - after) / predicted).astype(dtype)
         grown = 1 / jnp.maximum(1 / self.growth, 1 - (2 * ratio - 1) ** 3)
+        # A tie where a fall was foretold says that the loss does not resolve the step: no reason to move h.
+        grown = jnp.where(after == before, 1, grown)
         new = TrustRatioState(
             self._bounded(state.step_size * jnp.where(accepted, grown, 1 / state.divisor), attempt, dtype),
             ratio,

@@ -191,6 +191,15 @@ def test_trust_ratio_control_is_its_reference(factory, x64):
     assert int(state.cost.losses) == 36
 
 
+@pytest.mark.parametrize("start", [0.0, 1.0], ids=["at the minimum", "next to it"])
+def test_trust_ratio_control_stays_where_the_loss_does_not_resolve_the_step(start):
+    """Else h collapses at convergence, and the next points would find it there."""
+    loss = LeastSquares(lambda theta: jnp.concatenate([jnp.array([1e4]), 1e-3 * theta]))
+    (sizes, accepted, _), state = attempts(rk_optax.residual_euler(loss), loss, np.full(1, start, np.float32), 5)
+    assert accepted.all()
+    np.testing.assert_array_equal([*sizes, state.rule.step_size], 1.0)
+
+
 # --- what a refusal leaves alone ---
 
 
