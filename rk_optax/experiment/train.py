@@ -63,6 +63,8 @@ class Training:
         """
         config = self._config
         report.start(self.steps)
+        if self._mesh is not None:
+            report.say(f"{self._mesh.size} devices share each batch")
         report.stage("compiling")
         chunk = _largest_divisor(self._evaluate_every, _LONGEST_CHUNK)
         rate = config.optimizer.learning_rate

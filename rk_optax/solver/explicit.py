@@ -106,12 +106,17 @@ def _chained_stages(
     stage that is not finite makes the sums so, even with weight 0.
     """
 
+    def first_change(i: jax.Array, k: PyTree, before: PyTree) -> jax.Array:
+        # Only stage 2's is wanted, and on a small batch a pass over the parameters is no small part of a gradient.
+        zero = jnp.zeros([], jax.eval_shape(_distance, k, before).dtype)
+        return jax.lax.cond(i == 1, lambda: _distance(k, before), lambda: zero)
+
     def stage(carry: Any, inputs: Any) -> tuple[Any, jax.Array | None]:
         before, sums = carry
         i, coefficient, new_weights = inputs
         k = problem(_moved(params, h, _tree.scale(coefficient, before)), i)
         sums = [_tree.add_scaled(total, w, k) for total, w in zip(sums, new_weights, strict=True)]
-        return (k, sums), _distance(k, before) if want_change else None
+        return (k, sums), first_change(i, k, before) if want_change else None
 
     sums = [_tree.scale(w[0], k1) for w in weights]
     if len(a) == 1:  # an empty scan would trace the loss for nothing

@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import io
+import shutil
 import types
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from rk_optax.experiment.cli import main
 from rk_optax.experiment.compare import Comparison
 
-from .helpers import SMOKE, Silent, read_metrics
+from .helpers import SMOKE, Silent, read_metrics, run_command, write_train_config
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +27,23 @@ def compilation_cache(tmp_path_factory):
     yield {name.upper(): str(value) for name, value in changes.items()}
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, compilation_cache):
+    """The folder of a whole training run from the command line, to be looked at."""
+    folder = tmp_path_factory.mktemp("train")
+    status, out, err = run_command("train", write_train_config(folder / "tiny.py"), "--out", folder / "run")
+    assert (status, err) == (0, "")
+    assert out.startswith("24 steps, 48 gradients, ")
+    assert out.endswith(f"Written to {folder / 'run'}\n")
+    return folder / "run"
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of the whole run, to be damaged."""
+    return shutil.copytree(finished, tmp_path / "run")
 
 
 @pytest.fixture
