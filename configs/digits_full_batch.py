@@ -7,12 +7,12 @@ def get_config() -> RaceConfig:
     return RaceConfig(
         problem="digits",
         entrants={
-            "gradient_descent": EntrantConfig("gradient_descent", trials=(0.3, 1.0), seconds=10, chunk=50),
-            "nesterov": EntrantConfig("nesterov", trials=(0.1, 0.3), seconds=10, chunk=50),
-            "adam": EntrantConfig("adam", trials=(3e-3, 1e-2), steps=2_000, seconds=10, chunk=50),
-            "lbfgs": EntrantConfig("lbfgs", trials=(10, 50), tunes="memory_size", seconds=10, chunk=5),
-            "rkc": EntrantConfig("rkc", seconds=10, chunk=2),
-            "rosenbrock_euler": EntrantConfig("rosenbrock_euler", seconds=10, chunk=1),
+            "gradient_descent": EntrantConfig("gradient_descent", trials=(0.3, 1.0), seconds=4, chunk=50),
+            "nesterov": EntrantConfig("nesterov", trials=(0.1, 0.3), seconds=4, chunk=50),
+            "adam": EntrantConfig("adam", trials=(3e-3, 1e-2), steps=2_000, seconds=4, chunk=50),
+            "lbfgs": EntrantConfig("lbfgs", trials=(10, 50), tunes="memory_size", seconds=4, chunk=5),
+            "rkc": EntrantConfig("rkc", seconds=4, chunk=2),
+            "rosenbrock_euler": EntrantConfig("rosenbrock_euler", seconds=4, chunk=1),
         },
         targets=(0.3, 0.2, 0.17),
     )

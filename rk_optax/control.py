@@ -50,9 +50,12 @@ class _Controlled(StepSizeRule):
             h = jnp.minimum(h, 0.95 * attempt.step.largest_step)
         return jnp.clip(h, self.min_step_size, self.max_step_size).astype(dtype)
 
-    def _reason(self, accepted: jax.Array, attempt: Attempt, refused: Reason) -> jax.Array:
+    def _reason(
+        self, accepted: jax.Array, attempt: Attempt, refused: Reason, tie: bool | jax.Array = False
+    ) -> jax.Array:
         at_end = attempt.step_size <= self.min_step_size
-        return jnp.where(accepted, Reason.ACCEPTED, jnp.where(at_end, Reason.SMALLEST_STEP, refused))
+        why = jnp.where(at_end, Reason.SMALLEST_STEP, jnp.where(tie, Reason.UNRESOLVED, refused))
+        return jnp.where(accepted, Reason.ACCEPTED, why)
 
     def _scalar(self, value: float) -> jax.Array:
         return jnp.full([], value, _tree.default_float())
@@ -210,22 +213,23 @@ class DescentControl(_Controlled):
     def judge(self, state: DescentControlState, attempt: Attempt) -> Verdict:
         """Accepts where the loss does not rise. Costs two losses."""
         dtype = state.step_size.dtype
-        fall = (attempt.problem.loss(attempt.params) - attempt.problem.loss(attempt.candidate)).astype(dtype)
+        before, after = attempt.problem.loss(attempt.params), attempt.problem.loss(attempt.candidate)
+        fall, square = (before - after).astype(dtype), _tree.inner(attempt.k1, attempt.k1)
         accepted = attempt.usable & (fall >= 0)
+        tie = attempt.usable & _unresolved(before, after, attempt.step_size * square)
         cost, work = attempt.step.cost, attempt.step.work
         work = jnp.maximum(cost.gradients + cost.products, 1) if work is None else work
-        gain = _tree.ratio(fall, (_tree.inner(attempt.k1, attempt.k1) * work).astype(dtype))
+        gain = jnp.where(tie, state.gain, _tree.ratio(fall, (square * work).astype(dtype)))
         growing = jnp.where(gain < state.gain, ~state.growing, state.growing)
-        factor = jnp.where(growing, self.growth, 1 / self.growth)
-        # An exact tie says that the loss does not resolve the step any more: no reason to move h.
-        factor = jnp.where(fall == 0, 1, factor)
+        factor = jnp.where(accepted, jnp.where(growing, self.growth, 1 / self.growth), self.shrinkage)
+        factor = jnp.where(tie, jnp.where(accepted, self.growth, 1 / self.growth), factor)
         new = DescentControlState(
-            self._bounded(state.step_size * jnp.where(accepted, factor, self.shrinkage), attempt, dtype),
+            self._bounded(state.step_size * factor, attempt, dtype),
             fall,
-            jnp.where(accepted, gain, 0).astype(dtype),
-            jnp.where(accepted, growing, True),
+            jnp.where(accepted | tie, gain, 0).astype(dtype),
+            growing | ~(accepted | tie),
         )
-        reason = self._reason(accepted, attempt, Reason.LOSS_ROSE)
+        reason = self._reason(accepted, attempt, Reason.LOSS_ROSE, tie)
         return Verdict(accepted, reason, new, Cost(losses=2))
 
 
@@ -313,14 +317,16 @@ class TrustRatioControl(_Controlled):
         # At a minimum both falls are rounding, and 0/0 is agreement.
         ratio = jnp.where((after == before) & (predicted <= 0), 1, (before - after) / predicted).astype(dtype)
         grown = 1 / jnp.maximum(1 / self.growth, 1 - (2 * ratio - 1) ** 3)
-        # A tie where a fall was foretold says that the loss does not resolve the step: no reason to move h.
-        grown = jnp.where(after == before, 1, grown)
+        factor = jnp.where(accepted, grown, 1 / state.divisor)
+        tie = attempt.usable & _unresolved(before, after, predicted)
+        factor = jnp.where(tie, jnp.where(accepted, 2, 1 / 2), factor)
+        divisor = jnp.where(accepted, 2, 2 * state.divisor)
         new = TrustRatioState(
-            self._bounded(state.step_size * jnp.where(accepted, grown, 1 / state.divisor), attempt, dtype),
+            self._bounded(state.step_size * factor, attempt, dtype),
             ratio,
-            jnp.where(accepted, 2, 2 * state.divisor).astype(dtype),
+            jnp.where(tie, state.divisor, divisor).astype(dtype),
         )
-        return Verdict(accepted, self._reason(accepted, attempt, Reason.LOSS_ROSE), new, Cost(losses=2))
+        return Verdict(accepted, self._reason(accepted, attempt, Reason.LOSS_ROSE, tie), new, Cost(losses=2))
 
 
 def trust_ratio_control(
@@ -360,6 +366,16 @@ def trust_ratio_control(
     if not 1 < growth < math.inf:
         raise ValueError(f"growth must be above 1 and finite, got {growth!r}.")
     return TrustRatioControl(initial_step_size, min_step_size, max_step_size, growth)
+
+
+def _unresolved(before: jax.Array, after: jax.Array, foretold: jax.Array) -> jax.Array:
+    """Whether the losses tell nothing: neither their difference nor the fall to be expected is above their rounding.
+
+    Then h is too short, or all has converged. Rules lengthen h a little after such a step that is taken, or a tiny
+    first h would stay for good, and shorten it as little after one that is refused, or h would end at its bound.
+    """
+    rounding = 2 * jnp.finfo(before.dtype).eps * jnp.abs(before)
+    return (jnp.abs(before - after) <= rounding) & (foretold <= rounding)
 
 
 def _name(solver: Solver) -> str:

@@ -37,6 +37,7 @@ class Reason(enum.IntEnum):
     LOSS_ROSE = 3
     ERROR_TOO_LARGE = 4
     SMALLEST_STEP = 5
+    UNRESOLVED = 6
 
     @property
     def message(self) -> str:
@@ -56,6 +57,8 @@ _MESSAGES = {
     "the next step is shorter",
     Reason.SMALLEST_STEP: "refused even at the smallest step size: converged to rounding, or the gradient is not that "
     "of the loss; parameters and solver were left as they were",
+    Reason.UNRESOLVED: "the loss rose, but by no more than its rounding: converged, as far as this precision can tell; "
+    "parameters and solver were left as they were",
 }
 
 

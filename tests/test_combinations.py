@@ -363,6 +363,13 @@ README_MESSAGES = [
     "two ways to say",
     "nothing without momentum",
     "becomes one with rk_optax.precondition_by",
+    "pass a loss_fn whose structure is known",
+    "pass a loss_fn whose structure is known",
+    "symmetric only with a diagonal one",
+    "not of one changed by momentum",
+    "needs an embedded error estimate",
+    "and the tableau 'rk4' has none",
+    "needs a 'loss'",
     "the solver's own mask= instead",
 ]
 

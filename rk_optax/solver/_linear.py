@@ -20,6 +20,7 @@ class Solution(NamedTuple):
     iterations: jax.Array  # shape=(), int32: products with B
     residual: jax.Array  # shape=(), relative to the right-hand side, 2-norm in the metric of P
     negative: jax.Array  # shape=(), bool: stopped at a direction of negative curvature of I + c·PB (CG)
+    overlap: jax.Array | float = 0.0  # ⟨x, b − (I + c·PB) x⟩ in that metric: 0 for an iterate of CG
 
 
 def conjugate_gradients(
@@ -44,7 +45,7 @@ def conjugate_gradients(
     square = _tree.inner(b, b)
 
     def iterate(carry: Any) -> Any:
-        x, r, p, rr, i, _ = carry
+        x, r, p, rr, i, _, _ = carry
         moved = operator(p)
         curvature = _tree.inner(p, moved)
         # Not "> 0 fails": a NaN must go on into x, where it is seen.
@@ -54,19 +55,21 @@ def conjugate_gradients(
         r = _tree.add_scaled(r, -step, moved)
         new = _tree.inner(r, r)
         p = _tree.add_scaled(r, _tree.ratio(new, rr), p)
-        return x, r, p, new, i + 1, negative
+        return x, r, p, new, i + 1, negative, curvature
 
     def go_on(carry: Any) -> jax.Array:
-        *_, rr, i, negative = carry
+        *_, rr, i, negative, _ = carry
         return (rr > tolerance**2 * square) & (i < max_iterations) & ~negative
 
     x = jax.tree.map(jnp.zeros_like, b)
-    start = (x, b, b, square, jnp.zeros([], jnp.int32), jnp.zeros([], bool))
-    x, _, _, rr, iterations, negative = jax.lax.while_loop(go_on, iterate, start)
-    x = _tree.select(negative & (iterations == 1), b, x)
+    start = (x, b, b, square, jnp.zeros([], jnp.int32), jnp.zeros([], bool), square)
+    x, _, _, rr, iterations, negative, curvature = jax.lax.while_loop(go_on, iterate, start)
+    at_once = negative & (iterations == 1)
+    x = _tree.select(at_once, b, x)
     # NaN ends the loop at once, with x = 0: it must not pass for a solution.
     x = _tree.select(jnp.isfinite(rr), x, jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), x))
-    return Solution(times(x), iterations, jnp.sqrt(_tree.ratio(rr, square)), negative)
+    overlap = jnp.where(at_once, square - curvature, 0)
+    return Solution(times(x), iterations, jnp.sqrt(_tree.ratio(rr, square)), negative, overlap)
 
 
 def shifted_lanczos(

@@ -150,7 +150,7 @@ class RosenbrockEuler(_Rosenbrock):
         return Step(
             solution.x,
             _total(cost, 1, solution),
-            predicted_fall=predicted_fall(problem, k1, h, solution.x),
+            predicted_fall=predicted_fall(problem, k1, h, solution.x) + 0.5 * h * solution.overlap,
             state=new,
             refused_state=new,
         )
@@ -308,7 +308,7 @@ class ResidualEuler(Solver):
 def predicted_fall(problem: Problem, k1: PyTree, h: Any, direction: PyTree) -> jax.Array:
     """L(θ) − m(θ − h·g*) = h(⟨∇L, g*⟩ + ⟨g*, P⁻¹g*⟩)/2 for g* that solves (I + hPB) g* = P∇L, m with Hessian B.
 
-    Exact also for an iterate of CG, whose residual is orthogonal to it.
+    Exact also for an iterate of CG, whose residual is orthogonal to it; else h⟨g*, residual⟩/2 comes on top.
     """
     if problem.scale is not None:
         k1, unscaled = (jax.tree.map(jnp.divide, tree, problem.scale) for tree in (k1, direction))
