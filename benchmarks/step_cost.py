@@ -2,6 +2,7 @@
 
     python benchmarks/step_cost.py                    # an MLP 784-512-512-10 on batches of 128, about a minute
     python benchmarks/step_cost.py --json FILE        # the same, and the figures as JSON
+    python benchmarks/step_cost.py --methods rk4 --deep 0 --clock cpu  # RK4's ingredients, on a busy machine
 
 Every program is a whole jitted training step: the gradient that the training loop takes anyway (stage 1), the later
 stages, the new parameters, with parameters and state donated. Columns:
@@ -11,6 +12,9 @@ time      seconds of a step over seconds of s calls of value_and_grad, s the gra
           machine does falls on both; each timing follows an untimed run of the same thing. Median and quartiles over
           the rounds; "best" divides the fastest step by s times the fastest value_and_grad. The row
           "s x value_and_grad" times the same calls once more: how far it is from 1 is the noise of the machine.
+          Ingredients are timed against the gradients of the plain method, so that what a row has above that of plain
+          rk_optax, times s, is what the ingredient costs in calls of value_and_grad. DAL's product is one
+          Hessian-vector product a step, which is not counted among the gradients.
 ms        median of a step, in milliseconds.
 memory    temporaries of the compiled step over the bytes of the parameters, without and with donation. Without, one
           further copy of the parameters is allocated, as output; with, the parameters' own buffers take the output,
@@ -45,6 +49,7 @@ PyTree = Any
 TrainingStep = Callable[..., tuple[jax.Array, PyTree, PyTree]]  # (params, state, *batch) -> loss, params, state
 
 STEP_SIZE = 0.01
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 # --- the problem ---
@@ -259,6 +264,19 @@ def _temporaries(network: Network, executable: Any) -> float:
     return executable.memory_analysis().temp_size_in_bytes / network.bytes
 
 
+def rk4_with_ingredients(loss: Callable[..., jax.Array]) -> list[tuple[str, int, Any]]:
+    """RK4 with one ingredient each: a name, the gradients of a step, the optimizer."""
+    adagrad = rk_optax.precondition_by_adagrad()
+    # A cap so small that the steps stay as harmless as those of the others.
+    by_product, free = (rk_optax.dal(STEP_SIZE, estimate=estimate) for estimate in ("product", "free"))
+    return [
+        ("rk_optax, AdaGrad", 4, rk_optax.rk4(loss, STEP_SIZE, preconditioner=adagrad)),
+        ("rk_optax, momentum", 4, rk_optax.rk4(loss, STEP_SIZE, momentum=0.9)),
+        ("rk_optax, DAL free", 4, rk_optax.rk4(loss, free)),
+        ("rk_optax, DAL product", 4, rk_optax.rk4(loss, by_product)),
+    ]
+
+
 def competitors(network: Network, methods: Sequence[str], compiles: int) -> list[Program]:
     loss, h = network.loss, STEP_SIZE
     sgd = optax.with_extra_args_support(optax.sgd(h))
@@ -273,6 +291,7 @@ def competitors(network: Network, methods: Sequence[str], compiles: int) -> list
         entries = [("rk_optax", s, with_optax(network, tx)), ("unrolled", s, unrolled(network, name))]
         if name == "rk4":
             entries[1:] = [
+                *((label, n, with_optax(network, tx)) for label, n, tx in rk4_with_ingredients(loss)),
                 ("hand-written", s, hand_written_rk4(network)),
                 ("hand-written scan", s, hand_written_rk4_scan(network)),
             ]
@@ -281,7 +300,9 @@ def competitors(network: Network, methods: Sequence[str], compiles: int) -> list
     return programs
 
 
-def time_steps(network: Network, programs: list[Program], rounds: int) -> list[Row]:
+def time_steps(
+    network: Network, programs: list[Program], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> list[Row]:
     """Fills in the times; returns the rows, those that time the unit itself included."""
     unit = jax.jit(jax.value_and_grad(network.loss))
     params = network.params()
@@ -290,15 +311,15 @@ def time_steps(network: Network, programs: list[Program], rounds: int) -> list[R
         start = 0.0
         for call in range(-2, count):  # two first: what ran before has filled the caches with its own data
             if call == 0:
-                start = time.perf_counter()
+                start = clock()
             jax.block_until_ready(unit(params, *network.batch))
-        return time.perf_counter() - start
+        return clock() - start
 
     def step(program: Program) -> float:
         program.step(network.batch)
-        start = time.perf_counter()
+        start = clock()
         program.step(network.batch)
-        return time.perf_counter() - start
+        return clock() - start
 
     share = _temporaries(network, unit.lower(params, *network.batch).compile())
     nan = float("nan")
@@ -407,6 +428,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--methods", nargs="+", default=list(DIFFRAX), choices=list(DIFFRAX), help="beside Euler's")
     parser.add_argument("--rounds", type=int, default=40, help="timed turns of every program")
+    parser.add_argument(
+        "--clock",
+        default="wall",
+        choices=list(CLOCKS),
+        help="cpu: processor time of this process, for a machine that is busy with other work",
+    )
     parser.add_argument("--compiles", type=int, default=3, help="compilations to take the median of")
     parser.add_argument("--deep", type=int, default=20, help="layers of the network of the second table, 0 for none")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the figures to this file")
@@ -425,7 +452,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     network = Network(options.widths, options.batch)
-    rows = time_steps(network, competitors(network, options.methods, options.compiles), options.rounds)
+    programs = competitors(network, options.methods, options.compiles)
+    rows = time_steps(network, programs, options.rounds, CLOCKS[options.clock])
     layers = "-".join(map(str, options.widths))
     print(table(rows, f"MLP {layers}, batch {options.batch}, float32, {jax.devices()[0].device_kind}: one step"))
     deep = []

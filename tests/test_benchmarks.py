@@ -12,6 +12,9 @@ import pytest
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 
+INGREDIENTS = ["rk_optax, AdaGrad", "rk_optax, momentum", "rk_optax, DAL free", "rk_optax, DAL product"]
+
+
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     file = tmp_path_factory.mktemp("benchmarks") / "step_cost.json"
@@ -30,7 +33,14 @@ def test_step_cost_prints_every_program_beside_its_competitors(smoke):
         *(("euler", program) for program in ("s x value_and_grad", "optax.sgd", "rk_optax")),
         *(
             ("rk4", program)
-            for program in ("s x value_and_grad", "rk_optax", "hand-written", "hand-written scan", "diffrax")
+            for program in (
+                "s x value_and_grad",
+                "rk_optax",
+                "hand-written",
+                "hand-written scan",
+                "diffrax",
+                *INGREDIENTS,
+            )
         ),
         *(("dopri5", program) for program in ("s x value_and_grad", "rk_optax", "unrolled", "diffrax")),
     }
@@ -52,6 +62,8 @@ def test_step_cost_counts_gradients_and_traces_of_the_loss(smoke):
         ("rk4", "rk_optax"): (4, 2),
         ("dopri5", "rk_optax"): (6, 2),
     }
+    # One gradient of the caller's, one of the solver's, and for DAL's product one more.
+    assert [rows["rk4", name]["traces"] for name in INGREDIENTS] == [2, 2, 2, 3]
     assert rows["rk4", "hand-written"]["traces"] == 4
     assert rows["dopri5", "unrolled"]["traces"] == 6
 
@@ -80,3 +92,15 @@ def test_the_stored_results_are_those_of_a_full_run():
     assert not result["settings"]["smoke"]
     assert result["settings"]["widths"] == [784, 512, 512, 10]
     assert {row["method"] for row in result["steps"]} == {"euler", "rk4", "dopri5", "dopri8"}
+
+
+@pytest.mark.parametrize(("file", "batch"), [("step_cost_ingredients", 128), ("step_cost_ingredients_1024", 1024)])
+def test_the_stored_costs_of_the_ingredients_are_those_of_a_full_run(file, batch):
+    result = json.loads((BENCHMARKS / "results" / f"{file}.json").read_text())
+    assert not result["settings"]["smoke"]
+    assert (result["settings"]["widths"], result["settings"]["batch"]) == ([784, 512, 512, 10], batch)
+    rows = {row["program"]: row["time"] for row in result["steps"] if row["method"] == "rk4"}
+    assert {"rk_optax", *INGREDIENTS} < set(rows)
+    readme = (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
+    for name in ("rk_optax", *INGREDIENTS):
+        assert f"| {rows[name]:.2f} (" in readme, name

@@ -4,6 +4,7 @@ import pytest
 from rk_optax.experiment.config import DataConfig
 from rk_optax.experiment.data import batch_indices, load_dataset
 from rk_optax.experiment.errors import UsageError
+from rk_optax.experiment.text import sums
 
 
 def test_digits_are_split_without_loss_or_overlap():
@@ -84,3 +85,25 @@ def test_seeds_draw_different_batches():
 @pytest.mark.parametrize("batch_size", [None, 6])
 def test_full_batch(batch_size):
     assert np.array_equal(batch_indices(0, 6, batch_size, 7, 2), [range(6), range(6)])
+
+
+def test_sums_are_split_as_whole_lines():
+    data = load_dataset(DataConfig("sums", batch_size=8, context=32, test_fraction=0.3, validation_fraction=0.2))
+    assert data.classes == 24
+    sizes = [split.labels.size for split in data[:3]]
+    assert np.allclose(np.divide(sizes, sum(sizes)), [0.5, 0.2, 0.3], atol=0.01)
+    for split in data[:3]:
+        assert split.images.dtype == split.labels.dtype == np.int32
+        assert split.images.shape == split.labels.shape == (len(split.labels), 32)
+        # The label is the token that comes next, in this example and into the next one.
+        assert np.array_equal(split.images.ravel()[1:], split.labels.ravel()[:-1])
+    lines = sums(0)
+    assert len(set(lines)) == 10_000
+    alphabet = sorted(set("".join(lines)))
+    test = "".join(alphabet[token] for token in data.test.images.ravel())
+    assert "".join(lines[:3000]).startswith(test)
+
+
+def test_sums_have_to_fill_a_context():
+    with pytest.raises(UsageError, match="a part has no 100000 characters"):
+        load_dataset(DataConfig("sums", context=100_000))

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from rk_optax.experiment import training
 from rk_optax.experiment.config import DataConfig, ModelConfig, OptimizerConfig
 from rk_optax.experiment.data import batch_indices, load_dataset
 from rk_optax.experiment.models import build_model
@@ -121,3 +122,12 @@ def test_evaluation_is_not_timed(task):
         time.sleep(0.2)
         seconds.append(point.seconds)
     assert seconds[-1] < time.perf_counter() - before - 0.4
+
+
+def test_a_large_split_is_scored_in_pieces(task, monkeypatch):
+    params, statistics, _ = task.init(0)
+    whole = task.score(params, statistics, task.data.train)
+    for piece in (100, 73, len(task.data.train.labels)):
+        monkeypatch.setattr(training, "_PIECE", piece)
+        fresh = Task(task.model, load_dataset(DataConfig()), 32, l2=1e-2)
+        np.testing.assert_allclose(fresh.score(params, statistics, fresh.data.train), whole, rtol=1e-5)
