@@ -57,6 +57,13 @@ class _Controlled(StepSizeRule):
         why = jnp.where(at_end, Reason.SMALLEST_STEP, jnp.where(tie, Reason.UNRESOLVED, refused))
         return jnp.where(accepted, Reason.ACCEPTED, why)
 
+    def _factor_of_tie(self, accepted: jax.Array, growth: float, nothing_seen: jax.Array) -> jax.Array:
+        """What becomes of h after a step that the losses do not resolve: converged, where one has been resolved before.
+
+        A first h that is far too short would stay for good if it did not grow; at convergence h must not run away.
+        """
+        return jnp.where(nothing_seen, growth, jnp.where(accepted, 1, 1 / growth))
+
     def _scalar(self, value: float) -> jax.Array:
         return jnp.full([], value, _tree.default_float())
 
@@ -222,7 +229,7 @@ class DescentControl(_Controlled):
         gain = jnp.where(tie, state.gain, _tree.ratio(fall, (square * work).astype(dtype)))
         growing = jnp.where(gain < state.gain, ~state.growing, state.growing)
         factor = jnp.where(accepted, jnp.where(growing, self.growth, 1 / self.growth), self.shrinkage)
-        factor = jnp.where(tie, jnp.where(accepted, self.growth, 1 / self.growth), factor)
+        factor = jnp.where(tie, self._factor_of_tie(accepted, self.growth, (state.gain == 0) & (square > 0)), factor)
         new = DescentControlState(
             self._bounded(state.step_size * factor, attempt, dtype),
             fall,
@@ -278,7 +285,7 @@ class TrustRatioState(NamedTuple):
     """State of `trust_ratio_control`."""
 
     step_size: jax.Array  # shape=(), float: the next h
-    ratio: jax.Array  # shape=(), float: the latest fall of the loss over the predicted one
+    ratio: jax.Array  # shape=(), float: the fall of the loss over the predicted one, of the latest step that shows it
     divisor: jax.Array  # shape=(), float: of h at the next refusal; doubles with each in a row
 
 
@@ -319,11 +326,11 @@ class TrustRatioControl(_Controlled):
         grown = 1 / jnp.maximum(1 / self.growth, 1 - (2 * ratio - 1) ** 3)
         factor = jnp.where(accepted, grown, 1 / state.divisor)
         tie = attempt.usable & _unresolved(before, after, predicted)
-        factor = jnp.where(tie, jnp.where(accepted, 2, 1 / 2), factor)
+        factor = jnp.where(tie, self._factor_of_tie(accepted, 2, jnp.isnan(state.ratio) & (predicted > 0)), factor)
         divisor = jnp.where(accepted, 2, 2 * state.divisor)
         new = TrustRatioState(
             self._bounded(state.step_size * factor, attempt, dtype),
-            ratio,
+            jnp.where(tie, state.ratio, ratio),
             jnp.where(tie, state.divisor, divisor).astype(dtype),
         )
         return Verdict(accepted, self._reason(accepted, attempt, Reason.LOSS_ROSE, tie), new, Cost(losses=2))
@@ -371,8 +378,7 @@ def trust_ratio_control(
 def _unresolved(before: jax.Array, after: jax.Array, foretold: jax.Array) -> jax.Array:
     """Whether the losses tell nothing: neither their difference nor the fall to be expected is above their rounding.
 
-    Then h is too short, or all has converged. Rules lengthen h a little after such a step that is taken, or a tiny
-    first h would stay for good, and shorten it as little after one that is refused, or h would end at its bound.
+    Then all has converged, or the first h is far too short.
     """
     rounding = 2 * jnp.finfo(before.dtype).eps * jnp.abs(before)
     return (jnp.abs(before - after) <= rounding) & (foretold <= rounding)
