@@ -394,6 +394,8 @@ def _between(
     if momentum is None:
         if nesterov:
             raise ValueError("nesterov=True does nothing without momentum: pass momentum=0.9, say.")
+        if isinstance(after, Preconditioner):
+            raise TypeError("after is a Preconditioner, which acts on every stage: pass it as preconditioner=.")
         if after is not None and not (hasattr(after, "init") and hasattr(after, "update")):
             raise TypeError(f"after must be an optax.GradientTransformation, got {type(after).__name__}.")
         return after

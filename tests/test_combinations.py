@@ -363,6 +363,7 @@ README_MESSAGES = [
     "two ways to say",
     "nothing without momentum",
     "becomes one with rk_optax.precondition_by",
+    "pass it as preconditioner=",
     "pass a loss_fn whose structure is known",
     "pass a loss_fn whose structure is known",
     "symmetric only with a diagonal one",

@@ -146,12 +146,16 @@ def test_descent_control_is_its_reference(initial, x64):
     assert len(set(np.sign(np.diff(theirs[0])))) == 2  # it grew and it shrank
 
 
-def test_descent_control_stays_where_the_loss_does_not_resolve_the_step():
+@pytest.mark.parametrize(("seen", "then"), [(0.0, 0.75), (1.0, 0.5)], ids=["nothing seen before", "a fall seen before"])
+def test_descent_control_lengthens_an_unresolved_step_only_where_no_fall_has_been_seen(seen, then):
+    """A first h that is far too short must not stay for good; at convergence h must stay where it is."""
     tx = rk_optax.euler(lambda theta: jnp.sum(theta) * 0 + 1e6, descent_control(0.5))
     theta = jnp.ones(2)
-    change, state = tx.update(1e-9 * theta, tx.init(theta), theta)
+    state = tx.init(theta)
+    state = state._replace(rule=state.rule._replace(gain=jnp.full_like(state.rule.gain, seen)))
+    change, state = tx.update(1e-9 * theta, state, theta)
     assert bool(state.accepted)
-    assert float(state.rule.step_size) == 0.5
+    assert float(state.rule.step_size) == then
     assert (int(state.cost.gradients), int(state.cost.losses)) == (1, 2)
     assert float(np.abs(change).max()) > 0
 
@@ -191,13 +195,22 @@ def test_trust_ratio_control_is_its_reference(factory, x64):
     assert int(state.cost.losses) == 36
 
 
-@pytest.mark.parametrize("start", [0.0, 1.0], ids=["at the minimum", "next to it"])
-def test_trust_ratio_control_stays_where_the_loss_does_not_resolve_the_step(start):
+@pytest.mark.parametrize(
+    ("start", "seen", "then"),
+    [(0.0, np.nan, 1.0), (1.0, 0.5, 1.0), (1.0, np.nan, 32.0)],
+    ids=["at the minimum", "next to it", "nothing seen before"],
+)
+def test_trust_ratio_control_lengthens_an_unresolved_step_only_where_no_fall_has_been_seen(start, seen, then):
     """Else h collapses at convergence, and the next points would find it there."""
     loss = LeastSquares(lambda theta: jnp.concatenate([jnp.array([1e4]), 1e-3 * theta]))
-    (sizes, accepted, _), state = attempts(rk_optax.residual_euler(loss), loss, np.full(1, start, np.float32), 5)
-    assert accepted.all()
-    np.testing.assert_array_equal([*sizes, state.rule.step_size], 1.0)
+    tx, theta = rk_optax.residual_euler(loss), np.full(1, start, np.float32)
+    state = tx.init(theta)
+    state = state._replace(rule=state.rule._replace(ratio=jnp.full_like(state.rule.ratio, seen)))
+    for _ in range(5):
+        change, state = tx.update(jax.grad(loss)(theta), state, theta)
+        assert bool(state.accepted)
+        theta = theta + change
+    assert float(state.rule.step_size) == then
 
 
 # --- what a refusal leaves alone ---

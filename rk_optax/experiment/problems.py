@@ -222,7 +222,7 @@ def gp_dual(seed: int, points: int = 500, noise: float = 0.05) -> Problem:
     def loss_fn(alpha: jax.Array, matrix: jax.Array, y: jax.Array) -> jax.Array:
         return (0.5 * alpha @ (matrix @ alpha) - y @ alpha) / points
 
-    device_matrix, device_best = jnp.asarray(matrix, jnp.float32), jnp.asarray(best)
+    device_matrix, device_best = jnp.asarray(matrix, float), jnp.asarray(best, float)
 
     def error(alpha: jax.Array) -> jax.Array:
         gap = alpha - device_best.astype(alpha.dtype)

@@ -59,9 +59,11 @@ class RunFolder:
         lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
         # A crash of the machine may have cut the last line short.
         whole = [line for line in lines if line.endswith("}\n")]
-        self._replace(
-            "metrics.jsonl", "".join(line for line in whole if self._piece(json.loads(line)["piece"]).exists())
-        )
+        try:
+            kept = [line for line in whole if self._piece(json.loads(line)["piece"]).exists()]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{metrics} is damaged ({error}): start afresh with --out") from error
+        self._replace("metrics.jsonl", "".join(kept))
 
     def __enter__(self) -> Self:
         return self
@@ -115,7 +117,7 @@ class RunFolder:
     def finished(self, piece: str) -> Any:
         """The result of a piece as strict JSON has it, or None if the piece is still to be done."""
         path = self._piece(piece)
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return _read_json(path, "remove it to have that piece done again") if path.exists() else None
 
     def _piece(self, name: str) -> Path:
         return self.path / "pieces" / f"{name}.json"
@@ -127,7 +129,10 @@ class RunFolder:
         unfinished.replace(self.path / name)
 
     def _check_config(self, command: str, config: Any) -> None:
-        before = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        stored = self.path / "config.json"
+        before = _read_json(stored, "start afresh with --out")
+        if not isinstance(before, dict) or not isinstance(before.get("config"), dict) or "command" not in before:
+            raise UsageError(f"{stored} is damaged: start afresh with --out")
         old = _flat({"command": before["command"], **before["config"]})
         new = _flat({"command": command, **_strict(dataclasses.asdict(config))})
         for field in [*old, *new]:
@@ -136,6 +141,13 @@ class RunFolder:
                     f"{self.path} holds a run with {field} = {old.get(field)!r}, not {new.get(field)!r}: go on with "
                     "the same configuration, or start afresh with --out"
                 )
+
+
+def _read_json(path: Path, remedy: str) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of UTF-8 or of JSON
+        raise UsageError(f"{path} is damaged ({error}): {remedy}") from error
 
 
 def default_path(config_name: str) -> Path:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from rk_optax import __version__
+from rk_optax.experiment.config import DataConfig
 from rk_optax.experiment.errors import UsageError
 from rk_optax.experiment.run_folder import RunFolder, default_path
 
@@ -103,6 +104,19 @@ def test_resuming_needs_the_same_config(interrupted, smoke_config):
 def test_resuming_another_command_is_refused(interrupted, smoke_config):
     with RunFolder(interrupted, resume=True) as folder, pytest.raises(UsageError, match=r"command = 'compare', not"):
         folder.write_config("train", "smoke", smoke_config)
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "pieces/a.json"])
+def test_a_damaged_file_says_which_and_what_to_do(tmp_path, name):
+    folder = tmp_path / "run"
+    with RunFolder(folder) as run:
+        run.write_config("compare", "digits", DataConfig())
+        run.log("a", loss=1.0)
+        run.finish("a", {"loss": 1.0})
+    (folder / name).write_text('{"piece": nonsense}\n')
+    with pytest.raises(UsageError, match=rf"{name} is damaged"), RunFolder(folder, resume=True) as run:
+        run.write_config("compare", "digits", DataConfig())
+        run.finished("a")
 
 
 def test_nothing_to_resume(tmp_path):
