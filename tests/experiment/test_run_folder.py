@@ -114,9 +114,14 @@ def test_a_damaged_file_says_which_and_what_to_do(tmp_path, name):
         run.log("a", loss=1.0)
         run.finish("a", {"loss": 1.0})
     (folder / name).write_text('{"piece": nonsense}\n')
-    with pytest.raises(UsageError, match=rf"{name} is damaged"), RunFolder(folder, resume=True) as run:
-        run.write_config("compare", "digits", DataConfig())
-        run.finished("a")
+
+    def resume():
+        with RunFolder(folder, resume=True) as run:
+            run.write_config("compare", "digits", DataConfig())
+            run.finished("a")
+
+    with pytest.raises(UsageError, match=rf"{name} is damaged"):
+        resume()
 
 
 def test_nothing_to_resume(tmp_path):
