@@ -22,7 +22,7 @@ usage: rk-optax race CONFIG [--out DIR | --resume DIR] [--FIELD VALUE ...]
 Runs solvers and optimizers on a full-batch problem with a known solution, each tuned on a seed of its own, and shows
 what every error costs in gradients, V (one value_and_grad) and seconds.
 
-  CONFIG         Python file whose get_config() returns a RaceConfig, e.g. configs/poisson.py
+  CONFIG         Python file whose get_config() returns a RaceConfig, e.g. configs/race_poisson.py
   --out DIR      folder for config, runs, table and figure (default: runs/<config>-<time>)
   --resume DIR   go on with an interrupted race, with the same config: finished runs are kept
   --FIELD VALUE  overrides a field of the config, e.g. --seeds 0 1, or --x64
@@ -58,7 +58,7 @@ def race(argv: Sequence[str]) -> int:
         if {"-h", "--help"} & set(argv):
             print(_HELP)
             return 0
-        raise UsageError("name a config file right after race, e.g. rk-optax race configs/poisson.py")
+        raise UsageError("name a config file right after race, e.g. rk-optax race configs/race_poisson.py")
     path = Path(argv[0])
     command = tyro.cli(
         RaceCommand, default=RaceCommand(load(path, RaceConfig)), args=argv[1:], prog=f"rk-optax race {path}"

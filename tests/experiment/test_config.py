@@ -8,6 +8,7 @@ import pytest
 from rk_optax.experiment.config import CompareConfig, OptimizerConfig, TrainConfig, check, check_train, load
 from rk_optax.experiment.errors import UsageError
 from rk_optax.experiment.plan import make_plan
+from rk_optax.experiment.race import Race, RaceConfig
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("[!_]*.py"))
@@ -17,6 +18,8 @@ CONFIGS = sorted((ROOT / "configs").glob("[!_]*.py"))
 def test_shipped_configs_are_valid(path):
     if path.stem.startswith("train_"):
         check_train(load(path, TrainConfig))
+    elif path.stem.startswith("race_"):
+        Race(load(path, RaceConfig))
     else:
         check(load(path, CompareConfig))
 
