@@ -57,12 +57,14 @@ class _Controlled(StepSizeRule):
         why = jnp.where(at_end, Reason.SMALLEST_STEP, jnp.where(tie, Reason.UNRESOLVED, refused))
         return jnp.where(accepted, Reason.ACCEPTED, why)
 
-    def _factor_of_tie(self, accepted: jax.Array, growth: float, nothing_seen: jax.Array) -> jax.Array:
+    def _factor_of_tie(
+        self, accepted: jax.Array, nothing_seen: jax.Array, growth: float, shrinkage: float
+    ) -> jax.Array:
         """What becomes of h after a step that the losses do not resolve: converged, where one has been resolved before.
 
         A first h that is far too short would stay for good if it did not grow; at convergence h must not run away.
         """
-        return jnp.where(nothing_seen, growth, jnp.where(accepted, 1, 1 / growth))
+        return jnp.where(nothing_seen, growth, jnp.where(accepted, 1, shrinkage))
 
     def _scalar(self, value: float) -> jax.Array:
         return jnp.full([], value, _tree.default_float())
@@ -229,7 +231,9 @@ class DescentControl(_Controlled):
         gain = jnp.where(tie, state.gain, _tree.ratio(fall, (square * work).astype(dtype)))
         growing = jnp.where(gain < state.gain, ~state.growing, state.growing)
         factor = jnp.where(accepted, jnp.where(growing, self.growth, 1 / self.growth), self.shrinkage)
-        factor = jnp.where(tie, self._factor_of_tie(accepted, self.growth, (state.gain == 0) & (square > 0)), factor)
+        factor = jnp.where(
+            tie, self._factor_of_tie(accepted, (state.gain == 0) & (square > 0), self.growth, self.shrinkage), factor
+        )
         new = DescentControlState(
             self._bounded(state.step_size * factor, attempt, dtype),
             fall,
@@ -326,7 +330,7 @@ class TrustRatioControl(_Controlled):
         grown = 1 / jnp.maximum(1 / self.growth, 1 - (2 * ratio - 1) ** 3)
         factor = jnp.where(accepted, grown, 1 / state.divisor)
         tie = attempt.usable & _unresolved(before, after, predicted)
-        factor = jnp.where(tie, self._factor_of_tie(accepted, 2, jnp.isnan(state.ratio) & (predicted > 0)), factor)
+        factor = jnp.where(tie, self._factor_of_tie(accepted, jnp.isnan(state.ratio) & (predicted > 0), 2, 0.5), factor)
         divisor = jnp.where(accepted, 2, 2 * state.divisor)
         new = TrustRatioState(
             self._bounded(state.step_size * factor, attempt, dtype),
