@@ -200,7 +200,7 @@ class DescentControlState(NamedTuple):
     """State of `descent_control`."""
 
     step_size: jax.Array  # shape=(), float: the next h
-    fall: jax.Array  # shape=(), float: of the loss, by the latest attempt; negative where it rose
+    fall: jax.Array  # shape=(), float: of the loss, by the latest attempt that shows one; negative where it rose
     gain: jax.Array  # shape=(), float: fall/(‖k1‖²·cost) of the last accepted step; 0 before one and after a refusal
     growing: jax.Array  # shape=(), bool: whether h grows or shrinks
 
@@ -232,11 +232,13 @@ class DescentControl(_Controlled):
         growing = jnp.where(gain < state.gain, ~state.growing, state.growing)
         factor = jnp.where(accepted, jnp.where(growing, self.growth, 1 / self.growth), self.shrinkage)
         factor = jnp.where(
-            tie, self._factor_of_tie(accepted, (state.gain == 0) & (square > 0), self.growth, self.shrinkage), factor
+            tie,
+            self._factor_of_tie(accepted, jnp.isnan(state.fall) & (square > 0), self.growth, self.shrinkage),
+            factor,
         )
         new = DescentControlState(
             self._bounded(state.step_size * factor, attempt, dtype),
-            fall,
+            jnp.where(tie, state.fall, fall),
             jnp.where(accepted | tie, gain, 0).astype(dtype),
             growing | ~(accepted | tie),
         )

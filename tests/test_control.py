@@ -146,13 +146,15 @@ def test_descent_control_is_its_reference(initial, x64):
     assert len(set(np.sign(np.diff(theirs[0])))) == 2  # it grew and it shrank
 
 
-@pytest.mark.parametrize(("seen", "then"), [(0.0, 0.75), (1.0, 0.5)], ids=["nothing seen before", "a fall seen before"])
+@pytest.mark.parametrize(
+    ("seen", "then"), [(np.nan, 0.75), (1.0, 0.5)], ids=["nothing seen before", "a fall seen before"]
+)
 def test_descent_control_lengthens_an_unresolved_step_only_where_no_fall_has_been_seen(seen, then):
     """A first h that is far too short must not stay for good; at convergence h must stay where it is."""
     tx = rk_optax.euler(lambda theta: jnp.sum(theta) * 0 + 1e6, descent_control(0.5))
     theta = jnp.ones(2)
     state = tx.init(theta)
-    state = state._replace(rule=state.rule._replace(gain=jnp.full_like(state.rule.gain, seen)))
+    state = state._replace(rule=state.rule._replace(fall=jnp.full_like(state.rule.fall, seen)))
     change, state = tx.update(1e-9 * theta, state, theta)
     assert bool(state.accepted)
     assert float(state.rule.step_size) == then
