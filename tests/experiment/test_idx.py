@@ -1,4 +1,5 @@
 import gzip
+import itertools
 
 import numpy as np
 import pytest
@@ -58,14 +59,15 @@ IMAGES, LABELS = np.zeros((60, 28, 28)), np.arange(60) % 10
         (TRAIN_IMAGES, idx_bytes(IMAGES) + b"x", "damaged: 60 x 28 x 28 bytes announced, 47041 found"),
         (TRAIN_IMAGES, bytes([0, 0, 8, 3, *b"\xff" * 12]), "truncated: 4294967295 x 4294967295"),
         (TRAIN_IMAGES, idx_bytes(np.zeros((0, 28, 28))), "damaged: 0 x 28 x 28 bytes announced"),
-        (TRAIN_IMAGES, gzip.compress(idx_bytes(IMAGES))[:-20], "damaged gzip file"),
-        (TRAIN_IMAGES, gzip.compress(idx_bytes(IMAGES))[:-8] + b"12345678", "damaged gzip file"),
+        (TRAIN_IMAGES, gzip.compress(idx_bytes(IMAGES), mtime=0)[:-20], "damaged gzip file"),
+        (TRAIN_IMAGES, gzip.compress(idx_bytes(IMAGES), mtime=0)[:-8] + b"12345678", "damaged gzip file"),
         (TRAIN_IMAGES, b"\x1f\x8b" + b"x" * 100, "damaged gzip file"),
         (TRAIN_IMAGES, idx_bytes(np.zeros((60, 27, 28))), "training images are 27 x 28 and test images 28 x 28"),
         (TRAIN_LABELS, idx_bytes(LABELS[:-1]), "59 labels for the 60 images of train-images-idx3-ubyte"),
         (TRAIN_LABELS, idx_bytes(LABELS + 1), r"has the label 10, more than 9"),
         (TRAIN_LABELS, idx_bytes(IMAGES), "starts with 00 00 08 03 instead of 00 00 08 01"),
     ],
+    ids=itertools.count(),  # no bytes in the names of tests
 )
 def test_a_missing_or_damaged_file_is_one_line(command, smoke_file, tmp_path, name, content, message):
     directory = tmp_path / "data"
