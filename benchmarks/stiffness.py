@@ -50,24 +50,24 @@ def best_rate(problem: Problem) -> float:
     )
     for _ in range(100):
         step = newton(w)
-        w = w - step * min(1.0, 5 / float(jax.numpy.linalg.norm(step)))
+        w = w - step * min(1.0, max(5.0, float(jax.numpy.linalg.norm(w))) / float(jax.numpy.linalg.norm(step)))
     eigenvalues = np.linalg.eigvalsh(jax.hessian(problem.loss_fn)(w, **problem.data))
     return float(2 / (eigenvalues[0] + eigenvalues[-1]))
 
 
 def main() -> None:
     rows = []
-    with jax.enable_x64(True):
-        for condition in CONDITIONS:
-            problem = logistic(0, condition=condition)
-            descent = rk_optax.euler(problem.loss_fn, best_rate(problem))
-            row = {
-                "condition": condition,
-                "gradient_descent": gradients_needed(problem, descent, 3_000_000),
-                "rkc": gradients_needed(problem, rk_optax.rkc(problem.loss_fn), 300_000),
-            }
-            print(row, flush=True)
-            rows.append(row)
+    jax.config.update("jax_enable_x64", True)
+    for condition in CONDITIONS:
+        problem = logistic(0, condition=condition)
+        descent = rk_optax.euler(problem.loss_fn, best_rate(problem))
+        row = {
+            "condition": condition,
+            "gradient_descent": gradients_needed(problem, descent, 1_000_000) if condition <= 1e5 else None,
+            "rkc": gradients_needed(problem, rk_optax.rkc(problem.loss_fn), 300_000),
+        }
+        print(row, flush=True)
+        rows.append(row)
     exponent = np.polyfit(np.log(CONDITIONS), np.log([row["rkc"] for row in rows]), 1)[0]
     print(f"rkc's gradients grow like κ^{exponent:.2f}")
     path = Path(__file__).parent / "results" / "stiffness.json"

@@ -80,7 +80,7 @@ class LeastSquares(ModelLoss):
     ...     {"interior": interior, "boundary": boundary}, weights={"interior": 1.0, "boundary": 10.0},
     ...     pointwise=["x"], reduction="mean")
     >>> print(f"{loss_fn({'a': jnp.array(0.9)}, x=jnp.array([0.1, 0.2])):.6f}")
-    0.050117
+    0.050111
 
     Args:
       residual_fn: `residual_fn(params, *data) -> residuals`, a pytree of real arrays; or a dict of such functions.

@@ -200,7 +200,7 @@ def _logistic_optimum(x: np.ndarray, y: np.ndarray, l2: float) -> tuple[np.ndarr
     for _ in range(100):
         p = wrong(w)
         step = np.linalg.solve(hessian(w, p), l2 * w - x.T @ (y * p) / len(y))
-        w = w - step * min(1, 5 / np.linalg.norm(step))
+        w = w - step * min(1, max(5, np.linalg.norm(w)) / np.linalg.norm(step))
         if np.linalg.norm(step) < 1e-14 * (1 + np.linalg.norm(w)):
             break
     return w, hessian(w, wrong(w))

@@ -66,7 +66,9 @@ def race(argv: Sequence[str]) -> int:
     config, resume = command.config, command.resume
     if resume and command.out:
         raise UsageError("--out is for a new race and --resume for an old one: give one of them")
-    with jax.enable_x64(config.x64):
+    before = jax.config.read("jax_enable_x64")
+    jax.config.update("jax_enable_x64", config.x64 or before)
+    try:
         contest = Race(config)
         with RunFolder(resume or command.out or default_path(path.stem), resume=resume is not None) as folder:
             try:
@@ -80,6 +82,8 @@ def race(argv: Sequence[str]) -> int:
                 raise KeyboardInterrupt(
                     f"interrupted; what was finished is in {folder.path}, go on with --resume {folder.path}"
                 ) from None
+    finally:
+        jax.config.update("jax_enable_x64", before)
     console = make_console()
     console.print(race_table(rows, contest.error_name))
     console.print(f"Written to {folder.path}", markup=False, soft_wrap=True)

@@ -105,7 +105,7 @@ class Stabilized(Solver):
         """The largest h·λ, for a curvature λ, at which a step of `stages` stages does not grow.
 
         >>> round(Stabilized("rkc1").real_stability_interval(10), 1)
-        193.3
+        193.6
         """
         return _interval(self.family, stages, self._damping)
 

@@ -218,7 +218,7 @@ def test_first_order_has_no_error_estimate():
 
 
 @families
-def test_a_short_step_in_float32_keeps_its_digits(family):
+def test_a_short_step_in_float32_keeps_its_digits(family, request):
     """Differences of iterates divided by h would have an error of 0.2 here."""
     h, (params, data) = 1e-4, network(np.float32)
 
@@ -229,8 +229,8 @@ def test_a_short_step_in_float32_keeps_its_digits(family):
         return np.asarray(ravel_pytree(step.direction)[0], np.float64)
 
     single = direction(np.float32)
-    with jax.enable_x64(True):
-        double = direction(np.float64)
+    request.getfixturevalue("x64")  # from here on
+    double = direction(np.float64)
     assert np.linalg.norm(single - double) <= 1e-6 * np.linalg.norm(double), family
 
 
