@@ -125,14 +125,7 @@ class LeastSquares(ModelLoss):
 
     def outputs(self, params: PyTree, data: Mapping[str, Any]) -> PyTree:
         """The residuals as a tree, weights folded in."""
-        trees = {}
-        for name, term in self._terms.items():
-            mapped, rest = self._split(term, data)
-            if mapped:
-                trees[name] = jax.vmap(lambda points, term=term, rest=rest: term(params, {**rest, **points}))(mapped)
-            else:
-                trees[name] = term(params, rest)
-        return self._weighted(trees)
+        return self._weighted(self._residuals(params, data))
 
     def of_outputs(self, outputs: PyTree, data: Mapping[str, Any]) -> jax.Array:
         """Half the sum of squares."""
@@ -167,13 +160,25 @@ class LeastSquares(ModelLoss):
 
     def count_rows(self, params: PyTree, data: Mapping[str, Any]) -> int:
         """N, the number of residuals, without computing any."""
-        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(self.outputs, params, dict(data))))
+        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: self.outputs(params, data))))
 
     def _split(self, term: DataFunction, data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """What of a term's data is mapped over points, and what is not."""
         data = _pick(term, data)
         mapped = {name: data.pop(name) for name in self._pointwise if name in data}
         return mapped, data
+
+    def _residuals(self, params: PyTree, data: Mapping[str, Any]) -> dict[str, PyTree]:
+        """The residuals of every function, mapped over its points, without weights."""
+        trees = {}
+        for name, term in self._terms.items():
+            mapped, rest = self._split(term, data)
+
+            def at(points: Mapping[str, Any], term: DataFunction = term, rest: Any = rest) -> PyTree:
+                return term(params, {**rest, **points})
+
+            trees[name] = jax.vmap(at)(mapped) if mapped else at({})
+        return trees
 
     def _weighted(self, trees: PyTree) -> PyTree:
         """Residuals times √w, and over √n for a mean."""
@@ -201,15 +206,7 @@ class LeastSquares(ModelLoss):
 
     def _row_weights(self, params: PyTree, data: Mapping[str, Any]) -> dict[str, jax.Array]:
         """The factor of every residual, flat by function and in the order of its rows."""
-        shapes = {}
-        for name, term in self._terms.items():
-            mapped, rest = self._split(term, data)
-            call = (
-                (lambda term, rest, mapped: jax.vmap(lambda p: term(params, {**rest, **p}))(mapped))
-                if mapped
-                else (lambda term, rest, mapped: term(params, rest))
-            )
-            shapes[name] = jax.eval_shape(functools.partial(call, term, rest, mapped))
+        shapes = jax.eval_shape(lambda: self._residuals(params, data))
         ones = self._weighted(jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes))
         ones = {"residual_fn": ones} if self._single else ones
         flat = {}

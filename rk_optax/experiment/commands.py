@@ -9,8 +9,9 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from rk_optax.experiment import invocation
 from rk_optax.experiment.compare import Comparison
-from rk_optax.experiment.config import CompareConfig, TrainConfig, load
+from rk_optax.experiment.config import CompareConfig, TrainConfig
 from rk_optax.experiment.curves import read_curves
 from rk_optax.experiment.errors import UsageError
 from rk_optax.experiment.plot import AXES, plot_comparison, plot_curves
@@ -22,7 +23,7 @@ from rk_optax.experiment.report import (
     solver_table,
     training_summary,
 )
-from rk_optax.experiment.run_folder import RunFolder, default_path
+from rk_optax.experiment.run_folder import RunFolder
 from rk_optax.experiment.summary import as_json, summarize
 from rk_optax.experiment.train import Training
 from rk_optax.experiment.train_folder import TrainFolder, stored_config
@@ -91,25 +92,14 @@ def compare(argv: Sequence[str]) -> int:
         UsageError: if the comparison is not possible as asked for.
         KeyboardInterrupt: with a message that says where the finished part is.
     """
-    if not argv or argv[0].startswith("-"):
-        if {"-h", "--help"} & set(argv):
-            print(_COMPARE_HELP)
-            return 0
-        raise UsageError("name a config file right after compare, e.g. rk-optax compare configs/digits.py")
-    path = Path(argv[0])
-    command = tyro.cli(
-        CompareCommand,
-        default=CompareCommand(load(path, CompareConfig)),
-        args=argv[1:],
-        prog=f"rk-optax compare {path}",
-    )
-    config, resume = command.config, command.resume
-    if resume and command.out:
-        raise UsageError("--out is for a new run and --resume for an old one: give one of them")
+    asked = invocation.read(argv, "compare", CompareCommand, CompareConfig, "configs/digits.py", _COMPARE_HELP)
+    if asked is None:
+        return 0
+    config = asked.config
     comparison = Comparison(config)
-    with RunFolder(resume or command.out or default_path(path.stem), resume=resume is not None) as folder:
+    with RunFolder(asked.folder, resume=asked.resumed) as folder:
         try:
-            folder.write_config("compare", path.stem, config)
+            folder.write_config("compare", asked.name, config)
             with ProgressBar(make_console(stderr=True)) as bar:
                 results = comparison.run(folder, bar)
             rows = summarize(results)
@@ -145,35 +135,21 @@ def train(argv: Sequence[str]) -> int:
         if not folder or len(argv) > (1 if "=" in argv[0] else 2):
             raise UsageError("--resume takes the folder of a run and nothing else: the run goes on with its own config")
         resume = Path(folder)
-        command, name = TrainCommand(stored_config(resume), resume=resume), resume.name
+        asked = invocation.of(TrainCommand(stored_config(resume), resume=resume), resume.name)
     else:
-        if not argv or argv[0].startswith("-"):
-            if {"-h", "--help"} & set(argv):
-                print(_TRAIN_HELP)
-                return 0
-            raise UsageError("name a config file right after train, e.g. rk-optax train configs/train_digits.py")
-        path = Path(argv[0])
-        command, name = (
-            tyro.cli(
-                TrainCommand,
-                default=TrainCommand(load(path, TrainConfig)),
-                args=argv[1:],
-                prog=f"rk-optax train {path}",
-            ),
-            path.stem,
-        )
-    config, resume = command.config, command.resume
-    if resume and command.out:
-        raise UsageError("--out is for a new run and --resume for an old one: give one of them")
+        asked = invocation.read(argv, "train", TrainCommand, TrainConfig, "configs/train_digits.py", _TRAIN_HELP)
+        if asked is None:
+            return 0
+    config = asked.config
     if config.data.data_dir is not None:  # the run may go on from another directory
         data = dataclasses.replace(config.data, data_dir=config.data.data_dir.absolute())
         config = dataclasses.replace(config, data=data)
-    if resume:
-        stored_config(resume)
+    if asked.resumed:
+        stored_config(asked.folder)  # says what is wrong with a folder before anything is trained
     training = Training(config)
-    with TrainFolder(resume or command.out or default_path(name), resume=resume is not None) as folder:
+    with TrainFolder(asked.folder, resume=asked.resumed) as folder:
         try:
-            folder.write_config("train", name, config)
+            folder.write_config("train", asked.name, config)
             with ProgressBar(make_console(stderr=True)) as bar:
                 last = training.run(folder, bar)
         except KeyboardInterrupt:

@@ -29,7 +29,7 @@ class EntrantConfig:
 
     method: str
     """adam, nesterov, gradient_descent, lbfgs, adam_then_lbfgs, or an optimizer of rk_optax such as rkc."""
-    trials: tuple[float, ...] = ()
+    trials: tuple[int | float, ...] = ()
     """Values of the tuned argument that are tried; empty where nothing is tuned."""
     tunes: str = "learning_rate"
     """The argument that is tuned."""
@@ -132,8 +132,7 @@ class _AdamThenLbfgs:
     """Adam for the first `adam_steps`, then L-BFGS from where it stopped."""
 
     def __init__(self, problem: Problem, learning_rate: float, adam_steps: int, **options: Any):
-        schedule = optax.cosine_decay_schedule(learning_rate, adam_steps)
-        self._adam = _Plain(problem, optax.adam(schedule), counts=False)
+        self._adam = _Plain(problem, _cosine_adam(adam_steps, learning_rate), counts=False)
         self._lbfgs = _Lbfgs(problem, **options)
         self._adam_steps = adam_steps
 
@@ -166,33 +165,30 @@ def build_method(name: str, config: EntrantConfig, problem: Problem, value: floa
     """
     options: dict[str, Any] = dict(config.options)
     if value is not None:
-        # JSON and grids have floats where a function wants an integer.
-        options[config.tunes] = int(value) if config.tunes in ("memory_size", "stages", "adam_steps") else value
-    try:
-        return _METHODS[config.method](problem, config, options)
-    except KeyError:
-        pass
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"entrants.{name}.options = {options!r}: {error}") from error
-    factory: Any = getattr(rk_optax, config.method, None) if config.method in rk_optax.__all__ else None
-    if not callable(factory):
+        options[config.tunes] = value
+    method = _METHODS.get(config.method, _ours if config.method in rk_optax.__all__ else None)
+    if method is None:
         known = ", ".join(_METHODS)
         raise UsageError(f"entrants.{name}.method = {config.method!r} is neither of {known} nor in rk_optax")
-    if "initial_step_size" in options:
-        control = getattr(rk_optax, str(options.pop("control", "descent_control")))
-        options["learning_rate"] = control(options.pop("initial_step_size"))
     try:
-        tx: Any = factory(problem.loss_fn, **options)
-        return _Plain(problem, tx, counts=True)
+        return method(problem, config, options)
     except (TypeError, ValueError) as error:
         raise UsageError(f"entrants.{name}.options = {options!r}: {error}") from error
+
+
+def _ours(problem: Problem, config: EntrantConfig, options: dict[str, Any]) -> Method:
+    factory: Any = getattr(rk_optax, config.method)
+    return _Plain(problem, factory(problem.loss_fn, **options), counts=True)
 
 
 def _adam(problem: Problem, config: EntrantConfig, options: dict[str, Any]) -> Method:
     if config.steps is None:
         raise ValueError("adam decays its rate over `steps`, which must be given")
-    rate = optax.cosine_decay_schedule(options.pop("learning_rate"), config.steps)
-    return _Plain(problem, optax.adam(rate, **options), counts=False)
+    return _Plain(problem, _cosine_adam(steps=config.steps, **options), counts=False)
+
+
+def _cosine_adam(steps: int, learning_rate: float, **options: Any) -> optax.GradientTransformation:
+    return optax.adam(optax.cosine_decay_schedule(learning_rate, steps), **options)
 
 
 def _sgd(problem: Problem, config: EntrantConfig, options: dict[str, Any]) -> Method:
@@ -330,7 +326,7 @@ class Race:
         chunk = jax.jit(
             lambda carry: jax.lax.fori_loop(0, entrant.chunk, lambda _, c: method.step(c), carry), donate_argnums=0
         )
-        # The first call of a scratch copy compiles, and warms up.
+        # Compiled beforehand: what is timed are steps alone.
         compiled = chunk.lower(carry).compile()
         view = jax.jit(lambda carry: self._view(problem, method, carry))
         v_seconds = _time_gradient(problem)

@@ -8,13 +8,12 @@ from typing import Annotated
 import jax
 import tyro
 
-from rk_optax.experiment.config import load
-from rk_optax.experiment.errors import UsageError
+from rk_optax.experiment.invocation import read
 from rk_optax.experiment.progress import ProgressBar
 from rk_optax.experiment.race import Race, RaceConfig
 from rk_optax.experiment.race_report import plot_race, race_table, summary
 from rk_optax.experiment.report import make_console
-from rk_optax.experiment.run_folder import RunFolder, default_path
+from rk_optax.experiment.run_folder import RunFolder
 
 _HELP = """\
 usage: rk-optax race CONFIG [--out DIR | --resume DIR] [--FIELD VALUE ...]
@@ -54,25 +53,17 @@ def race(argv: Sequence[str]) -> int:
         UsageError: if the race is not possible as asked for.
         KeyboardInterrupt: with a message that says where the finished part is.
     """
-    if not argv or argv[0].startswith("-"):
-        if {"-h", "--help"} & set(argv):
-            print(_HELP)
-            return 0
-        raise UsageError("name a config file right after race, e.g. rk-optax race configs/race_poisson.py")
-    path = Path(argv[0])
-    command = tyro.cli(
-        RaceCommand, default=RaceCommand(load(path, RaceConfig)), args=argv[1:], prog=f"rk-optax race {path}"
-    )
-    config, resume = command.config, command.resume
-    if resume and command.out:
-        raise UsageError("--out is for a new race and --resume for an old one: give one of them")
+    asked = read(argv, "race", RaceCommand, RaceConfig, "configs/race_poisson.py", _HELP)
+    if asked is None:
+        return 0
+    config = asked.config
     before = jax.config.read("jax_enable_x64")
     jax.config.update("jax_enable_x64", config.x64 or before)
     try:
         contest = Race(config)
-        with RunFolder(resume or command.out or default_path(path.stem), resume=resume is not None) as folder:
+        with RunFolder(asked.folder, resume=asked.resumed) as folder:
             try:
-                folder.write_config("race", path.stem, config)
+                folder.write_config("race", asked.name, config)
                 with ProgressBar(make_console(stderr=True)) as bar:
                     results = contest.run(folder, bar)
                 rows = summary(results, config.targets)

@@ -86,6 +86,7 @@ def test_a_resumed_race_keeps_what_was_finished_and_does_the_rest(finished):
         (('"points"', '"point"'), "problem_options"),
         (("seeds=(0, 1)", "seeds=(100,)"), "tuning_seed"),
         (("trials=(0.1,), steps=20", "trials=(0.1,)"), "steps"),
+        (("trials=(0.1,), steps=20", "steps=20"), "learning_rate"),
     ],
 )
 def test_what_cannot_run_says_so_in_one_line(tmp_path, capsys, change, message):
