@@ -9,8 +9,18 @@ def get_config() -> RaceConfig:
         entrants={
             "adam": EntrantConfig("adam", trials=(3e-3, 1e-2), steps=10_000, seconds=600, chunk=250),
             "lbfgs": EntrantConfig("lbfgs", trials=(10, 50), tunes="memory_size", seconds=30, chunk=20),
-            "residual_euler": EntrantConfig("residual_euler", seconds=30, chunk=2),
+            "adam, lbfgs": EntrantConfig(
+                "adam_then_lbfgs",
+                trials=(3e-3, 1e-2),
+                options={"adam_steps": 2000, "memory_size": 50},
+                seconds=30,
+                chunk=50,
+            ),
+            "nesterov": EntrantConfig("nesterov", trials=(1e-3, 3e-3), seconds=10, chunk=250),
+            "rkc": EntrantConfig("rkc", seconds=20, chunk=2),
+            "rosenbrock_euler": EntrantConfig("rosenbrock_euler", options={"max_iterations": 100}, seconds=30, chunk=2),
+            "residual_euler": EntrantConfig("residual_euler", seconds=30, chunk=4),
         },
         tuning_fraction=0.25,
-        targets=(1e-1, 3e-2, 1e-2),
+        targets=(3e-1, 1e-1, 3e-2),
     )

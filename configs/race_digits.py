@@ -11,6 +11,13 @@ def get_config() -> RaceConfig:
             "nesterov": EntrantConfig("nesterov", trials=(0.1, 0.3), seconds=4, chunk=50),
             "adam": EntrantConfig("adam", trials=(3e-3, 1e-2), steps=2_000, seconds=4, chunk=50),
             "lbfgs": EntrantConfig("lbfgs", trials=(10, 50), tunes="memory_size", seconds=4, chunk=5),
+            "adam, lbfgs": EntrantConfig(
+                "adam_then_lbfgs",
+                trials=(0.003, 0.01),
+                options={"adam_steps": 300, "memory_size": 50},
+                seconds=4,
+                chunk=20,
+            ),
             "rkc": EntrantConfig("rkc", seconds=4, chunk=2),
             "rosenbrock_euler": EntrantConfig("rosenbrock_euler", seconds=4, chunk=1),
         },

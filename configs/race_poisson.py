@@ -8,7 +8,7 @@ def get_config() -> RaceConfig:
         problem="poisson",
         entrants={
             "adam": EntrantConfig("adam", trials=(3e-3, 1e-2), steps=10_000, seconds=600, chunk=250),
-            "lbfgs": EntrantConfig("lbfgs", trials=(10, 50), tunes="memory_size", seconds=120, chunk=20),
+            "lbfgs": EntrantConfig("lbfgs", trials=(10, 50), tunes="memory_size", seconds=180, chunk=20),
             "adam, lbfgs": EntrantConfig(
                 "adam_then_lbfgs",
                 trials=(3e-3, 1e-2),
@@ -19,7 +19,7 @@ def get_config() -> RaceConfig:
             "nesterov": EntrantConfig("nesterov", trials=(1e-4, 3e-4), seconds=10, chunk=250),
             "rkc": EntrantConfig("rkc", seconds=20, chunk=2),
             "rosenbrock_euler": EntrantConfig("rosenbrock_euler", options={"max_iterations": 100}, seconds=30, chunk=2),
-            "residual_euler": EntrantConfig("residual_euler", seconds=60, chunk=2),
+            "residual_euler": EntrantConfig("residual_euler", seconds=60, chunk=4),
         },
         tuning_fraction=0.25,
         targets=(1e-2, 1e-3, 2e-4),

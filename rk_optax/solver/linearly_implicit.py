@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 
 from rk_optax import _checks, _tree
 from rk_optax.problem import Capability, Problem
 from rk_optax.solver._base import Cost, Solver, Step
 from rk_optax.solver._diagonal import DiagonalCurvature
-from rk_optax.solver._linear import Solution, conjugate_gradients
+from rk_optax.solver._linear import Solution, conjugate_gradients, real_matmul, solve_in_row_space
 
 PyTree = Any
 Curvature = Literal["hessian", "gauss_newton", "diagonal", "zero"] | DiagonalCurvature
@@ -26,7 +26,7 @@ _Solve = Callable[[Any, PyTree], Solution]
 class LinearState(NamedTuple):
     """State of the linearly implicit solvers: what the latest linear solve looked like."""
 
-    iterations: jax.Array  # shape=(), int32: CG iterations of the step; 0 for a direct solve
+    iterations: jax.Array  # shape=(), int32: CG iterations of the step; 0 for a diagonal curvature
     residual: jax.Array  # shape=(), float: relative residual of the last linear system
     negative_curvature: jax.Array  # shape=(), bool: whether CG stopped at a direction of negative curvature
     diagonal: PyTree = ()  # a `DiagonalState` where the curvature is such an estimate
@@ -212,17 +212,19 @@ class Ros2(_Rosenbrock):
 
 @dataclasses.dataclass(frozen=True)
 class ResidualEuler(Solver):
-    """Linearly implicit Euler for least squares, its linear system solved exactly in the space of the N residuals.
+    """Linearly implicit Euler for least squares, its linear system solved directly in the space of the N residuals.
 
     With R the Jacobian of the residuals r, B = RᵀR + λI and Q = P/(1 + hλP), g* = Q(Rᵀy + λθ) with
-    (I + hRQRᵀ) y = r − hλRQθ: one N×N Cholesky factorisation. The same step as `RosenbrockEuler("gauss_newton")` with
-    CG run to the end, and it does not care how badly conditioned RᵀR is. Costs N Jacobian rows; the gradient that
-    comes in is used for the predicted fall alone.
+    (I + hRQRᵀ) y = r − hλRQθ: one N×N Cholesky factorisation, and the few iterations of CG that it takes, with that
+    factor as preconditioner, to make good the rounding of RQRᵀ (`state.solver.iterations`; one while h is small). The
+    same step as `RosenbrockEuler("gauss_newton")` with CG run to the end, and it does not care how badly conditioned
+    RᵀR is. Costs N Jacobian rows; the gradient that comes in is used for the predicted fall alone.
 
     Args:
-      max_rows: the largest N whose N×N matrix is formed; beyond it the system is solved by CG, as by `RosenbrockEuler`.
-      tolerance: of that CG.
-      max_iterations: of that CG.
+      max_rows: the largest N whose N×N matrix is formed; beyond it the system is solved by CG alone, as by
+        `RosenbrockEuler`.
+      tolerance: relative residual at which either CG stops, in (0, 1).
+      max_iterations: cap on either CG.
 
     Raises:
       ValueError: an argument out of its range; at construction of the optimizer, a loss that is no
@@ -230,7 +232,7 @@ class ResidualEuler(Solver):
     """
 
     max_rows: int = 4096
-    tolerance: float = 1e-3
+    tolerance: float = 3e-4
     max_iterations: int = 100
 
     def __post_init__(self):
@@ -269,39 +271,36 @@ class ResidualEuler(Solver):
         count = problem.count_rows(params)
         if count > self.max_rows:
             return self._beyond.step(problem, params, k1, h, state)
-        residual, jacobian = problem.rows(params)
-        ones = jax.tree.map(lambda p: jnp.ones(p.shape, _tree.real_dtype(p)), params)
-        scale = ones if problem.scale is None else problem.scale
-        if problem.l2 is not None:
-            scale = jax.tree.map(lambda p: p / (1 + h * problem.l2 * p), scale)
-        pull = None if problem.l2 is None else _tree.scale(problem.l2, params)
-
-        def push(v: PyTree) -> jax.Array:  # R v
-            parts = jax.tree.map(lambda rows, x: _real_matmul(_matrix(rows), jnp.ravel(x)), jacobian, v)
-            return sum(jax.tree.leaves(parts), jnp.zeros_like(residual))
-
-        grams = jax.tree.map(lambda rows, q: _lower_gram(_matrix(rows), jnp.ravel(q)), jacobian, scale)
-        gram = sum(jax.tree.leaves(grams), jnp.zeros((count, count), residual.dtype))
-        wanted = residual if pull is None else residual - h * push(jax.tree.map(jnp.multiply, scale, pull))
-        # (I + hK) y = b as (I/h + K) hy = b, which stays finite for large h; h = 0 must stay finite too.
-        small = jnp.asarray(h, residual.dtype) < 1
-        safe = jnp.where(small, 1, h).astype(residual.dtype)
-        system = jnp.where(small, 1, 1 / safe) * jnp.eye(count, dtype=residual.dtype) + jnp.where(small, h, 1) * gram
-        y = _solve_positive(system, wanted) * jnp.where(small, 1, 1 / safe)
-        back = jax.tree.map(
-            lambda rows, p: jnp.matmul(y, _matrix(rows), precision="highest").reshape(p.shape).astype(p.dtype),
-            jacobian,
-            params,
+        # Without the barrier XLA fuses the rows into their products, which then cost twice as much.
+        residual, rows = jax.lax.optimization_barrier(problem.rows(params))
+        matrix = jnp.concatenate(
+            [jnp.zeros((count, 0), residual.dtype), *(leaf.reshape(count, -1) for leaf in jax.tree.leaves(rows))],
+            axis=1,
         )
-        back = back if pull is None else jax.tree.map(jnp.add, back, pull)
-        direction = jax.tree.map(jnp.multiply, scale, back)
-        zero = _initial_state()
+        theta, unravel = jax.flatten_util.ravel_pytree(params)
+        scale = jnp.ones(theta.shape, residual.dtype)
+        if problem.scale is not None:
+            scale = jax.flatten_util.ravel_pytree(problem.scale)[0]
+        pull = jnp.zeros_like(theta)
+        if problem.l2 is not None:
+            scale, pull = scale / (1 + h * problem.l2 * scale), problem.l2 * theta
+            residual = residual - h * real_matmul(matrix, scale * pull)
+        solution = solve_in_row_space(
+            matrix,
+            scale,
+            jnp.asarray(h, residual.dtype),
+            residual,
+            tolerance=self.tolerance,
+            max_iterations=self.max_iterations,
+        )
+        direction = unravel(scale * (solution.x + pull))
+        new = LinearState(*solution[1:4])._replace(residual=solution.residual.astype(_tree.default_float()))
         return Step(
             direction,
             Cost(gradients=1, rows=count),
             predicted_fall=predicted_fall(problem, k1, h, direction),
-            state=zero,
-            refused_state=zero,
+            state=new,
+            refused_state=new,
         )
 
 
@@ -320,30 +319,3 @@ def predicted_fall(problem: Problem, k1: PyTree, h: Any, direction: PyTree) -> j
 def _refuse_error(solver: Solver, want_error: bool) -> None:
     if want_error:
         raise ValueError(f"{type(solver).__name__} has no error estimate; use Ros2, or descent or trust-ratio control.")
-
-
-def _matrix(rows: jax.Array) -> jax.Array:
-    return rows.reshape(rows.shape[0], -1)
-
-
-def _real_matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    # Accelerators multiply in bfloat16 or TF32 unless told not to. Rows are conjugated: Re⟨row, v⟩.
-    return jnp.real(jnp.matmul(jnp.conj(a), b, precision="highest"))
-
-
-def _lower_gram(rows: jax.Array, scale: jax.Array, blocks: int = 4) -> jax.Array:
-    """The lower triangle of Re(R Q Rᴴ), block by block: five eighths of the products of the whole."""
-    cuts = [len(rows) * i // blocks for i in range(blocks + 1)]
-    parts = [rows[start:end] for start, end in itertools.pairwise(cuts)]
-    strips = []
-    for i, part in enumerate(parts):
-        strip = _real_matmul(part, (scale * rows[: cuts[i + 1]]).T)
-        strips.append(jnp.pad(strip, ((0, 0), (0, len(rows) - cuts[i + 1]))))
-    return jnp.concatenate(strips)
-
-
-def _solve_positive(lower: jax.Array, b: jax.Array) -> jax.Array:
-    """X with A x = b from the lower triangle of a positive definite A; NaN where it is not one, to rounding."""
-    factor = jnp.linalg.cholesky(lower, symmetrize_input=False)
-    y = jax.scipy.linalg.solve_triangular(factor, b, lower=True)
-    return jax.scipy.linalg.solve_triangular(factor, y, lower=True, trans=1)

@@ -222,22 +222,23 @@ def _spread(k1: PyTree, params: PyTree) -> PyTree:
 
 
 def _recurrence(problem: Problem, params: PyTree, k1: PyTree, h: Any, table: jax.Array, stages: Any) -> PyTree:
-    """g* = D_s of D_j = μ_j D_{j−1} + ν_j D_{j−2} + κ_j g(θ − h D_{j−1}) + γ_j k1, D_0 = 0, D_1 = κ_1 k1.
+    """g* = k1 + E_s of E_j = μ_j E_{j−1} + ν_j E_{j−2} + κ_j (g(θ − h (c_{j−1} k1 + E_{j−1})) − k1), E_0 = E_1 = 0.
 
-    In displacements, because differences of the iterates θ − h·D, divided by h, lose all digits for small h.
+    In displacements θ_j = θ − h·D_j, because differences of the iterates, divided by h, lose all digits for small h; and
+    of those in what is left of D_j = c_j k1 + E_j, because sums of s terms that nearly cancel lose two for RKC2.
     """
 
     def stage(j: Any, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
         older, newer = carry
-        mu, nu, kappa, gamma = table[j - 1]
-        k = problem(_tree.add_scaled(params, -h, newer), j - 1)
-        combined = _tree.scale(mu, newer)
-        for weight, tree in ((nu, older), (kappa, k), (gamma, k1)):
-            combined = _tree.add_scaled(combined, weight, tree)
+        mu, nu, kappa, _ = table[j - 1]
+        displacement = _tree.add_scaled(newer, table[j - 2, 3], k1)
+        k = problem(_tree.add_scaled(params, -h, displacement), j - 1)
+        change = jax.tree.map(jnp.subtract, k, k1)
+        combined = _tree.add_scaled(_tree.add_scaled(_tree.scale(mu, newer), nu, older), kappa, change)
         return newer, combined
 
-    start = (jax.tree.map(jnp.zeros_like, k1), _tree.scale(table[0, 2], k1))
-    return jax.lax.fori_loop(2, stages + 1, stage, start)[1]
+    zero = jax.tree.map(jnp.zeros_like, k1)
+    return jax.tree.map(jnp.add, k1, jax.lax.fori_loop(2, stages + 1, stage, (zero, zero))[1])
 
 
 def _error(problem: Problem, params: PyTree, k1: PyTree, h: Any, direction: PyTree, stages: Any) -> PyTree:
@@ -248,7 +249,18 @@ def _error(problem: Problem, params: PyTree, k1: PyTree, h: Any, direction: PyTr
 
 @functools.cache
 def _coefficients(family: str, s: int, damping: float) -> np.ndarray:
-    """(μ_j, ν_j, κ_j, γ_j) for j = 1 to s, an array (s, 4) in float64."""
+    """(μ_j, ν_j, κ_j, c_j) for j = 1 to s, an array (s, 4) in float64; c_j is the time of θ_j in units of h."""
+    table = _recurrence_coefficients(family, s, damping)
+    c = np.zeros(s + 1)
+    c[1] = table[0, 2]
+    for j in range(2, s + 1):
+        mu, nu, kappa, gamma = table[j - 1]
+        c[j] = mu * c[j - 1] + nu * c[j - 2] + kappa + gamma
+    return np.column_stack([table[:, :3], c[1:]])
+
+
+def _recurrence_coefficients(family: str, s: int, damping: float) -> np.ndarray:
+    """Those of D_j = μ_j D_{j−1} + ν_j D_{j−2} + κ_j g_{j−1} + γ_j k1, as (μ_j, ν_j, κ_j, γ_j)."""
     j = np.arange(2, s + 1, dtype=np.float64)
     table = np.zeros((s, 4))
     if family in ("rkl1", "rkl2"):
