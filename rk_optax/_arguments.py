@@ -48,7 +48,7 @@ class DataFunction:
         unknown = [name for name in extra_args if name not in known]
         unfilled = [name for name in known if name not in data]
         for name in unknown:
-            near = None if name in _COMMON_EXTRAS else _near_miss(name, unfilled)
+            near = None if name in _COMMON_EXTRAS else near_miss(name, unfilled)
             if near is not None:
                 raise TypeError(
                     f"update() got a keyword {name!r}, which {self.role} does not take; did you mean "
@@ -71,7 +71,8 @@ class DataFunction:
         return f"Pass data by keyword: tx.update(grads, state, params{keywords})."
 
 
-def _near_miss(name: str, candidates: Sequence[str]) -> str | None:
+def near_miss(name: str, candidates: Sequence[str]) -> str | None:
+    """The candidate that `name` looks like a misspelling of."""
     lowered = {candidate.lower(): candidate for candidate in candidates}
     # 0.65 catches a swap in a three-letter name ("rgn" for "rng", ratio 0.67).
     found = difflib.get_close_matches(name.lower(), list(lowered), n=1, cutoff=0.65)

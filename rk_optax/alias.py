@@ -308,15 +308,17 @@ def residual_euler(
     learning_rate: LearningRate | None = None,
     *,
     max_rows: int = 4096,
+    tolerance: float = 1e-5,
+    max_iterations: int = 100,
     momentum: Momentum = None,
     **options: Unpack[AliasOptions],
 ) -> Transformation:
-    """Linearly implicit Euler for least squares, solved exactly in residual space: the one for PINNs.
+    """Linearly implicit Euler for least squares, solved directly in residual space: the one for PINNs.
 
     Order 1, no stability limit; one N×N factorisation for N residuals. By default `rk_optax.trust_ratio_control()`
     finds h; the loss is a `rk_optax.LeastSquares`. See `rk_optax.ResidualEuler`.
     """
-    solver = ResidualEuler(max_rows)
+    solver = ResidualEuler(max_rows, tolerance, max_iterations)
     return runge_kutta(loss_fn, _or(learning_rate, trust_ratio_control), solver, momentum=momentum, **options)
 
 

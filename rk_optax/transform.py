@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from rk_optax import _checks, _tree
+from rk_optax._arguments import near_miss
 from rk_optax.preconditioner import Preconditioner, no_preconditioner
 from rk_optax.problem import Objective, StageBatches, check_kinds, check_like_params, promote
 from rk_optax.solver import Cost, Solver, as_solver
@@ -74,7 +75,10 @@ def _transformation(
     l2: float | jax.Array | None = None,
     stage_batches: Literal["same", "fresh", "split"] = "same",
     batch_argnames: Sequence[str] = (),
+    **unknown: Any,
 ) -> optax.GradientTransformationExtraArgs:
+    for name in unknown:
+        raise TypeError(f"Got an unexpected keyword argument {name!r}; {_hint(name)}")
     method = as_solver(solver)
     rule = as_rule(learning_rate)
     rule.check(method, after is not None)
@@ -190,6 +194,16 @@ def _transformation(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _hint(unknown: str) -> str:
+    """What to do about a keyword that no optimizer takes, or not this one."""
+    of_ready_ones = ("momentum", "nesterov", "after", "weight_decay")
+    if unknown in of_ready_ones:
+        return "scale_by_rk emits g* alone: chain what is to follow after it, or use rk_optax.runge_kutta."
+    known = [*Options.__annotations__, *of_ready_ones]
+    near = near_miss(unknown, known)
+    return f"did you mean {near!r}?" if near else f"what every optimizer takes: {', '.join(known)}."
 
 
 def _stage_batches(policy: Any, names: Sequence[str], method: Solver, rule: StepSizeRule) -> StageBatches:

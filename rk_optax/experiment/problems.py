@@ -72,9 +72,9 @@ VISCOSITY = 0.01 / np.pi
 def burgers(seed: int) -> Problem:
     """u_t + u u_x = ν u_xx on (−1, 1) × (0, 1), u(x, 0) = −sin(πx), u(±1, t) = 0, ν = 0.01/π: a shock forms at x = 0.
 
-    1,000 points inside, 100 at t = 0 and 50 on each side, tanh 2-32-32-32-1; the error is relative in L2, on a grid. The
-    points inside are cubes of uniform ones in x, so denser at the shock: uniform ones do not see it, and a network can
-    then have any loss and an error of 0.2.
+    1,000 points inside, 100 at t = 0 and 50 on each side, tanh 2-32-32-32-1; the error is relative in L2, on a grid.
+    The points inside are cubes of uniform ones in x, so denser at the shock: uniform ones do not see it, and a network
+    can then have any loss and an error of 0.2.
     """
     inside, first, sides, start = jax.random.split(jax.random.key(seed), 4)
     xt = jax.random.uniform(inside, (1000, 2), minval=jnp.array([-1.0, 0.0]), maxval=1.0)

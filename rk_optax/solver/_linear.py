@@ -1,11 +1,12 @@
 """Linear systems (I + c·PB) x = P b of the linearly implicit and implicit solvers, by short capped iterations.
 
-And (a·I + b·RQRᵀ) y = c, those of least squares in the space of the residuals, by a factorisation and its refinement.
+And those of least squares in the space of the residuals, (I + hRQRᵀ) y = c, by a factorisation that CG refines.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -142,46 +143,63 @@ def shifted_lanczos(
     return Solution(x, iterations, _tree.ratio(left, size), jnp.zeros([], bool))
 
 
+class RowSolution(NamedTuple):
+    """What `solve_in_row_space` found."""
+
+    x: jax.Array  # shape=(P,): Rᵀy
+    left: jax.Array  # shape=(N,): c − (I + hRQRᵀ) y
+    iterations: jax.Array  # shape=(), int32
+    residual: jax.Array  # shape=(): ‖Q^(1/2) Rᵀ left‖ / ‖Q^(1/2) Rᵀ c‖, of the system (I + hQRᵀR) g* = QRᵀc of the step
+
+
 def solve_in_row_space(
     rows: jax.Array, scale: jax.Array, h: jax.Array, c: jax.Array, *, tolerance: float, max_iterations: int
-) -> Solution:
-    """Rᵀy for (I + hRQRᵀ) y = c, of a wide R (`rows`, shape (N, P)), diagonal Q ≥ 0 (`scale`, shape (P,)) and h ≥ 0.
+) -> RowSolution:
+    """Rᵀy for (I + hRQRᵀ) y = c, of R with N `rows`, shape (N, P), diagonal Q ≥ 0 (`scale`, shape (P,)) and h ≥ 0.
 
     The rounding of K = RQRᵀ, of the size δ = ε·trace, swallows the identity where hδ > 1: in float32 a plain
     factorisation then fails, or its y lacks what makes large steps worth taking. So the factor is one of
-    (1/h + δ) I + K, which always exists, and preconditions CG on the system itself, whose operator goes through R and
-    Rᵀ and keeps the digits that their product lost. One iteration where δ does not matter, some √(hδ) where it does.
-    The sum of the Rᵀp is carried instead of y, as in CGLS: Rᵀy of the final y would bring the rounding back.
+    (1/h + δ) I + K, and preconditions CG on the system itself, whose operator goes through R and Rᵀ and keeps the
+    digits that their product lost. One iteration where δ does not matter, some √(hδ) where it does. The sum of the
+    Rᵀp is carried instead of y, as in CGLS: Rᵀy of the final y would bring the rounding back. All in one real dtype,
+    but for complex rows.
     """
     gram = _lower_gram(rows, scale)
-    rounding = 0.5 * jnp.finfo(gram.dtype).eps
+    rounding = 0.5 * float(jnp.finfo(gram.dtype).eps)
     trace = jnp.maximum(jnp.trace(gram), jnp.finfo(gram.dtype).tiny)
     # With h = 0, or so small that hK is below rounding, y = c whatever h is.
-    a = 1 / jnp.maximum(h, rounding**2 / trace)
-    precondition = solver_of_positive(gram + (a + rounding * trace) * jnp.eye(len(c), dtype=c.dtype))
+    a = 1 / jnp.maximum(h, rounding / trace)
+    # An entry of K is off by some roundings of its row, and K itself by that over √N: little, or all for few rows.
+    shift = a + (1 + 8 / math.sqrt(len(c))) * rounding * trace
+    precondition = solver_of_positive(gram + shift * jnp.eye(len(c), dtype=c.dtype))
+
+    def size(pulled: jax.Array) -> jax.Array:  # squared, in the metric of Q
+        return jnp.sum(scale * jnp.real(pulled * jnp.conj(pulled)))
+
+    def look(r: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """The preconditioned r, Rᵀ of that, their product and the size of Rᵀr, in one pass over the rows."""
+        z = precondition(r)
+        of_r, of_z = jnp.matmul(jnp.stack([r, z]).astype(rows.dtype), rows, precision="highest")
+        return z, of_z, jnp.sum(r * z), size(of_r)
 
     def iterate(carry: Any) -> Any:
-        x, r, p, rz, i = carry
-        pulled = jnp.matmul(p.astype(rows.dtype), rows, precision="highest")
-        moved = a * p + real_matmul(rows, scale * pulled)
-        step = rz / jnp.vdot(p, moved)
-        r = r - step * moved
-        z = precondition(r)
-        new = jnp.vdot(r, z)
-        return x + step * pulled, r, z + (new / rz) * p, new, i + 1
-
-    size = jnp.linalg.norm(c)
+        x, r, p, pulled, rz, i, _ = carry
+        step = _tree.ratio(rz, a * jnp.sum(p * p) + size(pulled))
+        r = r - step * (a * p + real_matmul(rows, scale * pulled))
+        z, of_z, new, left = look(r)
+        forth = _tree.ratio(new, rz)
+        return x + step * pulled, r, z + forth * p, of_z + forth * pulled, new, i + 1, left
 
     def go_on(carry: Any) -> jax.Array:
-        _, r, *_, i = carry
-        return (jnp.linalg.norm(r) > tolerance * size) & (i < max_iterations)
+        *_, i, left = carry
+        return (left > tolerance**2 * wanted) & (i < max_iterations)
 
-    z = precondition(c)
-    start = jnp.zeros(rows.shape[1:], rows.dtype), c, z, jnp.vdot(c, z), jnp.zeros([], jnp.int32)
-    x, r, _, rz, iterations = jax.lax.while_loop(go_on, iterate, start)
-    # NaN ends the loop at once, with x = 0: it must not pass for a solution.
-    x = jnp.where(jnp.isfinite(rz), a * x, jnp.nan)
-    return Solution(x, iterations, _tree.ratio(jnp.linalg.norm(r), size), jnp.zeros([], bool))
+    z, of_z, rz, wanted = look(c)
+    start = jnp.zeros_like(of_z), c, z, of_z, rz, jnp.zeros([], jnp.int32), wanted
+    x, r, *_, rz, iterations, left = jax.lax.while_loop(go_on, iterate, start)
+    # What is not finite ends the loop at once, with x = 0: it must not pass for a solution.
+    x = jnp.where(jnp.isfinite(rz) & jnp.isfinite(left), a * x, jnp.nan)
+    return RowSolution(x, r, iterations, jnp.sqrt(_tree.ratio(left, wanted)))
 
 
 def solver_of_positive(lower: jax.Array) -> Callable[[jax.Array], jax.Array]:

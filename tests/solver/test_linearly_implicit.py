@@ -213,6 +213,47 @@ def test_the_predicted_fall_is_that_of_the_quadratic_model_also_when_cg_is_cut_s
     assert float(step.predicted_fall) == pytest.approx(gradient @ moved - 0.5 * moved @ matrix @ moved, rel=1e-8)
 
 
+@pytest.mark.parametrize("most", [1, 2, 100])
+@pytest.mark.parametrize("l2", [None, 1e-7])
+def test_the_predicted_fall_in_float32_is_that_of_the_step_where_rounding_swallows_the_identity(most, l2):
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.normal(size=(size, 20)))[0] for size in (20, 30))
+    rows, target = (left * np.geomspace(1, 1e-5, 20) @ right.T).astype(np.float32), np.ones(20, np.float32)
+    loss, h = LeastSquares(lambda theta: rows @ theta - target), np.float32(1e8)
+    solver = ResidualEuler(max_iterations=most)
+    problem, theta, k1 = bound(loss, solver, jnp.zeros(30), l2=l2)
+    step = jax.jit(lambda theta: solver.step(problem, theta, k1, h, solver.init(theta)))(theta)
+    moved = float(h) * np.asarray(step.direction, float)
+    fall = (
+        0.5 * target @ target
+        - 0.5 * np.sum((rows.astype(float) @ -moved - target) ** 2)
+        - 0.5 * (l2 or 0) * moved @ moved
+    )
+    assert float(step.predicted_fall) == pytest.approx(fall, rel=2e-3)
+    assert int(step.state.iterations) <= most
+
+
+@pytest.mark.parametrize("l2", [None, 1e-3])
+@pytest.mark.parametrize("low", ["residuals", "parameters"])
+def test_rows_of_less_precision_than_the_step_size(low, l2, x64):
+    """The rule's h is float64 here, the parameters float32, or the residuals of a mixed-precision model bfloat16."""
+    cast = jnp.bfloat16 if low == "residuals" else jnp.float32
+    loss, theta = LeastSquares(lambda theta: (theta - 1).astype(cast)), jnp.zeros(3, jnp.float32)
+    tx = rk_optax.residual_euler(loss, l2=l2)
+    updates, state = jax.jit(tx.update)(jax.grad(loss)(theta), tx.init(theta), theta)
+    assert updates.dtype == theta.dtype
+    assert bool(state.accepted)
+    np.testing.assert_allclose(updates, np.full(3, 1 / (2 + (l2 or 0))), rtol=1e-2)
+
+
+def test_nothing_moves_where_all_is_fixed():
+    tx = rk_optax.residual_euler(LOSSES["least squares"], mask=False)
+    params = jax.tree.map(jnp.asarray, THETA)
+    updates, state = tx.update(jax.grad(LOSSES["least squares"])(params), tx.init(params), params)
+    assert all(not leaf.any() for leaf in jax.tree.leaves(updates))
+    assert bool(state.accepted)
+
+
 def test_at_a_first_direction_of_negative_curvature_the_step_is_the_gradient_and_the_state_says_so(x64):
     def saddle(theta):
         return 0.5 * (theta[0] ** 2 - 4 * theta[1] ** 2)

@@ -236,6 +236,25 @@ def test_a_short_step_in_float32_keeps_its_digits(family, stages, request):
     assert error <= 1e-6, (family, stages)
 
 
+@families
+def test_a_long_step_in_float32_keeps_its_digits(family, request):
+    """Near the stability limit, where the displacements of stiff modes are far below the gradient's size."""
+    stages = 100
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.normal(size=(60, 60)))[0]
+    matrix, theta = basis * np.geomspace(1e-6, 1, 60) @ basis.T, rng.normal(size=60)
+    matrix, theta = matrix.astype(np.float32), theta.astype(np.float32)
+    h = 0.95 * Stabilized(family).real_stability_interval(stages)
+    single = one_step_of_tree(Stabilized(family, stages), lambda t: jnp.asarray(matrix) @ t, theta, np.float32(h))
+    assert single.direction.dtype == np.float32
+    request.getfixturevalue("x64")  # from here on
+    double = one_step_of_tree(
+        Stabilized(family, stages), lambda t: jnp.asarray(matrix, float) @ t, jnp.asarray(theta, float), h
+    )
+    error = np.linalg.norm(single.direction - double.direction) / np.linalg.norm(double.direction)
+    assert error <= (1e-4 if family[-1] == "1" else 1e-3)
+
+
 def one_step_of_tree(solver, field, theta, h):
     problem = Problem(lambda theta, stage: field(theta))
     return jax.jit(lambda theta: solver.step(problem, theta, field(theta), h, solver.init(theta)))(theta)

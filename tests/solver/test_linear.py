@@ -1,0 +1,122 @@
+"""The dense solver in the space of the residuals, against NumPy in double precision."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rk_optax.solver._linear import solve_in_row_space, solver_of_positive
+
+
+def positive(size, seed=0):
+    square = np.random.default_rng(seed).normal(size=(size, size))
+    return square @ square.T / size + np.eye(size)
+
+
+def rows_of(count, width, smallest, seed=0):
+    """Rows whose singular values fall from 1 to `smallest`."""
+    rng = np.random.default_rng(seed)
+    left, right = (np.linalg.qr(rng.normal(size=(size, count)))[0] for size in (count, width))
+    return left * np.geomspace(1, smallest, count) @ right.T
+
+
+def solved(rows, scale, h, c, **options):
+    options = {"tolerance": 1e-5, "max_iterations": 100} | options
+    return jax.jit(lambda *args: solve_in_row_space(*args, **options))(*map(jnp.asarray, (rows, scale, h, c)))
+
+
+# Below, at and above the size of a block, and not a multiple of it.
+@pytest.mark.parametrize("size", [1, 5, 64, 65, 128, 300])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_positive_system_is_solved_from_its_lower_triangle(size, dtype, x64):
+    matrix, b = positive(size), np.arange(size) - 1.7
+    lower = np.where(np.tri(size, dtype=bool), matrix, np.nan)
+    found = jax.jit(lambda a, b: solver_of_positive(a)(b))(jnp.asarray(lower, dtype), jnp.asarray(b, dtype))
+    assert found.dtype == dtype
+    expected = np.linalg.solve(matrix, b)
+    assert np.linalg.norm(found - expected) <= 1e2 * np.finfo(dtype).eps * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("where", [3, 200])
+def test_a_system_that_is_not_positive_is_nan(where, x64):
+    matrix = positive(300)
+    matrix[where, where] = -1
+    assert np.isnan(solver_of_positive(jnp.asarray(matrix))(jnp.ones(300))).all()
+
+
+@pytest.mark.parametrize("h", [0.0, 1e-30, 1e-3, 1.0, 1e5])
+def test_the_row_space_system_is_solved(h, x64):
+    rng = np.random.default_rng(1)
+    rows, scale, c = rng.normal(size=(150, 170)), rng.uniform(0, 2, 170), rng.normal(size=150)
+    scale[:5] = 0
+    expected = rows.T @ np.linalg.solve(np.eye(150) + h * (rows * scale) @ rows.T, c)
+    np.testing.assert_allclose(solved(rows, scale, h, c, tolerance=1e-12).x, expected, rtol=1e-8, atol=1e-12)
+
+
+def test_rounding_of_the_product_does_not_limit_h(x64):
+    """In float32, h = 1e8 and K of norm 1: K is known to 1e-7 only, which is ten times the identity over h."""
+    h, rows, c = 1e8, rows_of(200, 300, 1e-6).astype(np.float32), np.ones(200, np.float32)
+    exact = rows.astype(float)
+    expected = exact.T @ np.linalg.solve(np.eye(200) + h * exact @ exact.T, c)
+    plain = jnp.linalg.cholesky(jnp.asarray(rows) @ rows.T + jnp.eye(200, dtype=np.float32) / h)
+    assert np.isnan(plain).any()
+    found = solved(rows, np.ones(300, np.float32), np.float32(h), c)
+    assert found.x.dtype == np.float32
+    assert 1 < int(found.iterations) < 100
+    error = np.linalg.norm(found.x - expected) / np.linalg.norm(expected)
+    assert error < 1e-2
+
+
+def test_nothing_to_solve_is_zero_and_finite():
+    rows, scale = np.ones((3, 4), np.float32), np.ones(4, np.float32)
+    for r, c in ((rows, np.zeros(3)), (0 * rows, np.ones(3)), (0 * rows, np.zeros(3))):
+        for h in (0.0, 1.0, 1e30):
+            np.testing.assert_array_equal(solved(r, scale, np.float32(h), c.astype(np.float32)).x, np.zeros(4))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("where", ["rows", "c"])
+def test_what_is_not_finite_stays_visible(where, bad):
+    parts = {"rows": np.ones((3, 4), np.float32), "c": np.ones(3, np.float32)}
+    parts[where].flat[0] = bad
+    found = solved(parts["rows"], np.ones(4, np.float32), np.float32(1), parts["c"]).x
+    assert not np.isfinite(found).all()
+
+
+def test_what_overflows_stays_visible():
+    found = solved(
+        np.full((3, 4), 1e5, np.float32), np.ones(4, np.float32), np.float32(1), np.full(3, 1e20, np.float32)
+    )
+    assert not np.isfinite(found.x).all()
+
+
+def test_residuals_out_of_reach_do_not_hide_an_unsolved_step():
+    """c is all but orthogonal to the rows, and h is beyond what rounding leaves of the identity."""
+    rows = np.array([[0.0], [1.0]], np.float32)
+    found = solved(rows, np.ones(1, np.float32), np.float32(1e9), np.array([1, 1e-6], np.float32))
+    assert float(found.x[0]) == pytest.approx(1e-6 / (1 + 1e9), rel=1e-3)
+
+
+def test_few_long_rows_that_are_all_but_equal_have_a_factor():
+    rng = np.random.default_rng(0)
+    row = rng.normal(size=100_000).astype(np.float32)
+    rows = np.stack([row, row * (1 + 1e-7 * rng.normal(size=row.size).astype(np.float32))])
+    found = solved(rows, np.ones(row.size, np.float32), np.float32(1e6), np.ones(2, np.float32))
+    assert np.isfinite(found.x).all()
+
+
+def test_a_batch_of_systems_is_solved_one_by_one(x64):
+    rng = np.random.default_rng(2)
+    rows, c, h = rng.normal(size=(3, 70, 80)), rng.normal(size=(3, 70)), np.array([0.1, 10.0, 1e6])
+    together = jax.jit(
+        jax.vmap(lambda r, h, c: solve_in_row_space(r, jnp.ones(80), h, c, tolerance=1e-10, max_iterations=50))
+    )
+    np.testing.assert_allclose(
+        together(rows, h, c).x,
+        [
+            solved(r, np.ones(80), t, v, tolerance=1e-10, max_iterations=50).x
+            for r, t, v in zip(rows, h, c, strict=True)
+        ],
+        rtol=1e-8,
+        atol=1e-15,
+    )
