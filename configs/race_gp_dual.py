@@ -9,17 +9,10 @@ def get_config() -> RaceConfig:
         entrants={
             "gradient_descent": EntrantConfig("gradient_descent", trials=(3.0, 6.0), seconds=4, chunk=100),
             "nesterov": EntrantConfig("nesterov", trials=(1.0, 3.0), seconds=4, chunk=100),
-            "adam": EntrantConfig("adam", trials=(0.03, 0.3), steps=20_000, seconds=2, chunk=100),
-            "lbfgs": EntrantConfig("lbfgs", trials=(10, 50), tunes="memory_size", seconds=2, chunk=5),
-            "adam, lbfgs": EntrantConfig(
-                "adam_then_lbfgs",
-                trials=(0.03, 0.3),
-                options={"adam_steps": 2000, "memory_size": 50},
-                seconds=2,
-                chunk=20,
-            ),
-            "rkc": EntrantConfig("rkc", seconds=2, chunk=2),
-            "rosenbrock_euler": EntrantConfig("rosenbrock_euler", options={"curvature": "hessian"}, seconds=2, chunk=1),
+            "adam": EntrantConfig("adam", trials=(0.03, 0.3), steps=20_000, seconds=4, chunk=100),
+            "lbfgs": EntrantConfig("lbfgs", trials=(10, 50), tunes="memory_size", seconds=4, chunk=5),
+            "rkc": EntrantConfig("rkc", seconds=4, chunk=2),
+            "rosenbrock_euler": EntrantConfig("rosenbrock_euler", options={"curvature": "hessian"}, seconds=4, chunk=1),
         },
         targets=(1e-1, 1e-2, 1e-3),
     )

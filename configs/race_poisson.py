@@ -19,7 +19,7 @@ def get_config() -> RaceConfig:
             "nesterov": EntrantConfig("nesterov", trials=(1e-4, 3e-4), seconds=10, chunk=250),
             "rkc": EntrantConfig("rkc", seconds=20, chunk=2),
             "rosenbrock_euler": EntrantConfig("rosenbrock_euler", options={"max_iterations": 100}, seconds=30, chunk=2),
-            "residual_euler": EntrantConfig("residual_euler", seconds=60, chunk=4),
+            "residual_euler": EntrantConfig("residual_euler", seconds=20, chunk=4),
         },
         tuning_fraction=0.25,
         targets=(1e-2, 1e-3, 2e-4),

@@ -308,7 +308,7 @@ def residual_euler(
     learning_rate: LearningRate | None = None,
     *,
     max_rows: int = 4096,
-    tolerance: float = 1e-5,
+    tolerance: float = 1e-4,
     max_iterations: int = 100,
     momentum: Momentum = None,
     **options: Unpack[AliasOptions],

@@ -149,7 +149,7 @@ class RowSolution(NamedTuple):
     x: jax.Array  # shape=(P,): Rᵀy
     left: jax.Array  # shape=(N,): c − (I + hRQRᵀ) y
     iterations: jax.Array  # shape=(), int32
-    residual: jax.Array  # shape=(): ‖Q^(1/2) Rᵀ left‖ / ‖Q^(1/2) Rᵀ c‖, of the system (I + hQRᵀR) g* = QRᵀc of the step
+    error: jax.Array  # shape=(): a bound on the relative error of x, in the metric of Q
 
 
 def solve_in_row_space(
@@ -176,30 +176,31 @@ def solve_in_row_space(
     def size(pulled: jax.Array) -> jax.Array:  # squared, in the metric of Q
         return jnp.sum(scale * jnp.real(pulled * jnp.conj(pulled)))
 
-    def look(r: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """The preconditioned r, Rᵀ of that, their product and the size of Rᵀr, in one pass over the rows."""
-        z = precondition(r)
-        of_r, of_z = jnp.matmul(jnp.stack([r, z]).astype(rows.dtype), rows, precision="highest")
-        return z, of_z, jnp.sum(r * z), size(of_r)
-
     def iterate(carry: Any) -> Any:
-        x, r, p, pulled, rz, i, _ = carry
+        x, r, p, rz, i = carry
+        pulled = jnp.matmul(p.astype(rows.dtype), rows, precision="highest")
         step = _tree.ratio(rz, a * jnp.sum(p * p) + size(pulled))
         r = r - step * (a * p + real_matmul(rows, scale * pulled))
-        z, of_z, new, left = look(r)
-        forth = _tree.ratio(new, rz)
-        return x + step * pulled, r, z + forth * p, of_z + forth * pulled, new, i + 1, left
+        z = precondition(r)
+        new = jnp.sum(r * z)
+        return x + step * pulled, r, z + _tree.ratio(new, rz) * p, new, i + 1
+
+    def wrong(x: jax.Array, rz: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # ‖error of x‖² is at most that of y in the energy norm, r·A⁻¹r ≤ (shift/a) r·M⁻¹r: no pass over the rows.
+        return rz * (shift / a), size(x)
 
     def go_on(carry: Any) -> jax.Array:
-        *_, i, left = carry
-        return (left > tolerance**2 * wanted) & (i < max_iterations)
+        x, *_, rz, i = carry
+        error, whole = wrong(x, rz)
+        return (error > tolerance**2 * whole) & (i < max_iterations)
 
-    z, of_z, rz, wanted = look(c)
-    start = jnp.zeros_like(of_z), c, z, of_z, rz, jnp.zeros([], jnp.int32), wanted
-    x, r, *_, rz, iterations, left = jax.lax.while_loop(go_on, iterate, start)
-    # What is not finite ends the loop at once, with x = 0: it must not pass for a solution.
-    x = jnp.where(jnp.isfinite(rz) & jnp.isfinite(left), a * x, jnp.nan)
-    return RowSolution(x, r, iterations, jnp.sqrt(_tree.ratio(left, wanted)))
+    z = precondition(c)
+    start = jnp.zeros(rows.shape[1:], rows.dtype), c, z, jnp.sum(c * z), jnp.zeros([], jnp.int32)
+    x, r, _, rz, iterations = jax.lax.while_loop(go_on, iterate, start)
+    error = jnp.sqrt(_tree.ratio(*wrong(x, rz)))
+    # What is not finite ends the loop: with x = 0 it must not pass for a solution.
+    x = jnp.where(jnp.isfinite(rz) & jnp.isfinite(trace), a * x, jnp.nan)
+    return RowSolution(x, r, iterations, error)
 
 
 def solver_of_positive(lower: jax.Array) -> Callable[[jax.Array], jax.Array]:

@@ -27,7 +27,7 @@ class LinearState(NamedTuple):
     """State of the linearly implicit solvers: what the latest linear solve looked like."""
 
     iterations: jax.Array  # shape=(), int32: CG iterations of the step; 0 for a diagonal curvature
-    residual: jax.Array  # shape=(), float: relative residual of the last linear system
+    residual: jax.Array  # shape=(), float: relative residual of the last linear system; `ResidualEuler`: error of g*
     negative_curvature: jax.Array  # shape=(), bool: whether CG stopped at a direction of negative curvature
     diagonal: PyTree = ()  # a `DiagonalState` where the curvature is such an estimate
 
@@ -223,7 +223,7 @@ class ResidualEuler(Solver):
     Args:
       max_rows: the largest N whose N×N matrix is formed; beyond it the system is solved by CG alone, as by
         `RosenbrockEuler`.
-      tolerance: relative residual at which either CG stops, in (0, 1).
+      tolerance: relative error of g* at which CG stops, in (0, 1); for CG alone, relative residual.
       max_iterations: cap on either CG.
 
     Raises:
@@ -232,7 +232,7 @@ class ResidualEuler(Solver):
     """
 
     max_rows: int = 4096
-    tolerance: float = 1e-5
+    tolerance: float = 1e-4
     max_iterations: int = 100
 
     def __post_init__(self):
@@ -293,7 +293,7 @@ class ResidualEuler(Solver):
         direction = unravel((scale * (solution.x + pull)).astype(theta.dtype))
         # For what CG left the model falls by a little less or more than for the solution.
         correction = 0.5 * jnp.sum((residual - solution.left) * solution.left)
-        new = LinearState(solution.iterations, solution.residual.astype(_tree.default_float()), jnp.zeros([], bool))
+        new = LinearState(solution.iterations, solution.error.astype(_tree.default_float()), jnp.zeros([], bool))
         return Step(
             direction,
             Cost(gradients=1, rows=count),
