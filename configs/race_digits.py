@@ -21,5 +21,5 @@ def get_config() -> RaceConfig:
             "rkc": EntrantConfig("rkc", seconds=4, chunk=2),
             "rosenbrock_euler": EntrantConfig("rosenbrock_euler", seconds=4, chunk=1),
         },
-        targets=(0.3, 0.2, 0.17),
+        targets=(0.2, 0.13, 0.1236),
     )

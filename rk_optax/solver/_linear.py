@@ -170,7 +170,7 @@ def solve_in_row_space(
     # With h = 0, or so small that hK is below rounding, y = c whatever h is.
     a = 1 / jnp.maximum(h, rounding / trace)
     # An entry of K is off by some roundings of its row, and K itself by that over √N: little, or all for few rows.
-    shift = a + (1 + 8 / math.sqrt(len(c))) * rounding * trace
+    shift = a + (1 + 8 / math.sqrt(max(len(c), 1))) * rounding * trace
     precondition = solver_of_positive(gram + shift * jnp.eye(len(c), dtype=c.dtype))
 
     def size(pulled: jax.Array) -> jax.Array:  # squared, in the metric of Q
