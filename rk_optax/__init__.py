@@ -29,6 +29,7 @@ from rk_optax.alias import (
     tsit5,
 )
 from rk_optax.control import descent_control, error_control, trust_ratio_control
+from rk_optax.field import VectorField, first_stage_batch
 from rk_optax.preconditioner import (
     Preconditioner,
     precondition_by,
@@ -37,7 +38,6 @@ from rk_optax.preconditioner import (
     precondition_by_hutchinson,
     precondition_by_rms,
 )
-from rk_optax.problem import Problem, first_stage_batch
 from rk_optax.solver import (
     IMPLICIT_TABLEAUS,
     Cost,
@@ -72,7 +72,6 @@ __all__ = [
     "LeastSquares",
     "ModelLoss",
     "Preconditioner",
-    "Problem",
     "Reason",
     "ResidualEuler",
     "Ros2",
@@ -82,6 +81,7 @@ __all__ = [
     "Stabilized",
     "Step",
     "StepSizeRule",
+    "VectorField",
     "Verdict",
     "backward_euler",
     "bogacki_shampine",

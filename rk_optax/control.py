@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from rk_optax import _checks, _tree
-from rk_optax.problem import Capability, Problem
-from rk_optax.solver import Cost, Solver
+from rk_optax.field import Capability, VectorField
+from rk_optax.solver import Cost, Quantity, Solver
 from rk_optax.step_size import Attempt, Proposal, Reason, StepSizeRule, Verdict
 
 PyTree = Any
@@ -39,13 +39,13 @@ class _Controlled(StepSizeRule):
                 f"outside [{self.min_step_size!r}, {self.max_step_size!r}]."
             )
 
-    def propose(self, count: jax.Array, state: Any, problem: Problem, params: PyTree, k1: PyTree) -> Proposal:
-        """H of the state."""
-        del count, problem, params, k1
+    def propose(self, count: jax.Array, state: Any, field: VectorField, params: PyTree, k1: PyTree) -> Proposal:
+        """The step size in the state."""
+        del count, field, params, k1
         return Proposal(state.step_size, state)
 
     def _bounded(self, h: jax.Array, attempt: Attempt, dtype: jnp.dtype) -> jax.Array:
-        """H within the bounds and, with some room, within what the solver can take."""
+        """The step size within the bounds and, with some room, within what the solver can take."""
         if attempt.step.largest_step is not None:
             h = jnp.minimum(h, 0.95 * attempt.step.largest_step)
         return jnp.clip(h, self.min_step_size, self.max_step_size).astype(dtype)
@@ -87,15 +87,7 @@ class ErrorControl(_Controlled):
     coefficients: tuple[float, float, float]
     safety: float
     factors: tuple[float, float]
-    wants_error: ClassVar[bool] = True
-
-    def check(self, solver: Solver, has_after: bool = False) -> None:
-        """Refuses solvers without an error estimate."""
-        if solver.error_order is None:
-            raise ValueError(
-                f"error_control needs an embedded error estimate, which {_name(solver)} has not. Use one that has, "
-                "such as 'bogacki_shampine', 'dopri5' or 'tsit5', or descent_control()."
-            )
+    wants: frozenset[Quantity] = frozenset({"error"})
 
     def init(self) -> ErrorControlState:
         """As if the steps before the first had been just right."""
@@ -128,7 +120,7 @@ class ErrorControl(_Controlled):
         sizes = jax.tree.map(
             lambda a, b: self.atol + self.rtol * jnp.maximum(jnp.abs(a), jnp.abs(b)), attempt.params, attempt.candidate
         )
-        scaled = jax.tree.map(jnp.divide, attempt.step.error, sizes)
+        scaled = jax.tree.map(jnp.divide, attempt.step.quantities["error"], sizes)
         count = sum(leaf.size for leaf in jax.tree.leaves(scaled))
         return _tree.norm(scaled) / math.sqrt(max(count, 1))
 
@@ -222,7 +214,7 @@ class DescentControl(_Controlled):
     def judge(self, state: DescentControlState, attempt: Attempt) -> Verdict:
         """Accepts where the loss does not rise. Costs two losses."""
         dtype = state.step_size.dtype
-        before, after = attempt.problem.loss(attempt.params), attempt.problem.loss(attempt.candidate)
+        before, after = attempt.field.loss(attempt.params), attempt.field.loss(attempt.candidate)
         fall, square = (before - after).astype(dtype), _tree.inner(attempt.k1, attempt.k1)
         accepted = attempt.usable & (fall >= 0)
         tie = attempt.usable & _unresolved(before, after, attempt.step_size * square)
@@ -301,14 +293,11 @@ class TrustRatioControl(_Controlled):
 
     growth: float
     needs: frozenset[Capability] = frozenset({"loss"})
+    wants: frozenset[Quantity] = frozenset({"predicted_fall"})
 
     def check(self, solver: Solver, has_after: bool = False) -> None:
         """Refuses solvers without a model, and updates that the model does not describe."""
-        if not solver.predicts_fall:
-            raise ValueError(
-                f"trust_ratio_control compares the fall of the loss with that of the solver's quadratic model, and "
-                f"{_name(solver)} has none. Use it with rosenbrock_euler, or descent_control() with this solver."
-            )
+        super().check(solver, has_after)
         if has_after:
             raise ValueError(
                 "trust_ratio_control: the model foretells the fall of the solver's own step, not of one changed by "
@@ -322,11 +311,9 @@ class TrustRatioControl(_Controlled):
     def judge(self, state: TrustRatioState, attempt: Attempt) -> Verdict:
         """Accepts where the loss does not rise. Costs two losses."""
         dtype = state.step_size.dtype
-        before, after = attempt.problem.loss(attempt.params), attempt.problem.loss(attempt.candidate)
+        before, after = attempt.field.loss(attempt.params), attempt.field.loss(attempt.candidate)
         accepted = attempt.usable & (before - after >= 0)  # ∞ − ∞ is no fall
-        predicted = attempt.step.predicted_fall
-        if predicted is None:
-            raise ValueError(f"{_name(attempt.solver)} says that it predicts the fall of the loss, and did not.")
+        predicted = attempt.step.quantities["predicted_fall"]
         # At a minimum both falls are rounding, and 0/0 is agreement.
         ratio = jnp.where((after == before) & (predicted <= 0), 1, (before - after) / predicted).astype(dtype)
         grown = 1 / jnp.maximum(1 / self.growth, 1 - (2 * ratio - 1) ** 3)
@@ -388,8 +375,3 @@ def _unresolved(before: jax.Array, after: jax.Array, foretold: jax.Array) -> jax
     """
     rounding = 2 * jnp.finfo(before.dtype).eps * jnp.abs(before)
     return (jnp.abs(before - after) <= rounding) & (foretold <= rounding)
-
-
-def _name(solver: Solver) -> str:
-    tableau = getattr(solver, "tableau", None)
-    return type(solver).__name__ if tableau is None else f"the tableau {tableau.name!r}"

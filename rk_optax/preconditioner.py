@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from rk_optax import _checks, _tree
-from rk_optax.problem import Capability, Problem
+from rk_optax.field import Capability, VectorField
 from rk_optax.solver import Cost
 
 PyTree = Any
@@ -25,16 +25,16 @@ class Preconditioner(NamedTuple):
 
     Attributes:
       init: `init(params) -> state`; params may be abstract and hold the moving leaves only.
-      update: `update(gradient, state, params, problem) -> (frozen, state, cost)`, once per step, with the raw stage-1
-        gradient at params; `problem` is the field before preconditioning. `frozen` is what `apply` needs.
+      update: `update(gradient, state, params, field) -> (frozen, state, cost)`, once per step, with the raw stage-1
+        gradient at params; `field` is the field before preconditioning. `frozen` is what `apply` needs.
       apply: `apply(gradient, frozen) -> gradient`, at every stage.
-      needs: what it asks of the problem; checked when a transformation is built.
+      needs: what it asks of the field; checked when a transformation is built.
       diagonal: `diagonal(frozen) -> P`, like params and positive (None for P = I), where applying is a product with it;
         None where it is not, which the linearly implicit and implicit solvers refuse.
     """
 
     init: Callable[[PyTree], PyTree]
-    update: Callable[[PyTree, PyTree, PyTree, Problem], tuple[PyTree, PyTree, Cost]]
+    update: Callable[[PyTree, PyTree, PyTree, VectorField], tuple[PyTree, PyTree, Cost]]
     apply: Callable[[PyTree, PyTree], PyTree]
     needs: frozenset[Capability] = frozenset()
     diagonal: Callable[[PyTree], PyTree | None] | None = None
@@ -44,7 +44,7 @@ def no_preconditioner() -> Preconditioner:
     """P = I."""
     return Preconditioner(
         lambda params: (),
-        lambda g, state, params, problem: ((), state, Cost()),
+        lambda g, state, params, field: ((), state, Cost()),
         lambda g, _: g,
         diagonal=lambda _: None,
     )
@@ -98,8 +98,8 @@ def precondition_by_adagrad(floor: float = 1.0) -> Preconditioner:
     def init(params: PyTree) -> AdagradState:
         return AdagradState(_real_zeros(params))
 
-    def update(gradient: PyTree, state: AdagradState, params: PyTree, problem: Problem) -> Any:
-        del params, problem
+    def update(gradient: PyTree, state: AdagradState, params: PyTree, field: VectorField) -> Any:
+        del params, field
         total = jax.tree.map(lambda s, g: _wide(s) + _abs_sq(g), state.sum_of_squares, gradient)
         frozen = jax.tree.map(lambda s, g: _finite_or_nan(s, jax.lax.rsqrt(s + floor), g), total, gradient)
         return frozen, AdagradState(_tree.cast_like(total, state.sum_of_squares)), Cost()
@@ -144,8 +144,8 @@ def _by_second_moment(decay: float, floor: float, *, debias: bool) -> Preconditi
     def init(params: PyTree) -> MomentState:
         return MomentState(jnp.zeros([], jnp.int32), _real_zeros(params))
 
-    def update(gradient: PyTree, state: MomentState, params: PyTree, problem: Problem) -> Any:
-        del params, problem
+    def update(gradient: PyTree, state: MomentState, params: PyTree, field: VectorField) -> Any:
+        del params, field
         count = state.count + 1
 
         def moment(v: jax.Array, g: jax.Array) -> jax.Array:
@@ -188,13 +188,13 @@ def precondition_by_hutchinson(
     def init(params: PyTree) -> HutchinsonState:
         return HutchinsonState(jnp.zeros([], jnp.int32), jax.random.key_data(jax.random.key(seed)), _real_zeros(params))
 
-    def update(gradient: PyTree, state: HutchinsonState, params: PyTree, problem: Problem) -> Any:
+    def update(gradient: PyTree, state: HutchinsonState, params: PyTree, field: VectorField) -> Any:
         due = state.count % every == 0
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
 
         def estimate() -> PyTree:
             signs = _tree.random_signs(key, params)
-            product = problem.product(params, signs)
+            product = field.product(params, signs)
 
             def mean(d: jax.Array, z: jax.Array, hz: jax.Array) -> jax.Array:
                 return decay * _wide(d) + (1 - decay) * _wide(jnp.real(jnp.conj(z) * hz)) ** 2
@@ -236,8 +236,8 @@ def precondition_by(transformation: optax.GradientTransformation) -> Preconditio
     if not (hasattr(transformation, "init") and hasattr(transformation, "update")):
         raise TypeError(f"precondition_by takes an optax.GradientTransformation, got {type(transformation).__name__}.")
 
-    def update(gradient: PyTree, state: PyTree, params: PyTree, problem: Problem) -> Any:
-        del problem
+    def update(gradient: PyTree, state: PyTree, params: PyTree, field: VectorField) -> Any:
+        del field
         _, new_state = transformation.update(gradient, state, params)
         like = jax.tree.map(jnp.asarray, state)
         return (state, params), _tree.cast_like(new_state, like), Cost()

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rk_optax import _checks, _tree
-from rk_optax.problem import Capability, Problem
-from rk_optax.solver import Cost, Explicit, Solver, Step
+from rk_optax.field import Capability, VectorField
+from rk_optax.solver import Cost, Explicit, Quantity, Solver, Step, check_offers
 
 PyTree = Any
 
@@ -70,11 +70,20 @@ class Proposal(NamedTuple):
     cost: Cost = Cost()
 
 
+class Choice(NamedTuple):
+    """The step that a rule chooses among those that the solver offers."""
+
+    step_size: Any  # h
+    step: Step
+    state: PyTree  # of the rule
+    cost: Cost = Cost()
+
+
 class Attempt(NamedTuple):
     """A step that the solver has made and the rule may refuse."""
 
     solver: Solver
-    problem: Problem
+    field: VectorField
     params: PyTree  # θ, in the stage dtype
     k1: PyTree  # the (preconditioned) field at θ
     candidate: PyTree  # θ with the update added, momentum and all
@@ -98,28 +107,41 @@ class StepSizeRule(abc.ABC):
     Subclasses are frozen dataclasses; all that changes is in the rule's state.
 
     Attributes:
-      needs: what the rule asks of the problem; checked when a transformation is built.
+      needs: what the rule asks of the field; checked when a transformation is built.
       adaptive: whether h depends on more than the count of updates.
-      wants_curvature: whether the rule reads `Step.curvature`.
-      wants_error: whether the rule reads `Step.error`.
+      wants: the quantities of a step that the rule reads in `Step.quantities`; checked likewise.
     """
 
     needs: frozenset[Capability] = frozenset()
     adaptive: ClassVar[bool] = True
-    wants_curvature: bool = False
-    wants_error: ClassVar[bool] = False
+    wants: frozenset[Quantity] = frozenset()
 
     def check(self, solver: Solver, has_after: bool = False) -> None:
         """Raises a ValueError, with the reason, where the rule makes no sense with the solver, or with an `after`."""
-        del solver, has_after
+        del has_after
+        check_offers(solver, self.wants, type(self).__name__)
 
     def init(self) -> PyTree:
         """The rule's state, scalars only."""
         return ()
 
     @abc.abstractmethod
-    def propose(self, count: jax.Array, state: PyTree, problem: Problem, params: PyTree, k1: PyTree) -> Proposal:
+    def propose(self, count: jax.Array, state: PyTree, field: VectorField, params: PyTree, k1: PyTree) -> Proposal:
         """Chooses h before a step, from the (preconditioned) field and its stage 1 at params."""
+
+    def choose(self, state: PyTree, field: VectorField, params: PyTree, k1: PyTree, h: Any, step: Step) -> Choice:
+        """Chooses among the steps that the solver offers, before `after` and `judge`: here the only one.
+
+        Args:
+          state: the rule's, as `propose` returned it.
+          field: the (preconditioned) field; `field.loss` evaluates the loss on the step's batch.
+          params: θ, in the stage dtype.
+          k1: the field at θ.
+          h: the step size that was proposed.
+          step: the solver's step with h, with the `wants` of the rule in `step.quantities`.
+        """
+        del field, params, k1
+        return Choice(h, step, state)
 
     def judge(self, state: PyTree, attempt: Attempt) -> Verdict:
         """Takes or refuses the solver's step, and learns from it either way."""
@@ -134,9 +156,9 @@ class Scheduled(StepSizeRule):
     schedule: Callable[[Any], Any]
     adaptive: ClassVar[bool] = False
 
-    def propose(self, count: jax.Array, state: PyTree, problem: Problem, params: PyTree, k1: PyTree) -> Proposal:
+    def propose(self, count: jax.Array, state: PyTree, field: VectorField, params: PyTree, k1: PyTree) -> Proposal:
         """Reads the schedule; costs nothing."""
-        del problem, params, k1
+        del field, params, k1
         return Proposal(self.schedule(count), state)
 
 
@@ -155,22 +177,14 @@ class Dal(StepSizeRule):
     form: str
     estimate: str
     every: int
-    wants_curvature: bool = False
+    wants: frozenset[Quantity] = frozenset()
     needs: frozenset[Capability] = frozenset()
-
-    def check(self, solver: Solver, has_after: bool = False) -> None:
-        """Refuses the free estimate where the solver has no two stages to take it from."""
-        if self.estimate == "free" and not solver.sees_curvature:
-            raise ValueError(
-                "dal(estimate='free') reads the curvature off the solver's first two stages, and this solver has no "
-                "second one. Use estimate='product' or 'difference', or a solver of two stages, such as 'heun'."
-            )
 
     def init(self) -> DalState:
         """No curvature has been seen: NaN, which `propose` reads as such."""
         return DalState(jnp.full([], jnp.nan, _tree.default_float()))
 
-    def propose(self, count: jax.Array, state: PyTree, problem: Problem, params: PyTree, k1: PyTree) -> Proposal:
+    def propose(self, count: jax.Array, state: PyTree, field: VectorField, params: PyTree, k1: PyTree) -> Proposal:
         """Costs a Hessian-vector product, a gradient or nothing, by `estimate`."""
         c = self.max_learning_rate(count)
         if self.estimate == "free":
@@ -179,7 +193,7 @@ class Dal(StepSizeRule):
             measure = _ratio_by_product if self.estimate == "product" else _ratio_by_difference
             # Refused and skipped estimates keep the last one; before the first, NaN asks for one.
             due = (count % self.every == 0) | jnp.isnan(state.ratio)
-            measured = jax.lax.cond(due, lambda: measure(problem, params, k1), lambda: state.ratio)
+            measured = jax.lax.cond(due, lambda: measure(field, params, k1), lambda: state.ratio)
             ratio = jnp.where(jnp.isfinite(measured), measured, state.ratio)
             spent = due.astype(jnp.int32)
             cost = Cost(products=spent) if self.estimate == "product" else Cost(gradients=spent)
@@ -187,9 +201,8 @@ class Dal(StepSizeRule):
 
     def judge(self, state: PyTree, attempt: Attempt) -> Verdict:
         """Refuses nothing; takes the free estimate for the next step."""
-        curvature = attempt.step.curvature
-        if self.estimate == "free" and curvature is not None:
-            seen = curvature.astype(state.ratio.dtype)
+        if self.estimate == "free":
+            seen = attempt.step.quantities["curvature"].astype(state.ratio.dtype)
             state = DalState(jnp.where(jnp.isfinite(seen), seen, state.ratio))
         return Verdict(True, Reason.ACCEPTED, state)
 
@@ -248,7 +261,13 @@ def dal(
         raise ValueError("every has no use with estimate='free', which costs nothing: leave it at 1.")
     needs: frozenset[Capability] = frozenset({"product"}) if estimate == "product" else frozenset()
     return Dal(
-        as_schedule(max_learning_rate, "max_learning_rate"), power, form, estimate, every, estimate == "free", needs
+        as_schedule(max_learning_rate, "max_learning_rate"),
+        power,
+        form,
+        estimate,
+        every,
+        frozenset({"curvature"}) if estimate == "free" else frozenset(),
+        needs,
     )
 
 
@@ -279,11 +298,11 @@ class SgdG2(StepSizeRule):
         dtype = _tree.default_float()
         return SgdG2State(jnp.full([], self.initial_learning_rate, dtype), jnp.full([], jnp.nan, dtype))
 
-    def propose(self, count: jax.Array, state: PyTree, problem: Problem, params: PyTree, k1: PyTree) -> Proposal:
+    def propose(self, count: jax.Array, state: PyTree, field: VectorField, params: PyTree, k1: PyTree) -> Proposal:
         """Costs one gradient."""
         del count
         h = state.step_size
-        k2 = problem(_tree.add_scaled(params, -h, k1), 0)
+        k2 = field(_tree.add_scaled(params, -h, k1), 0)
         change = jax.tree.map(jnp.subtract, k1, k2)
         inner, square = _tree.inner(change, k1), _tree.inner(change, change)
         optimal = 2 * h * inner / square
@@ -388,16 +407,16 @@ def _real_scalar(h: jax.Array, what: str) -> jax.Array:
     return jnp.real(h)
 
 
-def _ratio_by_product(problem: Problem, params: PyTree, k1: PyTree) -> jax.Array:
+def _ratio_by_product(field: VectorField, params: PyTree, k1: PyTree) -> jax.Array:
     """‖Hg‖/‖g‖ by an exact product; 0 where g = 0."""
-    return _tree.ratio(_tree.norm(problem.product(params, k1)), _tree.norm(k1)).astype(_tree.default_float())
+    return _tree.ratio(_tree.norm(field.product(params, k1)), _tree.norm(k1)).astype(_tree.default_float())
 
 
-def _ratio_by_difference(problem: Problem, params: PyTree, k1: PyTree) -> jax.Array:
+def _ratio_by_difference(field: VectorField, params: PyTree, k1: PyTree) -> jax.Array:
     """‖Hg‖/‖g‖ by a difference of gradients along g; 0 where g = 0."""
     norm = _tree.norm(k1)
     # The square root of the rounding error, relative to params, balances rounding and truncation.
-    epsilon = math.sqrt(max(_tree.unit_roundoff(params), problem.rounding)) * (1 + _tree.norm(params))
+    epsilon = math.sqrt(max(_tree.unit_roundoff(params), field.rounding)) * (1 + _tree.norm(params))
     factor = _tree.ratio(epsilon, norm)
-    change = jax.tree.map(jnp.subtract, k1, problem(_tree.add_scaled(params, -factor, k1), 0))
+    change = jax.tree.map(jnp.subtract, k1, field(_tree.add_scaled(params, -factor, k1), 0))
     return (_tree.norm(change) / epsilon).astype(_tree.default_float())

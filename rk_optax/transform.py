@@ -13,8 +13,8 @@ import optax
 
 from rk_optax import _checks, _tree
 from rk_optax._arguments import near_miss
+from rk_optax.field import Objective, StageBatches, check_kinds, check_like_params, promote
 from rk_optax.preconditioner import Preconditioner, no_preconditioner
-from rk_optax.problem import Objective, StageBatches, check_kinds, check_like_params, promote
 from rk_optax.solver import Cost, Solver, as_solver
 from rk_optax.step_size import Attempt, LearningRate, Reason, StepSizeRule, as_rule
 from rk_optax.tableau import ButcherTableau
@@ -142,21 +142,21 @@ def _transformation(
         moving = part.moving(params)
         _check_differentiable(moving)
         theta = promote(moving, stage_dtype)
-        problem = objective.bind(extra_args, params, part, stage_dtype)
+        field = objective.bind(extra_args, params, part, stage_dtype)
         incoming = part.moving(updates)
         if reuse_updates:
-            problem = dataclasses.replace(problem, rounding=_tree.unit_roundoff(incoming))
+            field = dataclasses.replace(field, rounding=_tree.unit_roundoff(incoming))
         check_kinds(incoming, theta, "updates")
         incoming = _tree.cast_like(incoming, theta)
-        k1 = objective.with_l2(incoming, theta) if reuse_updates else problem(theta)
-        frozen, preconditioner_state, scale_cost = frozen_scale.update(k1, state.preconditioner, theta, problem)
+        k1 = objective.with_l2(incoming, theta) if reuse_updates else field(theta)
+        frozen, preconditioner_state, scale_cost = frozen_scale.update(k1, state.preconditioner, theta, field)
         diagonal = None if frozen_scale.diagonal is None else frozen_scale.diagonal(frozen)
-        problem = problem.preconditioned(lambda gradient: frozen_scale.apply(gradient, frozen), diagonal)
+        field = field.preconditioned(lambda gradient: frozen_scale.apply(gradient, frozen), diagonal)
         k1 = frozen_scale.apply(k1, frozen)
 
-        h, rule_state, rule_cost = rule.propose(state.count, state.rule, problem, theta, k1)
-        wanted = {"want_curvature": True} if rule.wants_curvature else {}  # only solvers that see it know the keyword
-        step = method.step(problem, theta, k1, h, state.solver, want_error=rule.wants_error, **wanted)
+        h, rule_state, rule_cost = rule.propose(state.count, state.rule, field, theta, k1)
+        step = method.step(field, theta, k1, h, state.solver, wants=rule.wants)
+        h, step, rule_state, choice_cost = rule.choose(rule_state, field, theta, k1, h, step)
         direction, after_state = between.update(
             _tree.cast_like(step.direction, moving), state.after, moving, **extra_args
         )
@@ -167,7 +167,7 @@ def _transformation(
         finite = step.finite & _tree.all_finite(looked_at) if skip_nonfinite else jnp.asarray(True)
         usable = finite & step.solved
         candidate = promote(jax.tree.map(jnp.add, moving, emitted), stage_dtype)
-        attempt = Attempt(method, problem, theta, k1, candidate, jnp.asarray(h), step, usable)
+        attempt = Attempt(method, field, theta, k1, candidate, jnp.asarray(h), step, usable)
         verdict = rule.judge(rule_state, attempt)
         accepted = usable & verdict.accepted
         reason = jnp.where(finite, jnp.where(step.solved, verdict.reason, Reason.NOT_SOLVED), Reason.NOT_FINITE)
@@ -183,7 +183,7 @@ def _transformation(
         return part.merge(emitted, zeros), RungeKuttaState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             step_size=jnp.asarray(h, state.step_size.dtype),
-            cost=state.cost.plus(step.cost).plus(scale_cost).plus(rule_cost).plus(verdict.cost),
+            cost=state.cost.plus(step.cost).plus(scale_cost).plus(rule_cost).plus(choice_cost).plus(verdict.cost),
             accepted=accepted,
             reason=reason.astype(jnp.int32),
             rejected=state.rejected + ~accepted,
@@ -216,7 +216,7 @@ def _stage_batches(policy: Any, names: Sequence[str], method: Solver, rule: Step
             f"stage_batches={policy!r} needs a solver with a fixed number of gradients per step, which "
             f"{type(method).__name__} does not have."
         )
-    if rule.wants_curvature:
+    if "curvature" in rule.wants:
         raise ValueError(
             f"dal(estimate='free') compares the first two stages, and with stage_batches={policy!r} they see different "
             "batches, so that it would measure their noise. Use estimate='product' or 'difference'."

@@ -47,7 +47,7 @@ REFUSED = {
     ),
     "the free estimate without a second stage": (
         lambda solver, scale, rate, after, policy: rate == "dal, free" and solver == "euler",
-        "no second one",
+        "first two stages",
     ),
     "the free estimate of two stages on different data": (
         lambda solver, scale, rate, after, policy: rate == "dal, free" and policy != "same",
@@ -129,7 +129,7 @@ def test_implicit_and_exponential_solvers_go_with_diagonal_preconditioners_and_r
             return rk_optax.runge_kutta(product_loss, RATES[rate], solver, **options)
 
         if scale == "clip" or rate in ("dal, free", "sgd_g2"):
-            with pytest.raises(ValueError, match=r"diagonal one|no second one|gradient-descent step"):
+            with pytest.raises(ValueError, match=r"diagonal one|first two stages|gradient-descent step"):
                 build_it()
             continue
 
@@ -234,7 +234,7 @@ def test_a_pairwise_cover_trains_and_traces_the_loss_in_the_first_step_only(comb
 class NoFixedStages(rk_optax.Solver):
     """A solver of one's own whose gradients per step are not fixed in number."""
 
-    def step(self, problem, params, k1, h, state, *, want_error=False):
+    def step(self, problem, params, k1, h, state, *, wants=frozenset()):
         return rk_optax.Step(k1, rk_optax.Cost(gradients=1), state=state)
 
 
@@ -348,7 +348,7 @@ def test_what_does_not_combine_raises_and_says_why(row):
 # The README says the same, to people: each row of its table and the message that a reader gets.
 README_MESSAGES = [
     "gradient-descent step",
-    "no second one",
+    "first two stages",
     "they see different batches",
     "costs nothing",
     "needs a 'product'",

@@ -677,13 +677,13 @@ def test_the_free_estimate_is_refused_where_the_stages_see_different_data(policy
 class OneStage(rk_optax.Solver):
     """A solver of one's own, without a second stage."""
 
-    def step(self, problem, params, k1, h, state, *, want_error=False, want_curvature=False):
+    def step(self, problem, params, k1, h, state, *, wants=frozenset()):
         return rk_optax.Step(k1, Cost(gradients=1), state=state)
 
 
 @pytest.mark.parametrize("solver", ["euler", OneStage()], ids=["euler", "own"])
 def test_the_free_estimate_needs_a_second_stage(solver):
-    with pytest.raises(ValueError, match=r"first two stages.*no second one.*'product' or 'difference'.*'heun'"):
+    with pytest.raises(ValueError, match=r"first two stages.*does not offer.*'product' or 'difference'.*'heun'"):
         rk_optax.runge_kutta(network_loss, dal(C, estimate="free"), solver)
 
 

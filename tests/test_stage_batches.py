@@ -432,7 +432,7 @@ def plain(w):
 class Adaptive(rk_optax.Solver):
     """A solver whose number of gradients is not fixed."""
 
-    def step(self, problem, params, k1, h, state, *, want_error=False, want_curvature=False):
+    def step(self, problem, params, k1, h, state, *, wants=frozenset()):
         return rk_optax.Step(k1, rk_optax.Cost(gradients=1), state=state)
 
 

@@ -153,7 +153,7 @@ class Failing(rk_optax.Solver):
     def init(self, params):
         return jnp.zeros([], jnp.int32)
 
-    def step(self, problem, params, k1, h, state, *, want_error=False):
+    def step(self, problem, params, k1, h, state, *, wants=frozenset()):
         odd = self.attempts % 2 == 1
         self.attempts += 1
         return Step(k1, Cost(gradients=1, products=5), solved=jnp.asarray(not odd), state=state + 1)

@@ -2,7 +2,7 @@
 
 import difflib
 
-from rk_optax.solver._base import Cost, Solver, Step
+from rk_optax.solver._base import Cost, Quantity, Solver, Step, check_offers, name_of
 from rk_optax.solver._diagonal import DiagonalCurvature
 from rk_optax.solver.explicit import Explicit
 from rk_optax.solver.exponential import Etd
@@ -18,6 +18,7 @@ __all__ = [
     "Etd",
     "Explicit",
     "Implicit",
+    "Quantity",
     "ResidualEuler",
     "Ros2",
     "RosenbrockEuler",
@@ -25,6 +26,8 @@ __all__ = [
     "Stabilized",
     "Step",
     "as_solver",
+    "check_offers",
+    "name_of",
 ]
 
 

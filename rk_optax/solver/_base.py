@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import abc
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rk_optax.problem import Capability, Problem
+from rk_optax.field import Capability, VectorField
 
 PyTree = Any
+Quantity = Literal["error", "curvature", "predicted_fall", "path", "last_stage", "dense"]
+"""What a solver can return of a step beside its direction, where a step-size rule wants it:
+
+error: estimate of the local error, like params and in its units (those of θ, not of g*).
+curvature: ‖k1 − k2‖/(a21 h ‖k1‖), about ‖Hg‖/‖g‖, a scalar.
+predicted_fall: of the loss, by the solver's own quadratic model, a scalar.
+path: the steps of all h from one factorisation; see `Path`.
+last_stage: the field at the end of the step, like params, where the method evaluates it there.
+dense: what interpolates the flow within the step.
+"""
 
 
 class Cost(NamedTuple):
@@ -33,9 +45,7 @@ class Step(NamedTuple):
     cost: Cost
     finite: bool | jax.Array = True  # False for a stage that was not finite and does not show in g*
     solved: bool | jax.Array = True  # did the solver's own iteration, where it has one, converge?
-    error: PyTree | None = None  # estimate of the local error, like params and in its units
-    predicted_fall: jax.Array | None = None  # of the loss, by the solver's own quadratic model
-    curvature: jax.Array | None = None  # ‖k1 − k2‖ / (a21 h ‖k1‖), about ‖Hg‖/‖g‖; None where not asked for
+    quantities: Mapping[Quantity, Any] = MappingProxyType({})  # those that were asked for
     work: Any = None  # gradients that h asks for, a fraction too, estimates not counted; None: see cost
     largest_step: jax.Array | None = None  # the largest h that the solver could have taken here, where it knows one
     state: PyTree = ()
@@ -46,7 +56,7 @@ class Solver(abc.ABC):
     """A method for dθ/dt = −g(θ). Subclasses are frozen dataclasses; all that changes is in `state`.
 
     Attributes:
-      needs: what the solver asks of a problem beyond its field; checked when a transformation is built.
+      needs: what the solver asks of a field beyond its field; checked when a transformation is built.
     """
 
     needs: ClassVar[frozenset[Capability]] = frozenset()
@@ -67,14 +77,9 @@ class Solver(abc.ABC):
         return None
 
     @property
-    def predicts_fall(self) -> bool:
-        """Whether a step says by how much its own quadratic model of the loss falls."""
-        return False
-
-    @property
-    def sees_curvature(self) -> bool:
-        """Whether `step` takes `want_curvature=True`, and then returns the curvature along k1 for nothing."""
-        return False
+    def offers(self) -> frozenset[Quantity]:
+        """What a step can return beside its direction, on demand: here an error estimate, where it has an order."""
+        return frozenset() if self.error_order is None else frozenset({"error"})
 
     def init(self, params: PyTree) -> PyTree:
         """The solver's state; `params` may be abstract, and holds the moving leaves only."""
@@ -84,21 +89,53 @@ class Solver(abc.ABC):
     @abc.abstractmethod
     def step(
         self,
-        problem: Problem,
+        field: VectorField,
         params: PyTree,
         k1: PyTree,
         h: Any,
         state: PyTree,
         *,
-        want_error: bool = False,
+        wants: frozenset[Quantity] = frozenset(),
     ) -> Step:
         """One step.
 
         Args:
-          problem: the field; `problem(params, stage)` evaluates it.
+          field: the field; `field(params, stage)` evaluates it.
           params: θ, a pytree in the stage dtype.
           k1: the field at θ (stage 1), like params.
           h: the step size, in units of the flow's time (a learning rate): a number or a real scalar array.
           state: what `init` or the last step returned.
-          want_error: whether to return an error estimate.
+          wants: the quantities to return in `Step.quantities`, a subset of `offers`.
         """
+
+
+_ABOUT: dict[Quantity, tuple[str, str]] = {
+    "error": (
+        "an embedded error estimate",
+        "Use a solver that has one, such as 'bogacki_shampine', 'tsit5', 'rkc2' or Ros2, or descent_control()",
+    ),
+    "curvature": (
+        "the curvature read off the solver's first two stages",
+        "Use estimate='product' or 'difference' instead of 'free', or a solver with a second stage, such as 'heun'",
+    ),
+    "predicted_fall": (
+        "the fall of the loss by the solver's quadratic model",
+        "Use it with rosenbrock_euler or residual_euler, or descent_control() with this solver",
+    ),
+    "path": ("the steps of all h from one factorisation", "Use it with residual_euler or rosenbrock_euler"),
+    "last_stage": ("the field at the end of the step", "Use a solver whose last stage is the next first one"),
+    "dense": ("dense output", "Use an explicit solver"),
+}
+
+
+def check_offers(solver: Solver, wants: frozenset[Quantity], who: str) -> None:
+    """Raises a ValueError, with the remedy, where `who` wants what the solver does not offer."""
+    for quantity in sorted(wants - solver.offers):
+        what, remedy = _ABOUT[quantity]
+        raise ValueError(f"{who} needs {what}, which {name_of(solver)} does not offer. {remedy}.")
+
+
+def name_of(solver: Solver) -> str:
+    """How messages call a solver."""
+    tableau = getattr(solver, "tableau", None)
+    return type(solver).__name__ if tableau is None else f"the tableau {tableau.name!r}"

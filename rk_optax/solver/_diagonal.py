@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rk_optax import _checks, _tree
-from rk_optax.problem import Problem
+from rk_optax.field import VectorField
 from rk_optax.solver._base import Cost
 
 PyTree = Any
@@ -61,16 +61,16 @@ class DiagonalCurvature:
             jax.tree.map(lambda x: jnp.real(jnp.zeros_like(x)), params),
         )
 
-    def update(self, problem: Problem, params: PyTree, state: DiagonalState) -> tuple[PyTree, DiagonalState, Cost]:
+    def update(self, field: VectorField, params: PyTree, state: DiagonalState) -> tuple[PyTree, DiagonalState, Cost]:
         """D at `params`, real and like params in the stage dtype, with the state and the cost of this step."""
         due = state.steps % self.every == 0
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.steps)
         wide = jax.tree.map(lambda d, p: d.astype(_tree.real_dtype(p)), state.mean, params)
 
         def estimate() -> tuple[PyTree, jax.Array]:
-            assert problem.gradient is not None  # for the type checker: the objective saw to it
+            assert field.gradient is not None  # for the type checker: the objective saw to it
             signs = _tree.random_signs(key, params)
-            product = jax.jvp(problem.gradient, (params,), (signs,))[1]
+            product = jax.jvp(field.gradient, (params,), (signs,))[1]
             new = jax.tree.map(
                 lambda d, z, hz: self.decay * d + (1 - self.decay) * jnp.real(jnp.conj(z) * hz), wide, signs, product
             )

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from rk_optax import _tree
-from rk_optax.problem import Linear
+from rk_optax.field import Linear
 
 PyTree = Any
 

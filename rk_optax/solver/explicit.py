@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rk_optax import _tree
-from rk_optax.problem import Problem
-from rk_optax.solver._base import Cost, Solver, Step
+from rk_optax.field import VectorField
+from rk_optax.solver._base import Cost, Quantity, Solver, Step, check_offers
 from rk_optax.tableau import ButcherTableau
 
 PyTree = Any
@@ -59,26 +59,27 @@ class Explicit(Solver):
         return None if order is None else min(order, self.tableau.order)
 
     @property
-    def sees_curvature(self) -> bool:
-        """Whether there is a second stage, at another place than the first, to compare it with."""
+    def offers(self) -> frozenset[Quantity]:
+        """An error where the tableau has embedded weights; a curvature where a second stage is at another place."""
         kept = self.tableau.needed_stages(with_error=False)
-        return len(kept) > 1 and self.tableau.a[kept[1], kept[0]] != 0
+        bent = len(kept) > 1 and self.tableau.a[kept[1], kept[0]] != 0
+        curvature: frozenset[Quantity] = frozenset({"curvature"}) if bent else frozenset()
+        return super().offers | curvature
 
     def step(
         self,
-        problem: Problem,
+        field: VectorField,
         params: PyTree,
         k1: PyTree,
         h: Any,
         state: PyTree,
         *,
-        want_error: bool = False,
-        want_curvature: bool = False,
+        wants: frozenset[Quantity] = frozenset(),
     ) -> Step:
         """One step; see `Solver.step`. `h` may be zero or traced."""
         tableau = self.tableau
-        if want_error and tableau.b_hat is None:
-            raise ValueError(f"The tableau {tableau.name!r} has no embedded weights to estimate an error with.")
+        check_offers(self, wants, "This step")
+        want_error = "error" in wants
         kept = np.array(tableau.needed_stages(with_error=want_error))
         a, weights = tableau.a[np.ix_(kept, kept)], [tableau.b[kept]]
         if tableau.b_hat is not None and want_error:
@@ -87,18 +88,22 @@ class Explicit(Solver):
         # Both forms evaluate stages 2 to s in one scan, so that the loss is traced and compiled once whatever s is.
         looks_back_once = not np.tril(a, -2).any()
         combine = _chained_stages if looks_back_once else _stored_stages
-        (direction, *errors), change = combine(problem, params, k1, h, a, weights, want_curvature)
+        (direction, *errors), change = combine(field, params, k1, h, a, weights, "curvature" in wants)
+        quantities: dict[Quantity, Any] = {}
+        if want_error:
+            quantities["error"] = _tree.scale(h, errors[0])
+        if change is not None:
+            quantities["curvature"] = change / (abs(a[1, 0]) * h * _tree.norm(k1))
         return Step(
             direction,
             Cost(gradients=len(kept)),
-            error=_tree.scale(h, errors[0]) if want_error else None,
-            curvature=None if change is None else change / (abs(a[1, 0]) * h * _tree.norm(k1)),
+            quantities=quantities,
             state=state,
         )
 
 
 def _chained_stages(
-    problem: Problem, params: PyTree, k1: PyTree, h: Any, a: np.ndarray, weights: list[np.ndarray], want_change: bool
+    field: VectorField, params: PyTree, k1: PyTree, h: Any, a: np.ndarray, weights: list[np.ndarray], want_change: bool
 ) -> tuple[list[PyTree], jax.Array | None]:
     """Σ w_i k_i for each row of weights, where a stage needs only the one before it, as in classical RK4.
 
@@ -114,7 +119,7 @@ def _chained_stages(
     def stage(carry: Any, inputs: Any) -> tuple[Any, jax.Array | None]:
         before, sums = carry
         i, coefficient, new_weights = inputs
-        k = problem(_moved(params, h, _tree.scale(coefficient, before)), i)
+        k = field(_moved(params, h, _tree.scale(coefficient, before)), i)
         sums = [_tree.add_scaled(total, w, k) for total, w in zip(sums, new_weights, strict=True)]
         return (k, sums), first_change(i, k, before) if want_change else None
 
@@ -127,7 +132,7 @@ def _chained_stages(
 
 
 def _stored_stages(
-    problem: Problem, params: PyTree, k1: PyTree, h: Any, a: np.ndarray, weights: list[np.ndarray], want_change: bool
+    field: VectorField, params: PyTree, k1: PyTree, h: Any, a: np.ndarray, weights: list[np.ndarray], want_change: bool
 ) -> tuple[list[PyTree], jax.Array | None]:
     """Σ w_i k_i for each row of weights, where later stages need several earlier ones: all are kept.
 
@@ -143,7 +148,7 @@ def _stored_stages(
     rows = [functools.partial(combination, row, used=np.flatnonzero(row) if row.any() else [0]) for row in a[1:]]
 
     def stage(ks: PyTree, i: jax.Array) -> tuple[PyTree, None]:
-        k = problem(_moved(params, h, jax.lax.switch(i - 1, rows, ks)), i)
+        k = field(_moved(params, h, jax.lax.switch(i - 1, rows, ks)), i)
         ks = jax.tree.map(lambda slots, new: jax.lax.dynamic_update_index_in_dim(slots, new, i, 0), ks, k)
         return ks, None
 

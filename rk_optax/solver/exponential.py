@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from rk_optax import _tree
-from rk_optax.problem import Capability, Problem
-from rk_optax.solver._base import Cost, Solver, Step
+from rk_optax.field import Capability, VectorField
+from rk_optax.solver._base import Cost, Quantity, Solver, Step, check_offers
 from rk_optax.solver._diagonal import DiagonalCurvature
 
 PyTree = Any
@@ -31,7 +31,7 @@ class Etd(Solver):
 
     Args:
       order: 1 (ETD1) or 2 (ETDRK2).
-      linear: D. "l2": the problem's own `l2`, so that this decay is exact; "diagonal" or a `DiagonalCurvature`: an
+      linear: D. "l2": the field's own `l2`, so that this decay is exact; "diagonal" or a `DiagonalCurvature`: an
         estimate of the Hessian's diagonal, l2 included.
 
     Raises:
@@ -75,33 +75,40 @@ class Etd(Solver):
         return () if self._estimator is None else self._estimator.init(params)
 
     def step(
-        self, problem: Problem, params: PyTree, k1: PyTree, h: Any, state: PyTree, *, want_error: bool = False
+        self,
+        field: VectorField,
+        params: PyTree,
+        k1: PyTree,
+        h: Any,
+        state: PyTree,
+        *,
+        wants: frozenset[Quantity] = frozenset(),
     ) -> Step:
         """One step; see `Solver.step`. `h` may be zero or traced."""
-        if want_error and self.order == 1:
-            raise ValueError("ETD1 has no error estimate; ETDRK2, Etd(order=2), has one.")
+        check_offers(self, wants, "This step")
         if self._estimator is not None:
-            rate, state, cost = self._estimator.update(problem, params, state)
+            rate, state, cost = self._estimator.update(field, params, state)
         else:
-            if problem.l2 is None:
+            if field.l2 is None:
                 raise ValueError("Etd(linear='l2') integrates the optimizer's l2 exactly, and there is none: pass l2=.")
             ones = jax.tree.map(lambda p: jnp.ones(p.shape, _tree.real_dtype(p)), params)
-            rate, cost = _tree.scale(problem.l2, ones), Cost()
-        if problem.scale is not None:
-            rate = jax.tree.map(jnp.multiply, rate, problem.scale)
+            rate, cost = _tree.scale(field.l2, ones), Cost()
+        if field.scale is not None:
+            rate = jax.tree.map(jnp.multiply, rate, field.scale)
         z = jax.tree.map(lambda d: -jnp.asarray(h, d.dtype) * d, rate)
         direction = jax.tree.map(lambda x, k: phi1(x) * k, z, k1)
-        error = None
+        quantities: dict[Quantity, Any] = {}
         if self.order == 2:
-            k2 = problem(_tree.add_scaled(params, -h, direction), 1)
+            k2 = field(_tree.add_scaled(params, -h, direction), 1)
             # N(a) − N(θ) = k2 − k1 − PD(a − θ) at a = θ − hφ₁k1, where 1 + zφ₁(z) = exp(z): no difference of positions.
             change = jax.tree.map(lambda x, new, old: phi2(x) * (new - jnp.exp(x) * old), z, k2, k1)
             direction = jax.tree.map(jnp.add, direction, change)
-            error = _tree.scale(h, change) if want_error else None
+            if "error" in wants:
+                quantities["error"] = _tree.scale(h, change)
         return Step(
             direction,
             cost._replace(gradients=self.order),
-            error=error,
+            quantities=quantities,
             state=state,
             # The curvature is that of the place where a refused step stays.
             refused_state=state,

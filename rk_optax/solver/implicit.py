@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rk_optax import _checks, _tree
-from rk_optax.problem import Capability, Problem
-from rk_optax.solver._base import Cost, Solver, Step
+from rk_optax.field import Capability, VectorField
+from rk_optax.solver._base import Cost, Quantity, Solver, Step, check_offers
 from rk_optax.solver._linear import conjugate_gradients, shifted_lanczos
 from rk_optax.tableau import ButcherTableau
 
@@ -136,26 +136,32 @@ class Implicit(Solver):
         return ImplicitState(*(jnp.zeros([], dtype) for dtype in (jnp.int32, jnp.int32, _tree.default_float())))
 
     def step(
-        self, problem: Problem, params: PyTree, k1: PyTree, h: Any, state: PyTree, *, want_error: bool = False
+        self,
+        field: VectorField,
+        params: PyTree,
+        k1: PyTree,
+        h: Any,
+        state: PyTree,
+        *,
+        wants: frozenset[Quantity] = frozenset(),
     ) -> Step:
         """One step; see `Solver.step`. `h` may be zero or traced."""
         del state
         tableau = self.tableau
-        if want_error and tableau.b_hat is None:
-            raise ValueError(f"The tableau {tableau.name!r} has no embedded weights to estimate an error with.")
+        check_offers(self, wants, "This step")
         solve = self._sequential if self._one_by_one else self._coupled
-        ds, solved = solve(problem, params, k1, h)
+        ds, solved = solve(field, params, k1, h)
         new = ImplicitState(solved.iterations, solved.linear_iterations, solved.residual)
         gradients = solved.iterations * (2 if self._one_by_one else 1 + tableau.stages)
-        error = None
-        if want_error and tableau.b_hat is not None:
-            error = _tree.scale(h, self._weighted(tableau.b - tableau.b_hat, k1, ds))
+        quantities: dict[Quantity, Any] = {}
+        if "error" in wants and tableau.b_hat is not None:
+            quantities["error"] = _tree.scale(h, self._weighted(tableau.b - tableau.b_hat, k1, ds))
         return Step(
             self._weighted(tableau.b, k1, ds),
             Cost(gradients=1 + gradients, products=solved.linear_iterations),
             finite=jnp.isfinite(solved.residual),
             solved=solved.converged,
-            error=error,
+            quantities=quantities,
             state=new,
             refused_state=new,
         )
@@ -182,7 +188,7 @@ class Implicit(Solver):
         of_k1 = weights[0] - of_ds @ explicit
         return total if abs(of_k1) < 1e-14 else _tree.add_scaled(total, of_k1, k1)
 
-    def _sequential(self, problem: Problem, params: PyTree, k1: PyTree, h: Any) -> tuple[PyTree, _Solved]:
+    def _sequential(self, field: VectorField, params: PyTree, k1: PyTree, h: Any) -> tuple[PyTree, _Solved]:
         """The displacements of a lower triangular tableau, stacked; the loss is traced once, whatever s is."""
         a, explicit = self._blocks
         explicit = np.zeros(len(a)) if explicit is None else explicit
@@ -196,23 +202,23 @@ class Implicit(Solver):
             known = _tree.add_scaled(_combined(row, ds), first, k1)
 
             def residual(d: PyTree) -> PyTree:
-                k = problem(_moved(params, h, d), i + len(self.tableau.a) - len(a))
+                k = field(_moved(params, h, d), i + len(self.tableau.a) - len(a))
                 return jax.tree.map(jnp.subtract, d, _tree.add_scaled(known, own, k))
 
             def correct(d: PyTree, defect: PyTree) -> _Correction:
-                product = problem.hessian(_moved(params, h, d))
-                found = conjugate_gradients(product, h * own, defect, problem.scale, **self._linear_limits)
+                product = field.hessian(_moved(params, h, d))
+                found = conjugate_gradients(product, h * own, defect, field.scale, **self._linear_limits)
                 return _Correction(found.x, found.iterations, found.residual, ~found.negative)
 
             defect = _tree.scale(-1, _tree.add_scaled(known, own, k1))
-            d, solved = self._newton(defect, residual, correct, params, h, problem.scale)
+            d, solved = self._newton(defect, residual, correct, params, h, field.scale)
             ds = jax.tree.map(lambda slots, new: jax.lax.dynamic_update_index_in_dim(slots, new, i, 0), ds, d)
             return (ds, before.then(solved)), None
 
         inputs = jax.tree.map(jnp.asarray, (np.arange(len(a)), np.diagonal(a), of_ds, of_k1))
         return jax.lax.scan(stage, (_stacked(jax.tree.map(jnp.zeros_like, k1), len(a)), _nothing_solved()), inputs)[0]
 
-    def _coupled(self, problem: Problem, params: PyTree, k1: PyTree, h: Any) -> tuple[PyTree, _Solved]:
+    def _coupled(self, field: VectorField, params: PyTree, k1: PyTree, h: Any) -> tuple[PyTree, _Solved]:
         """The displacements of any tableau, stacked, by Newton's method with one Hessian for all of them."""
         a = self.tableau.a
         eigenvalues, vectors = np.linalg.eig(a)
@@ -220,16 +226,16 @@ class Implicit(Solver):
         dtype = jnp.promote_types(_tree.default_float(), jnp.complex64)
 
         def residual(ds: PyTree) -> PyTree:
-            ks = jax.lax.map(lambda place: problem(place, 0), _moved(params, h, ds))
+            ks = jax.lax.map(lambda place: field(place, 0), _moved(params, h, ds))
             return jax.tree.map(jnp.subtract, ds, _mixed(a, ks))
 
         def correct(ds: PyTree, defect: PyTree) -> _Correction:
-            product = problem.hessian(_moved(params, h, _combined(np.full(len(a), 1 / len(a)), ds)))
+            product = field.hessian(_moved(params, h, _combined(np.full(len(a), 1 / len(a)), ds)))
             change, products, left = jax.tree.map(jnp.zeros_like, ds), jnp.zeros([], jnp.int32), jnp.zeros([])
             for e in np.flatnonzero(np.imag(eigenvalues) >= 0):
                 c = jnp.asarray(h, dtype) * eigenvalues[e]
                 found = jax.lax.map(
-                    lambda b, c=c: shifted_lanczos(product, c, b, problem.scale, **self._linear_limits), defect
+                    lambda b, c=c: shifted_lanczos(product, c, b, field.scale, **self._linear_limits), defect
                 )
                 # Of a conjugate pair the other solution is the conjugate one.
                 weights = (2 if np.imag(eigenvalues[e]) else 1) * np.outer(vectors[:, e], inverse[e])
@@ -240,7 +246,7 @@ class Implicit(Solver):
             return _Correction(change, products, left, jnp.ones([], bool))
 
         defect = _tree.scale(-1, _mixed(a, _stacked(k1, len(a))))
-        return self._newton(defect, residual, correct, params, h, problem.scale)
+        return self._newton(defect, residual, correct, params, h, field.scale)
 
     def _newton(
         self,

@@ -13,8 +13,8 @@ import jax.flatten_util
 import jax.numpy as jnp
 
 from rk_optax import _checks, _tree
-from rk_optax.problem import Capability, Problem
-from rk_optax.solver._base import Cost, Solver, Step
+from rk_optax.field import Capability, VectorField
+from rk_optax.solver._base import Cost, Quantity, Solver, Step, check_offers
 from rk_optax.solver._diagonal import DiagonalCurvature
 from rk_optax.solver._linear import Solution, conjugate_gradients, real_matmul, solve_in_row_space
 
@@ -77,21 +77,21 @@ class _Rosenbrock(Solver):
             return self.curvature
         return DiagonalCurvature() if self.curvature == "diagonal" else None
 
-    def _system(self, problem: Problem, params: PyTree, state: LinearState) -> tuple[_Solve, PyTree, Cost]:
+    def _system(self, field: VectorField, params: PyTree, state: LinearState) -> tuple[_Solve, PyTree, Cost]:
         """`solve(c, b)` for (I + c·PB) x = b, the estimator's new state, and what B cost."""
         if self._estimator is not None:
-            rate, diagonal, cost = self._estimator.update(problem, params, state.diagonal)
-            if problem.scale is not None:
-                rate = jax.tree.map(jnp.multiply, rate, problem.scale)
+            rate, diagonal, cost = self._estimator.update(field, params, state.diagonal)
+            if field.scale is not None:
+                rate = jax.tree.map(jnp.multiply, rate, field.scale)
             return functools.partial(_divide, rate), diagonal, cost
         if self.curvature == "zero":
             return functools.partial(_divide, None), (), Cost()
         # Linearising runs the gradient once more; CG then calls its linear part alone.
-        product = problem.hessian(params) if self.curvature == "hessian" else problem.gauss_newton(params)
+        product = field.hessian(params) if self.curvature == "hessian" else field.gauss_newton(params)
 
         def solve(c: Any, b: PyTree) -> Solution:
             return conjugate_gradients(
-                product, c, b, problem.scale, tolerance=self.tolerance, max_iterations=self.max_iterations
+                product, c, b, field.scale, tolerance=self.tolerance, max_iterations=self.max_iterations
             )
 
         return solve, (), Cost(gradients=1)
@@ -134,23 +134,30 @@ class RosenbrockEuler(_Rosenbrock):
     """
 
     @property
-    def predicts_fall(self) -> bool:
-        """Of the quadratic model with B for its Hessian."""
-        return True
+    def offers(self) -> frozenset[Quantity]:
+        """The fall of the quadratic model with B for its Hessian."""
+        return frozenset({"predicted_fall"})
 
     def step(
-        self, problem: Problem, params: PyTree, k1: PyTree, h: Any, state: PyTree, *, want_error: bool = False
+        self,
+        field: VectorField,
+        params: PyTree,
+        k1: PyTree,
+        h: Any,
+        state: PyTree,
+        *,
+        wants: frozenset[Quantity] = frozenset(),
     ) -> Step:
         """One step; see `Solver.step`."""
-        _refuse_error(self, want_error)
-        solve, diagonal, cost = self._system(problem, params, state)
+        check_offers(self, wants, "This step")
+        solve, diagonal, cost = self._system(field, params, state)
         solution = solve(h, k1)
         residual = solution.residual.astype(_tree.default_float())
         new = LinearState(solution.iterations, residual, solution.negative, diagonal)
         return Step(
             solution.x,
             _total(cost, 1, solution),
-            predicted_fall=predicted_fall(problem, k1, h, solution.x) + 0.5 * h * solution.overlap,
+            quantities={"predicted_fall": predicted_fall(field, k1, h, solution.x) + 0.5 * h * solution.overlap},
             state=new,
             refused_state=new,
         )
@@ -193,21 +200,30 @@ class Ros2(_Rosenbrock):
         return 1
 
     def step(
-        self, problem: Problem, params: PyTree, k1: PyTree, h: Any, state: PyTree, *, want_error: bool = False
+        self,
+        field: VectorField,
+        params: PyTree,
+        k1: PyTree,
+        h: Any,
+        state: PyTree,
+        *,
+        wants: frozenset[Quantity] = frozenset(),
     ) -> Step:
         """One step; see `Solver.step`. Directions are −k of the docstring, so that θ ← θ − h·g*."""
         root = 1 / math.sqrt(2)
         gamma = self.gamma if self.gamma is not None else 1 - root if self.curvature == "hessian" else 1 + root
-        solve, diagonal, cost = self._system(problem, params, state)
+        solve, diagonal, cost = self._system(field, params, state)
         first = solve(gamma * h, k1)
-        field = problem(_tree.add_scaled(params, -h, first.x), 1)
-        second = solve(gamma * h, _tree.add_scaled(field, -2, first.x))
+        k2 = field(_tree.add_scaled(params, -h, first.x), 1)
+        second = solve(gamma * h, _tree.add_scaled(k2, -2, first.x))
         direction = jax.tree.map(lambda a, b: 1.5 * a + 0.5 * b, first.x, second.x)
-        error = _tree.scale(h, jax.tree.map(lambda a, b: 0.5 * (a + b), first.x, second.x)) if want_error else None
+        quantities: dict[Quantity, Any] = {}
+        if "error" in wants:
+            quantities["error"] = _tree.scale(h, jax.tree.map(lambda a, b: 0.5 * (a + b), first.x, second.x))
         residual = jnp.maximum(first.residual, second.residual).astype(_tree.default_float())
         negative = first.negative | second.negative
         new = LinearState(first.iterations + second.iterations, residual, negative, diagonal)
-        return Step(direction, _total(cost, 2, first, second), error=error, state=new, refused_state=new)
+        return Step(direction, _total(cost, 2, first, second), quantities=quantities, state=new, refused_state=new)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,9 +266,9 @@ class ResidualEuler(Solver):
         return True
 
     @property
-    def predicts_fall(self) -> bool:
-        """Of the Gauss–Newton model."""
-        return True
+    def offers(self) -> frozenset[Quantity]:
+        """The fall of the Gauss–Newton model."""
+        return frozenset({"predicted_fall"})
 
     def init(self, params: PyTree) -> LinearState:
         """Nothing has been solved yet."""
@@ -264,15 +280,22 @@ class ResidualEuler(Solver):
         return RosenbrockEuler("gauss_newton", self.tolerance, self.max_iterations)
 
     def step(
-        self, problem: Problem, params: PyTree, k1: PyTree, h: Any, state: PyTree, *, want_error: bool = False
+        self,
+        field: VectorField,
+        params: PyTree,
+        k1: PyTree,
+        h: Any,
+        state: PyTree,
+        *,
+        wants: frozenset[Quantity] = frozenset(),
     ) -> Step:
         """One step; see `Solver.step`."""
-        _refuse_error(self, want_error)
-        count = problem.count_rows(params)
+        check_offers(self, wants, "This step")
+        count = field.count_rows(params)
         if count > self.max_rows:
-            return self._beyond.step(problem, params, k1, h, state)
+            return self._beyond.step(field, params, k1, h, state)
         # Without the barrier XLA fuses the rows into their products, which then cost twice as much.
-        residual, rows = jax.lax.optimization_barrier(problem.rows(params))
+        residual, rows = jax.lax.optimization_barrier(field.rows(params))
         theta, unravel = jax.flatten_util.ravel_pytree(params)
         # One dtype for the linear algebra, whatever those of the leaves, of the residuals and of h are.
         real = jnp.promote_types(jnp.finfo(jnp.result_type(theta, residual)).dtype, jnp.float32)
@@ -280,11 +303,11 @@ class ResidualEuler(Solver):
         matrix = jnp.concatenate([jnp.zeros((count, 0), real), *leaves], axis=1)
         residual, h = residual.astype(real), jnp.asarray(h, real)
         scale = jnp.ones(theta.shape, real)
-        if problem.scale is not None:
-            scale = jax.flatten_util.ravel_pytree(problem.scale)[0].astype(real)
+        if field.scale is not None:
+            scale = jax.flatten_util.ravel_pytree(field.scale)[0].astype(real)
         pull, wanted = jnp.zeros_like(theta), residual
-        if problem.l2 is not None:
-            l2 = jnp.asarray(problem.l2, real)
+        if field.l2 is not None:
+            l2 = jnp.asarray(field.l2, real)
             scale, pull = scale / (1 + h * l2 * scale), l2 * theta
             wanted = residual - h * real_matmul(matrix, scale * pull)
         solution = solve_in_row_space(
@@ -297,25 +320,20 @@ class ResidualEuler(Solver):
         return Step(
             direction,
             Cost(gradients=1, rows=count),
-            predicted_fall=predicted_fall(problem, k1, h, direction) + correction,
+            quantities={"predicted_fall": predicted_fall(field, k1, h, direction) + correction},
             state=new,
             refused_state=new,
         )
 
 
-def predicted_fall(problem: Problem, k1: PyTree, h: Any, direction: PyTree) -> jax.Array:
+def predicted_fall(field: VectorField, k1: PyTree, h: Any, direction: PyTree) -> jax.Array:
     """L(θ) − m(θ − h·g*) = h(⟨∇L, g*⟩ + ⟨g*, P⁻¹g*⟩)/2 for g* that solves (I + hPB) g* = P∇L, m with Hessian B.
 
     Exact also for an iterate of CG on that system, whose residual is orthogonal to it; else h⟨g*, residual⟩/2 comes on
     top.
     """
-    if problem.scale is not None:
-        k1, unscaled = (jax.tree.map(jnp.divide, tree, problem.scale) for tree in (k1, direction))
+    if field.scale is not None:
+        k1, unscaled = (jax.tree.map(jnp.divide, tree, field.scale) for tree in (k1, direction))
     else:
         unscaled = direction
     return 0.5 * h * (_tree.inner(k1, direction) + _tree.inner(unscaled, direction))
-
-
-def _refuse_error(solver: Solver, want_error: bool) -> None:
-    if want_error:
-        raise ValueError(f"{type(solver).__name__} has no error estimate; use Ros2, or descent or trust-ratio control.")

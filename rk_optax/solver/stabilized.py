@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rk_optax import _checks, _tree
-from rk_optax.problem import Problem
-from rk_optax.solver._base import Cost, Solver, Step
+from rk_optax.field import VectorField
+from rk_optax.solver._base import Cost, Quantity, Solver, Step, check_offers
 
 PyTree = Any
 Family = Literal["rkc1", "rkc2", "rkl1", "rkl2"]
@@ -121,29 +121,36 @@ class Stabilized(Solver):
         )
 
     def step(
-        self, problem: Problem, params: PyTree, k1: PyTree, h: Any, state: PyTree, *, want_error: bool = False
+        self,
+        field: VectorField,
+        params: PyTree,
+        k1: PyTree,
+        h: Any,
+        state: PyTree,
+        *,
+        wants: frozenset[Quantity] = frozenset(),
     ) -> Step:
-        """One step; see `Solver.step`. `want_error` costs one gradient more."""
-        if want_error and self.error_order is None:
-            raise ValueError(f"{self.family!r} has no error estimate; {self.family[:-1] + '2'!r} has one.")
+        """One step; see `Solver.step`. An error estimate costs one gradient more."""
+        check_offers(self, wants, "This step")
+        want_error = "error" in wants
         if self.stages == "auto":
-            return self._automatic_step(problem, params, k1, h, state, want_error)
+            return self._automatic_step(field, params, k1, h, state, want_error)
         table = jnp.asarray(_coefficients(self.family, self.stages, self._damping))
-        direction = _recurrence(problem, params, k1, h, table, self.stages)
-        error = _error(problem, params, k1, h, direction, self.stages) if want_error else None
-        return Step(direction, Cost(gradients=self.stages + want_error), error=error, state=state)
+        direction = _recurrence(field, params, k1, h, table, self.stages)
+        error = _error(field, params, k1, h, direction, self.stages) if want_error else None
+        return Step(direction, Cost(gradients=self.stages + want_error), quantities=_quantities(error), state=state)
 
     @property
     def _damping(self) -> float:
         return _USUAL_DAMPING[self.family] if self.damping is None else float(self.damping)
 
     def _automatic_step(
-        self, problem: Problem, params: PyTree, k1: PyTree, h: Any, state: StabilizedState, want_error: bool
+        self, field: VectorField, params: PyTree, k1: PyTree, h: Any, state: StabilizedState, want_error: bool
     ) -> Step:
         due = ~jnp.isfinite(state.spectral_radius) | (state.age >= self.estimate_every)
         radius, eigenvector, spent = jax.lax.cond(
             due,
-            lambda: self._estimate(problem, params, k1, state),
+            lambda: self._estimate(field, params, k1, state),
             lambda: (state.spectral_radius, state.eigenvector, jnp.zeros([], jnp.int32)),
         )
         choices, intervals, tables = _all_coefficients(self.family, self.max_stages, self._damping)
@@ -153,8 +160,8 @@ class Stabilized(Solver):
         index = jnp.minimum(index, len(choices) - 1)
         stages = jnp.where(fits, jnp.asarray(choices)[index], 0)  # 0: nothing is spent on a step that cannot be taken
         table = jnp.asarray(tables)[index]
-        direction = _recurrence(problem, params, k1, h, table, stages)
-        error = _error(problem, params, k1, h, direction, stages) if want_error else None
+        direction = _recurrence(field, params, k1, h, table, stages)
+        error = _error(field, params, k1, h, direction, stages) if want_error else None
         age = jnp.where(due, 0, state.age).astype(jnp.int32)
         new = StabilizedState(radius, stages, age + 1, eigenvector)
         return Step(
@@ -163,7 +170,7 @@ class Stabilized(Solver):
             solved=fits,
             # Stages as a continuous function of h, or a controller that compares steps takes rounding for a loss.
             work=choices[0] * jnp.sqrt(stiffness / intervals[0]),
-            error=error,
+            quantities=_quantities(error),
             # A ρ that is not finite, of one bad batch say, tells nothing: a controller must not take h from it.
             largest_step=jnp.where(jnp.isfinite(radius), jnp.asarray(intervals[-1], radius.dtype) / radius, jnp.inf),
             state=new,
@@ -172,11 +179,11 @@ class Stabilized(Solver):
         )
 
     def _estimate(
-        self, problem: Problem, params: PyTree, k1: PyTree, state: StabilizedState
+        self, field: VectorField, params: PyTree, k1: PyTree, state: StabilizedState
     ) -> tuple[jax.Array, PyTree, jax.Array]:
         """ρ by the nonlinear power method: v ← (g(θ + v) − g(θ))/‖v‖, scaled to a length that can be differenced."""
         dtype = state.spectral_radius.dtype
-        roundoff = math.sqrt(max(_tree.unit_roundoff(params), problem.rounding))
+        roundoff = math.sqrt(max(_tree.unit_roundoff(params), field.rounding))
         length = roundoff * (1 + _tree.norm(params))
 
         def scaled(v: PyTree) -> PyTree:
@@ -184,7 +191,7 @@ class Stabilized(Solver):
 
         def iterate(carry: Any) -> Any:
             v, radius, _, i = carry
-            change = jax.tree.map(jnp.subtract, problem(jax.tree.map(jnp.add, params, v), 0), k1)
+            change = jax.tree.map(jnp.subtract, field(jax.tree.map(jnp.add, params, v), 0), k1)
             new = (_tree.norm(change) / length).astype(dtype)
             # A change that is zero or not finite has no direction: keep the old one.
             usable = jnp.isfinite(new) & (new > 0)
@@ -221,7 +228,7 @@ def _spread(k1: PyTree, params: PyTree) -> PyTree:
     )
 
 
-def _recurrence(problem: Problem, params: PyTree, k1: PyTree, h: Any, table: jax.Array, stages: Any) -> PyTree:
+def _recurrence(field: VectorField, params: PyTree, k1: PyTree, h: Any, table: jax.Array, stages: Any) -> PyTree:
     """g* = D_s of D_j = D_{j−1} + d_j, d_j = −ν_j d_{j−1} + σ_j D_{j−1} + κ_j g(θ − h D_{j−1}) + γ_j k1, D_1 = κ_1 k1.
 
     In displacements, θ_j = θ − h·D_j, because differences of the iterates, divided by h, lose all digits for small h;
@@ -232,7 +239,7 @@ def _recurrence(problem: Problem, params: PyTree, k1: PyTree, h: Any, table: jax
     def stage(j: Any, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
         displacement, increment = carry
         nu, excess, kappa, gamma = table[j - 1]
-        k = problem(_tree.add_scaled(params, -h, displacement), j - 1)
+        k = field(_tree.add_scaled(params, -h, displacement), j - 1)
         new = _tree.scale(-nu, increment)
         for weight, tree in ((excess, displacement), (kappa, k), (gamma, k1)):
             new = _tree.add_scaled(new, weight, tree)
@@ -242,10 +249,14 @@ def _recurrence(problem: Problem, params: PyTree, k1: PyTree, h: Any, table: jax
     return jax.lax.fori_loop(2, stages + 1, stage, (first, first))[0]
 
 
-def _error(problem: Problem, params: PyTree, k1: PyTree, h: Any, direction: PyTree, stages: Any) -> PyTree:
+def _error(field: VectorField, params: PyTree, k1: PyTree, h: Any, direction: PyTree, stages: Any) -> PyTree:
     """The RKC code's estimate (12(θ₀ − θ₁) − 6h(g₀ + g₁))/15, with g₁ the field at the end of the step."""
-    end = problem(_tree.add_scaled(params, -h, direction), stages - 1)
+    end = field(_tree.add_scaled(params, -h, direction), stages - 1)
     return _tree.scale(h, jax.tree.map(lambda d, a, b: (12 * d - 6 * (a + b)) / 15, direction, k1, end))
+
+
+def _quantities(error: PyTree | None) -> dict[Quantity, Any]:
+    return {} if error is None else {"error": error}
 
 
 @functools.cache

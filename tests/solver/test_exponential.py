@@ -13,7 +13,7 @@ from training import Evaluations, assert_close, assert_same, first_update, traje
 
 import rk_optax
 from rk_optax import Cost, DiagonalCurvature, Etd, Preconditioner, Reason, Ros2, RosenbrockEuler
-from rk_optax.problem import Problem
+from rk_optax.field import VectorField
 from rk_optax.solver.exponential import phi1, phi2
 
 ONCE = DiagonalCurvature(every=10**6)  # D of the start for good, so that nothing but h changes
@@ -190,9 +190,12 @@ def test_the_order_is_kept_with_a_diagonal_that_is_not_the_hessian(solver, order
 
 
 def test_the_error_estimate_of_etdrk2_is_its_distance_from_etd1(x64):
-    problem = Problem(lambda w, stage: jax.grad(loss_fn)(w) + 0.8 * w, l2=0.8)
+    problem = VectorField(lambda w, stage: jax.grad(loss_fn)(w) + 0.8 * w, l2=0.8)
     w, h = jnp.asarray(THETA), 0.2
-    one, two = (Etd(order, "l2").step(problem, w, problem(w), h, (), want_error=order == 2) for order in (1, 2))
+    one, two = (
+        Etd(order, "l2").step(problem, w, problem(w), h, (), wants={"error"} if order == 2 else set())
+        for order in (1, 2)
+    )
     np.testing.assert_allclose(two.error, h * (two.direction - one.direction), rtol=1e-12)
     tx = rk_optax.etdrk2(loss_fn, rk_optax.error_control(rtol=1e-4))
     _, state = jitted_first_update(tx, loss_fn, THETA)
@@ -205,7 +208,7 @@ def test_the_error_estimate_of_etdrk2_is_its_distance_from_etd1(x64):
 def estimates(estimator, loss, w, steps):
     """D, state and cost of each of some steps at the same place."""
     gradient = jax.grad(loss)
-    problem = Problem(lambda w, stage: gradient(w), loss, gradient, gradient=gradient)
+    problem = VectorField(lambda w, stage: gradient(w), loss, gradient, gradient=gradient)
     update = jax.jit(lambda state: estimator.update(problem, w, state))
     state, seen = estimator.init(w), []
     for _ in range(steps):
@@ -377,7 +380,7 @@ def test_stages_can_see_batches_of_their_own():
         (lambda: DiagonalCurvature(every=0), "every must be an integer of at least 1"),
         (lambda: Ros2("exact"), "curvature must be 'hessian', 'gauss_newton', 'diagonal'"),  # pyright: ignore
         (lambda: first_update(rk_optax.etd1(loss_fn, 0.1, linear="l2"), loss_fn, THETA), "pass l2="),
-        (lambda: rk_optax.etd1(loss_fn, rk_optax.error_control()), "Etd has not"),
+        (lambda: rk_optax.etd1(loss_fn, rk_optax.error_control()), "Etd does not offer"),
         (lambda: rk_optax.etdrk2(None, 0.1, grad_fn=jax.grad(loss_fn)), "'product': pass loss_fn"),
         (
             lambda: rk_optax.etdrk2(loss_fn, 0.1, preconditioner=rk_optax.precondition_by(optax.scale(2.0))),

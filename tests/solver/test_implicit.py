@@ -12,7 +12,7 @@ from nodepy.runge_kutta_method import loadRKM
 from training import Evaluations, assert_close, assert_same, first_update, trajectory, types
 
 import rk_optax
-from rk_optax import IMPLICIT_TABLEAUS, ButcherTableau, Explicit, Implicit, Preconditioner, Problem, Reason
+from rk_optax import IMPLICIT_TABLEAUS, ButcherTableau, Explicit, Implicit, Preconditioner, Reason, VectorField
 from rk_optax.solver import as_solver
 from rk_optax.solver._linear import conjugate_gradients, shifted_lanczos
 
@@ -159,7 +159,7 @@ def test_the_error_estimate_falls_with_the_order_of_the_embedded_method_and_one_
 
     @jax.jit
     def error(h):
-        return solver.step(problem, theta, problem(theta), h, solver.init(theta), want_error=True).error
+        return solver.step(problem, theta, problem(theta), h, solver.init(theta), wants={"error"}).error
 
     ratio = jnp.linalg.norm(error(0.01)) / jnp.linalg.norm(error(0.005))
     assert np.log2(ratio) == pytest.approx(order + 1, abs=0.1)
@@ -167,7 +167,7 @@ def test_the_error_estimate_falls_with_the_order_of_the_embedded_method_and_one_
 
 def hand_made(loss):
     gradient = jax.grad(loss)
-    return Problem(lambda w, stage: gradient(w), loss, gradient, gradient=gradient)
+    return VectorField(lambda w, stage: gradient(w), loss, gradient, gradient=gradient)
 
 
 # --- Linear problems -------------------------------------------------------------------------------------------------
@@ -195,11 +195,11 @@ def test_an_explicit_first_stage_enters_all_later_ones(weights, x64):
     tableau = ButcherTableau("esdirk", a, weights, [0, 0.5, 1], 1, b_hat, 1)
     problem, w, h = hand_made(quadratic), jnp.asarray(THETA), 0.8
     solver = Implicit(tableau, 1e-13)
-    step = jax.jit(lambda: solver.step(problem, w, problem(w), h, solver.init(w), want_error=True))()
+    step = jax.jit(lambda: solver.step(problem, w, problem(w), h, solver.init(w), wants={"error"}))()
     expected = direct_step(tableau, MATRIX, THETA, h)
     np.testing.assert_allclose(w - h * step.direction, expected, rtol=0, atol=1e-12)
     embedded = direct_step(ButcherTableau("embedded", a, b_hat, [0, 0.5, 1], 1), MATRIX, THETA, h)
-    np.testing.assert_allclose(step.error, embedded - expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(step.quantities["error"], embedded - expected, rtol=0, atol=1e-12)
 
 
 @named
@@ -354,7 +354,7 @@ def test_nothing_moves_at_a_minimum_or_with_a_step_of_zero(name):
 def test_every_gradient_is_counted_and_every_product(name):
     losses, products = Evaluations(loss_fn), Evaluations(lambda v: v)
 
-    class Counted(Problem):
+    class Counted(VectorField):
         def hessian(self, params):
             product = super().hessian(params)
             return lambda v: product(products.function(v))
@@ -507,7 +507,7 @@ def defective():
         (lambda: Implicit(IMPLICIT_TABLEAUS["sdirk2"], tolerance=0.0), ValueError, "tolerance must be positive"),
         (lambda: Implicit(IMPLICIT_TABLEAUS["sdirk2"], max_iterations=0), ValueError, "max_iterations must be"),
         (lambda: Implicit(IMPLICIT_TABLEAUS["sdirk2"], max_linear_iterations=2.5), ValueError, "max_linear_iter"),
-        (lambda: rk_optax.gauss4(loss_fn, rk_optax.error_control()), ValueError, "'gauss4' has not"),
+        (lambda: rk_optax.gauss4(loss_fn, rk_optax.error_control()), ValueError, "'gauss4' does not offer"),
         (lambda: rk_optax.gauss4(None, 0.1, grad_fn=jax.grad(loss_fn)), ValueError, "'product': pass loss_fn"),
         (
             lambda: rk_optax.radau3(loss_fn, 0.1, preconditioner=rk_optax.precondition_by(optax.scale(2.0))),
@@ -530,5 +530,5 @@ def test_what_cannot_be_solved_says_so_and_what_to_do(make, error, message):
 def test_without_embedded_weights_there_is_no_error_estimate():
     problem, w = hand_made(loss_fn), jnp.asarray(THETA)
     solver = as_solver("trapezoid")
-    with pytest.raises(ValueError, match="'trapezoid' has no embedded weights"):
-        solver.step(problem, w, problem(w), 0.1, solver.init(w), want_error=True)
+    with pytest.raises(ValueError, match="embedded error estimate, which the tableau 'trapezoid' does not offer"):
+        solver.step(problem, w, problem(w), 0.1, solver.init(w), wants={"error"})

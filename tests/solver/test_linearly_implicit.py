@@ -12,9 +12,9 @@ from conftest import network, network_loss
 from jax.flatten_util import ravel_pytree
 
 import rk_optax
-from rk_optax import LeastSquares, ModelLoss, Problem, Reason, ResidualEuler, Ros2, RosenbrockEuler
+from rk_optax import LeastSquares, ModelLoss, Reason, ResidualEuler, Ros2, RosenbrockEuler, VectorField
 from rk_optax._tree import partition
-from rk_optax.problem import Objective
+from rk_optax.field import Objective
 from rk_optax.solver._linear import conjugate_gradients
 
 X = np.linspace(-1, 1, 7)
@@ -210,7 +210,9 @@ def test_the_predicted_fall_is_that_of_the_quadratic_model_also_when_cg_is_cut_s
     step = solver.step(problem, params, k1, h, solver.init(params))
     gradient, _, matrix = matrices(loss, l2 or 0.0)
     moved = h * np.asarray(ravel_pytree(step.direction)[0])
-    assert float(step.predicted_fall) == pytest.approx(gradient @ moved - 0.5 * moved @ matrix @ moved, rel=1e-8)
+    assert float(step.quantities["predicted_fall"]) == pytest.approx(
+        gradient @ moved - 0.5 * moved @ matrix @ moved, rel=1e-8
+    )
 
 
 @pytest.mark.parametrize("most", [1, 2, 100])
@@ -229,7 +231,7 @@ def test_the_predicted_fall_in_float32_is_that_of_the_step_where_rounding_swallo
         - 0.5 * np.sum((rows.astype(float) @ -moved - target) ** 2)
         - 0.5 * (l2 or 0) * moved @ moved
     )
-    assert float(step.predicted_fall) == pytest.approx(fall, rel=2e-3)
+    assert float(step.quantities["predicted_fall"]) == pytest.approx(fall, rel=2e-3)
     assert int(step.state.iterations) <= most
 
 
@@ -351,7 +353,7 @@ def test_with_half_the_curvature_the_greater_gamma_is_stable_and_the_smaller_is_
         half = [0.5 * rate for rate in rates]
 
         def mode(rate, wrong):  # one mode at a time: CG solves a system of one unknown in one iteration
-            problem = Problem(lambda theta, stage: rate * theta)
+            problem = VectorField(lambda theta, stage: rate * theta)
             object.__setattr__(problem, "gauss_newton", lambda theta: lambda v: wrong * v)
             one = jnp.ones(1)
             return 1 - solver.step(problem, one, rate * one, 1.0, ()).direction[0]
@@ -368,11 +370,11 @@ def test_the_error_estimate_of_ros2_is_its_distance_from_linearly_implicit_euler
     loss, h = LOSSES["least squares"], 0.4
     solver = Ros2(tolerance=1e-13)
     problem, params, k1 = bound(loss, solver)
-    step = solver.step(problem, params, k1, h, solver.init(params), want_error=True)
+    step = solver.step(problem, params, k1, h, solver.init(params), wants={"error"})
     gradient, _, matrix = matrices(loss)
     first = np.linalg.solve(np.eye(4) + (1 + 0.5**0.5) * h * matrix, gradient)
     expected = h * (np.asarray(ravel_pytree(step.direction)[0]) - first)  # θ̂ − θ₁, as for explicit pairs
-    np.testing.assert_allclose(ravel_pytree(step.error)[0], expected, rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(ravel_pytree(step.quantities["error"])[0], expected, rtol=1e-8, atol=1e-12)
 
 
 # --- what it costs, and what the state says ---
@@ -537,5 +539,5 @@ def test_arguments_out_of_range_are_refused(make, message):
 @pytest.mark.parametrize("solver", [RosenbrockEuler(), ResidualEuler()])
 def test_euler_has_no_error_estimate(solver):
     problem, params, k1 = bound(LOSSES["least squares"], solver)
-    with pytest.raises(ValueError, match="no error estimate"):
-        solver.step(problem, params, k1, 0.1, (), want_error=True)
+    with pytest.raises(ValueError, match=r"error estimate, which .* does not offer"):
+        solver.step(problem, params, k1, 0.1, (), wants={"error"})

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rk_optax import _tree
-from rk_optax.problem import Objective, Problem, check_like_params, promote
+from rk_optax.field import Objective, VectorField, check_like_params, promote
 
 PARAMS = {"w": np.array([1.0, -2.0], np.float32), "b": np.array([0.5], np.float32)}
 ALL = _tree.partition(None, PARAMS)
@@ -142,7 +142,7 @@ def test_a_problem_of_a_grad_fn_alone_says_that_it_has_no_loss():
     with pytest.raises(ValueError, match="no loss: pass loss_fn"):
         bind(Objective(None, grad_fn=minus), x=1.0).loss(PARAMS)
     with pytest.raises(ValueError, match="no loss: pass loss_fn"):
-        Problem(lambda params, stage: params).loss(PARAMS)
+        VectorField(lambda params, stage: params).loss(PARAMS)
 
 
 def test_a_solver_that_needs_a_loss_is_told_at_construction_that_there_is_none():

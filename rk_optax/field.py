@@ -1,7 +1,7 @@
 """What is solved: a loss (or a `grad_fn`) becomes the vector field of a gradient flow on one update's data.
 
 An `Objective` is read once, when the transformation is built: it checks what it was given and knows which keywords
-of `update` are its data. Each update binds it to that update's data, as a `Problem`: the field a solver integrates.
+of `update` are its data. Each update binds it to that update's data, as a `VectorField`: the field a solver integrates.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class BoundStructure:
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class VectorField:
     """The field of one update: bound to its data, random keys, fixed leaves and stage dtype.
 
     Trees that go in and come out hold the moving leaves only (`None` in place of fixed ones), in the stage dtype.
 
     Attributes:
-      field: `field(params, stage) -> gradient`.
+      evaluate: `evaluate(params, stage) -> gradient`.
       objective: `objective(params) -> scalar loss`, or None where there is only a `grad_fn`.
       smooth_field: `smooth_field(params) -> gradient`, the field of stage 1 where it is known to be differentiable, or
         None likewise.
@@ -58,7 +58,7 @@ class Problem:
       scale: the diagonal of the preconditioner P, like params; None for P = I or where P has none.
     """
 
-    field: Callable[[PyTree, Any], PyTree]
+    evaluate: Callable[[PyTree, Any], PyTree]
     objective: Callable[[PyTree], jax.Array] | None = None
     smooth_field: Callable[[PyTree], PyTree] | None = None
     rounding: float = 0.0
@@ -69,24 +69,24 @@ class Problem:
 
     def __call__(self, params: PyTree, stage: int | jax.Array = 0) -> PyTree:
         """The gradient at `params`: what the flow follows downhill. `stage` may be traced. Costs one gradient."""
-        return self.field(params, stage)
+        return self.evaluate(params, stage)
 
     def loss(self, params: PyTree) -> jax.Array:
         """The loss at `params`, a scalar, on the data of stage 1. Costs one loss."""
         if self.objective is None:
-            raise ValueError(f"This problem has no loss: {_REMEDIES['loss']}.")
+            raise ValueError(f"This field has no loss: {_REMEDIES['loss']}.")
         return self.objective(params)
 
     def product(self, params: PyTree, vector: PyTree) -> PyTree:
         """The field's Jacobian at `params` times `vector`, on the data of stage 1. Costs one product."""
         if self.smooth_field is None:
-            raise ValueError(f"This problem has no Hessian-vector product: {_REMEDIES['product']}.")
+            raise ValueError(f"This field has no Hessian-vector product: {_REMEDIES['product']}.")
         return jax.jvp(self.smooth_field, (params,), (vector,))[1]
 
     def hessian(self, params: PyTree) -> Linear:
         """V ↦ ∇²L v at `params`, without preconditioner, linearised once. Costs one gradient; each call one product."""
         if self.gradient is None:
-            raise ValueError(f"This problem has no Hessian: {_REMEDIES['product']}.")
+            raise ValueError(f"This field has no Hessian: {_REMEDIES['product']}.")
         return jax.linearize(self.gradient, params)[1]
 
     def gauss_newton(self, params: PyTree) -> Linear:
@@ -107,7 +107,7 @@ class Problem:
         """Residuals and their Jacobian, without preconditioner and without the L2 term. Costs N rows."""
         structure = self._structured("rows")
         if structure.rows is None:
-            raise ValueError(f"This problem has no residuals: {_REMEDIES['rows']}.")
+            raise ValueError(f"This field has no residuals: {_REMEDIES['rows']}.")
         return structure.rows(params)
 
     def count_rows(self, params: PyTree) -> int:
@@ -117,16 +117,16 @@ class Problem:
 
     def _structured(self, capability: str) -> BoundStructure:
         if self.structure is None:
-            raise ValueError(f"This problem has no {capability!r}: {_REMEDIES[capability]}.")
+            raise ValueError(f"This field has no {capability!r}: {_REMEDIES[capability]}.")
         return self.structure
 
-    def preconditioned(self, apply: Callable[[PyTree], PyTree], scale: PyTree | None = None) -> Problem:
-        """The problem whose field is `apply` of this one's, and whose products are those of that field."""
+    def preconditioned(self, apply: Callable[[PyTree], PyTree], scale: PyTree | None = None) -> VectorField:
+        """The field that is `apply` of this one, and whose products are those of that field."""
         smooth = self.smooth_field
         return dataclasses.replace(
             self,
             scale=scale,
-            field=lambda params, stage: apply(self.field(params, stage)),
+            evaluate=lambda params, stage: apply(self.evaluate(params, stage)),
             smooth_field=None if smooth is None else lambda params: apply(smooth(params)),
         )
 
@@ -274,8 +274,10 @@ class Objective:
             )
         self._needs = needs
 
-    def bind(self, extra_args: Mapping[str, Any], params: PyTree, part: _tree.Partition, stage_dtype: Any) -> Problem:
-        """The problem of one update.
+    def bind(
+        self, extra_args: Mapping[str, Any], params: PyTree, part: _tree.Partition, stage_dtype: Any
+    ) -> VectorField:
+        """The field of one update.
 
         Args:
           extra_args: the keywords of `update`: data by name, and possibly `grad_fn`.
@@ -297,7 +299,7 @@ class Objective:
 
         of_loss = None
         if self._loss is not None and (gradient is None or self._needs):
-            of_loss = self._problem_of_loss(self._loss, self._loss.select(extra_args), merged)
+            of_loss = self._field_of_loss(self._loss, self._loss.select(extra_args), merged)
         if gradient is None:
             assert of_loss is not None  # for the type checker: the constructor saw to it
             return of_loss
@@ -308,11 +310,11 @@ class Objective:
             result = part.moving(_checked_gradient(result, whole, self._has_aux))
             return self.with_l2(_tree.cast_like(result, moving), moving)
 
-        return Problem(field, l2=self._l2) if of_loss is None else dataclasses.replace(of_loss, field=field)
+        return VectorField(field, l2=self._l2) if of_loss is None else dataclasses.replace(of_loss, evaluate=field)
 
-    def _problem_of_loss(
+    def _field_of_loss(
         self, loss: DataFunction, data: Mapping[str, Any], merged: Callable[[PyTree], PyTree]
-    ) -> Problem:
+    ) -> VectorField:
         def value(moving: PyTree, stage: Any) -> jax.Array:
             return _scalar_loss(loss(merged(moving), self._batches.at(data, stage)), self._has_aux)
 
@@ -328,7 +330,7 @@ class Objective:
         def gradient(moving: PyTree) -> PyTree:
             return field(moving, 0)
 
-        return Problem(
+        return VectorField(
             field, objective, gradient, gradient=gradient, structure=self._bound_structure(data, merged), l2=self._l2
         )
 
