@@ -255,8 +255,8 @@ def table():
     return [
         ("sgd_g2, rk4", lambda: rk4(loss, sgd_g2()), ValueError, r"another solver's stability limit.*rk_optax\.euler"),
         ("sgd_g2, own solver", lambda: rk(loss, sgd_g2(), NoFixedStages()), ValueError, "gradient-descent step"),
-        ("dal free, euler", lambda: euler(loss, free), ValueError, "first two stages, and this solver has no second"),
-        ("dal free, own solver", lambda: rk(loss, free, NoFixedStages()), ValueError, "no second one.*'product'"),
+        ("dal free, euler", lambda: euler(loss, free), ValueError, "first two stages, which the tableau 'euler' does not offer"),
+        ("dal free, own solver", lambda: rk(loss, free, NoFixedStages()), ValueError, "first two stages.*'product'"),
         ("dal free, split", lambda: rk4(loss, free, **SPLIT), ValueError, "free.*stage_batches|stage_batches.*free"),
         ("dal free, every", lambda: dal(1.0, estimate="free", every=2), ValueError, "costs nothing: leave it at 1"),
         (
