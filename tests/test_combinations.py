@@ -255,7 +255,12 @@ def table():
     return [
         ("sgd_g2, rk4", lambda: rk4(loss, sgd_g2()), ValueError, r"another solver's stability limit.*rk_optax\.euler"),
         ("sgd_g2, own solver", lambda: rk(loss, sgd_g2(), NoFixedStages()), ValueError, "gradient-descent step"),
-        ("dal free, euler", lambda: euler(loss, free), ValueError, "first two stages, which the tableau 'euler' does not offer"),
+        (
+            "dal free, euler",
+            lambda: euler(loss, free),
+            ValueError,
+            "first two stages, which the tableau 'euler' does not offer",
+        ),
         ("dal free, own solver", lambda: rk(loss, free, NoFixedStages()), ValueError, "first two stages.*'product'"),
         ("dal free, split", lambda: rk4(loss, free, **SPLIT), ValueError, "free.*stage_batches|stage_batches.*free"),
         ("dal free, every", lambda: dal(1.0, estimate="free", every=2), ValueError, "costs nothing: leave it at 1"),
@@ -369,7 +374,7 @@ README_MESSAGES = [
     "symmetric only with a diagonal one",
     "not of one changed by momentum",
     "needs an embedded error estimate",
-    "and the tableau 'rk4' has none",
+    "which the tableau 'rk4' does not offer",
     "needs a 'loss'",
     "the solver's own mask= instead",
 ]

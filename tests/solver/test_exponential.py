@@ -196,7 +196,7 @@ def test_the_error_estimate_of_etdrk2_is_its_distance_from_etd1(x64):
         Etd(order, "l2").step(problem, w, problem(w), h, (), wants={"error"} if order == 2 else set())
         for order in (1, 2)
     )
-    np.testing.assert_allclose(two.error, h * (two.direction - one.direction), rtol=1e-12)
+    np.testing.assert_allclose(two.quantities["error"], h * (two.direction - one.direction), rtol=1e-12)
     tx = rk_optax.etdrk2(loss_fn, rk_optax.error_control(rtol=1e-4))
     _, state = jitted_first_update(tx, loss_fn, THETA)
     assert 0 < float(state.rule.error) < np.inf

@@ -159,7 +159,7 @@ def test_the_error_estimate_falls_with_the_order_of_the_embedded_method_and_one_
 
     @jax.jit
     def error(h):
-        return solver.step(problem, theta, problem(theta), h, solver.init(theta), wants={"error"}).error
+        return solver.step(problem, theta, problem(theta), h, solver.init(theta), wants={"error"}).quantities["error"]
 
     ratio = jnp.linalg.norm(error(0.01)) / jnp.linalg.norm(error(0.005))
     assert np.log2(ratio) == pytest.approx(order + 1, abs=0.1)
