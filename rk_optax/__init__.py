@@ -29,7 +29,7 @@ from rk_optax.alias import (
     tsit5,
 )
 from rk_optax.control import descent_control, error_control, trust_ratio_control
-from rk_optax.field import VectorField, first_stage_batch
+from rk_optax.field import SmoothField, VectorField
 from rk_optax.preconditioner import (
     Preconditioner,
     precondition_by,
@@ -52,7 +52,8 @@ from rk_optax.solver import (
     Stabilized,
     Step,
 )
-from rk_optax.step_size import Attempt, Reason, StepSizeRule, Verdict, dal, sgd_g2
+from rk_optax.stage_batches import first_stage_batch
+from rk_optax.step_size import Attempt, Choice, Proposal, Reason, StepSizeRule, Verdict, dal, sgd_g2
 from rk_optax.structured_loss import LeastSquares, ModelLoss
 from rk_optax.tableau import TABLEAUS, ButcherTableau, rk2, rk3, rk4_family
 from rk_optax.transform import RungeKuttaState, inject_hyperparams, runge_kutta, scale_by_rk
@@ -64,6 +65,7 @@ __all__ = [
     "TABLEAUS",
     "Attempt",
     "ButcherTableau",
+    "Choice",
     "Cost",
     "DiagonalCurvature",
     "Etd",
@@ -72,11 +74,13 @@ __all__ = [
     "LeastSquares",
     "ModelLoss",
     "Preconditioner",
+    "Proposal",
     "Reason",
     "ResidualEuler",
     "Ros2",
     "RosenbrockEuler",
     "RungeKuttaState",
+    "SmoothField",
     "Solver",
     "Stabilized",
     "Step",

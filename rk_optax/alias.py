@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar, Unpack
+from typing import Any, Literal, Protocol, TypeVar, Unpack, cast
 
 import jax
 import optax
 
 from rk_optax import tableau
 from rk_optax.control import descent_control, trust_ratio_control
-from rk_optax.solver import Etd, Implicit, ResidualEuler, Ros2, RosenbrockEuler, Stabilized, implicit
+from rk_optax.solver import Etd, ResidualEuler, Ros2, RosenbrockEuler, Stabilized, as_solver, implicit
 from rk_optax.solver.exponential import Linear
 from rk_optax.solver.linearly_implicit import Curvature
 from rk_optax.step_size import LearningRate
+from rk_optax.tableau import ButcherTableau
 from rk_optax.transform import Options, runge_kutta, with_options_of
 
 Loss = Callable[..., Any] | None
@@ -28,6 +29,23 @@ class AliasOptions(Options, total=False):
     nesterov: bool
     after: optax.GradientTransformation | None
     weight_decay: float | jax.Array | None
+
+
+class ReadyOptimizer(Protocol):
+    """What `ready` makes of a tableau: the signature that type checkers see."""
+
+    __name__: str
+
+    def __call__(
+        self,
+        loss_fn: Loss,
+        learning_rate: LearningRate,
+        *,
+        momentum: Momentum = None,
+        **options: Unpack[AliasOptions],
+    ) -> Transformation:
+        """Makes the optimizer."""
+        ...
 
 
 _SHARED_DOC = """
@@ -63,162 +81,102 @@ _ANY_LOSS = "def loss_fn(w, x): return jnp.sum((w - x) ** 2)"
 _LEAST_SQUARES = "loss_fn = rk_optax.LeastSquares(lambda w, x: w - x)"
 
 
-def _ready(alias: _F, loss: str = _ANY_LOSS) -> _F:
+def _documented(alias: _F, loss: str = _ANY_LOSS) -> _F:
     """Completes the docstring of an alias and spells out its options."""
     alias.__doc__ = (alias.__doc__ or "") + _SHARED_DOC.format(name=alias.__name__, loss=loss)
     return with_options_of(runge_kutta)(alias)
 
 
-def _ready_for_structure(alias: _F) -> _F:
-    """`_ready`, for a solver that needs to see the loss's structure."""
-    return _ready(alias, _LEAST_SQUARES)
+def _documented_for_structure(alias: _F) -> _F:
+    """`_documented`, for a solver that needs to see the loss's structure."""
+    return _documented(alias, _LEAST_SQUARES)
 
 
-@_ready
-def euler(
-    loss_fn: Loss,
-    learning_rate: LearningRate,
-    *,
-    momentum: Momentum = None,
-    **options: Unpack[AliasOptions],
-) -> Transformation:
+def ready(method: ButcherTableau) -> Callable[[Callable[[], None]], ReadyOptimizer]:
+    """Makes an optimizer of a tableau, with the name and docstring of what it decorates."""
+    solver = as_solver(method)
+
+    def decorate(described: Callable[[], None]) -> ReadyOptimizer:
+        def alias(
+            loss_fn: Loss,
+            learning_rate: LearningRate,
+            *,
+            momentum: Momentum = None,
+            **options: Unpack[AliasOptions],
+        ) -> Transformation:
+            return runge_kutta(loss_fn, learning_rate, solver, momentum=momentum, **options)
+
+        alias.__doc__, alias.__name__, alias.__qualname__ = (
+            described.__doc__,
+            described.__name__,
+            described.__qualname__,
+        )
+        return cast(ReadyOptimizer, _documented(alias))
+
+    return decorate
+
+
+@ready(tableau.EULER)
+def euler() -> None:
     """Gradient descent: Euler's method. One gradient a step, order 1, real stability interval 2."""
-    return runge_kutta(loss_fn, learning_rate, tableau.EULER, momentum=momentum, **options)
 
 
-@_ready
-def heun(
-    loss_fn: Loss,
-    learning_rate: LearningRate,
-    *,
-    momentum: Momentum = None,
-    **options: Unpack[AliasOptions],
-) -> Transformation:
+@ready(tableau.HEUN)
+def heun() -> None:
     """Heun's method, the explicit trapezoid: two gradients a step, order 2, real stability interval 2."""
-    return runge_kutta(loss_fn, learning_rate, tableau.HEUN, momentum=momentum, **options)
 
 
-@_ready
-def midpoint(
-    loss_fn: Loss,
-    learning_rate: LearningRate,
-    *,
-    momentum: Momentum = None,
-    **options: Unpack[AliasOptions],
-) -> Transformation:
+@ready(tableau.MIDPOINT)
+def midpoint() -> None:
     """The explicit midpoint method: two gradients a step, order 2, real stability interval 2."""
-    return runge_kutta(loss_fn, learning_rate, tableau.MIDPOINT, momentum=momentum, **options)
 
 
-@_ready
-def ralston(
-    loss_fn: Loss,
-    learning_rate: LearningRate,
-    *,
-    momentum: Momentum = None,
-    **options: Unpack[AliasOptions],
-) -> Transformation:
+@ready(tableau.RALSTON)
+def ralston() -> None:
     """Ralston's second-order method of least error bound: two gradients a step, real stability interval 2."""
-    return runge_kutta(loss_fn, learning_rate, tableau.RALSTON, momentum=momentum, **options)
 
 
-@_ready
-def kutta3(
-    loss_fn: Loss,
-    learning_rate: LearningRate,
-    *,
-    momentum: Momentum = None,
-    **options: Unpack[AliasOptions],
-) -> Transformation:
+@ready(tableau.KUTTA3)
+def kutta3() -> None:
     """Kutta's third-order method: three gradients a step, real stability interval 2.513."""
-    return runge_kutta(loss_fn, learning_rate, tableau.KUTTA3, momentum=momentum, **options)
 
 
-@_ready
-def ssprk3(
-    loss_fn: Loss,
-    learning_rate: LearningRate,
-    *,
-    momentum: Momentum = None,
-    **options: Unpack[AliasOptions],
-) -> Transformation:
+@ready(tableau.SSPRK3)
+def ssprk3() -> None:
     """Shu and Osher's strong-stability-preserving method of order 3: three gradients a step, interval 2.513."""
-    return runge_kutta(loss_fn, learning_rate, tableau.SSPRK3, momentum=momentum, **options)
 
 
-@_ready
-def bogacki_shampine(
-    loss_fn: Loss,
-    learning_rate: LearningRate,
-    *,
-    momentum: Momentum = None,
-    **options: Unpack[AliasOptions],
-) -> Transformation:
+@ready(tableau.BOGACKI_SHAMPINE)
+def bogacki_shampine() -> None:
     """Bogacki and Shampine's 3(2) pair: three gradients a step, order 3, real stability interval 2.513."""
-    return runge_kutta(loss_fn, learning_rate, tableau.BOGACKI_SHAMPINE, momentum=momentum, **options)
 
 
-@_ready
-def rk4(
-    loss_fn: Loss,
-    learning_rate: LearningRate,
-    *,
-    momentum: Momentum = None,
-    **options: Unpack[AliasOptions],
-) -> Transformation:
+@ready(tableau.RK4)
+def rk4() -> None:
     """Classical fourth-order Runge–Kutta: four gradients a step, real stability interval 2.785."""
-    return runge_kutta(loss_fn, learning_rate, tableau.RK4, momentum=momentum, **options)
 
 
-@_ready
-def rk38(
-    loss_fn: Loss,
-    learning_rate: LearningRate,
-    *,
-    momentum: Momentum = None,
-    **options: Unpack[AliasOptions],
-) -> Transformation:
+@ready(tableau.RK38)
+def rk38() -> None:
     """Kutta's 3/8 rule: four gradients a step, order 4, real stability interval 2.785."""
-    return runge_kutta(loss_fn, learning_rate, tableau.RK38, momentum=momentum, **options)
 
 
-@_ready
-def dopri5(
-    loss_fn: Loss,
-    learning_rate: LearningRate,
-    *,
-    momentum: Momentum = None,
-    **options: Unpack[AliasOptions],
-) -> Transformation:
+@ready(tableau.DOPRI5)
+def dopri5() -> None:
     """Dormand and Prince's 5(4) pair: six gradients a step, order 5, real stability interval 3.307."""
-    return runge_kutta(loss_fn, learning_rate, tableau.DOPRI5, momentum=momentum, **options)
 
 
-@_ready
-def tsit5(
-    loss_fn: Loss,
-    learning_rate: LearningRate,
-    *,
-    momentum: Momentum = None,
-    **options: Unpack[AliasOptions],
-) -> Transformation:
+@ready(tableau.TSIT5)
+def tsit5() -> None:
     """Tsitouras' 5(4) pair: six gradients a step, order 5, real stability interval 3.507."""
-    return runge_kutta(loss_fn, learning_rate, tableau.TSIT5, momentum=momentum, **options)
 
 
-@_ready
-def dopri8(
-    loss_fn: Loss,
-    learning_rate: LearningRate,
-    *,
-    momentum: Momentum = None,
-    **options: Unpack[AliasOptions],
-) -> Transformation:
+@ready(tableau.DOPRI8)
+def dopri8() -> None:
     """Prince and Dormand's 8(7) pair: thirteen gradients a step, order 8."""
-    return runge_kutta(loss_fn, learning_rate, tableau.DOPRI8, momentum=momentum, **options)
 
 
-@_ready
+@_documented
 def rkc(
     loss_fn: Loss,
     learning_rate: LearningRate | None = None,
@@ -238,10 +196,10 @@ def rkc(
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order!r}.")
     solver = Stabilized("rkc1" if order == 1 else "rkc2", stages, damping, max_stages)
-    return runge_kutta(loss_fn, _or(learning_rate, descent_control), solver, momentum=momentum, **options)
+    return runge_kutta(loss_fn, _given_or(learning_rate, descent_control), solver, momentum=momentum, **options)
 
 
-@_ready
+@_documented
 def rkl(
     loss_fn: Loss,
     learning_rate: LearningRate | None = None,
@@ -259,10 +217,10 @@ def rkl(
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order!r}.")
     solver = Stabilized("rkl1" if order == 1 else "rkl2", stages, None, max_stages)
-    return runge_kutta(loss_fn, _or(learning_rate, descent_control), solver, momentum=momentum, **options)
+    return runge_kutta(loss_fn, _given_or(learning_rate, descent_control), solver, momentum=momentum, **options)
 
 
-@_ready_for_structure
+@_documented_for_structure
 def rosenbrock_euler(
     loss_fn: Loss,
     learning_rate: LearningRate | None = None,
@@ -279,10 +237,10 @@ def rosenbrock_euler(
     loss goes with `curvature="hessian"`. See `rk_optax.RosenbrockEuler`.
     """
     solver = RosenbrockEuler(curvature, tolerance, max_iterations)
-    return runge_kutta(loss_fn, _or(learning_rate, trust_ratio_control), solver, momentum=momentum, **options)
+    return runge_kutta(loss_fn, _given_or(learning_rate, trust_ratio_control), solver, momentum=momentum, **options)
 
 
-@_ready_for_structure
+@_documented_for_structure
 def ros2(
     loss_fn: Loss,
     learning_rate: LearningRate | None = None,
@@ -299,10 +257,10 @@ def ros2(
     By default `rk_optax.descent_control()` finds h. See `rk_optax.Ros2`.
     """
     solver = Ros2(curvature, tolerance, max_iterations, gamma)
-    return runge_kutta(loss_fn, _or(learning_rate, descent_control), solver, momentum=momentum, **options)
+    return runge_kutta(loss_fn, _given_or(learning_rate, descent_control), solver, momentum=momentum, **options)
 
 
-@_ready_for_structure
+@_documented_for_structure
 def residual_euler(
     loss_fn: Loss,
     learning_rate: LearningRate | None = None,
@@ -319,115 +277,66 @@ def residual_euler(
     finds h; the loss is a `rk_optax.LeastSquares`. See `rk_optax.ResidualEuler`.
     """
     solver = ResidualEuler(max_rows, tolerance, max_iterations)
-    return runge_kutta(loss_fn, _or(learning_rate, trust_ratio_control), solver, momentum=momentum, **options)
+    return runge_kutta(loss_fn, _given_or(learning_rate, trust_ratio_control), solver, momentum=momentum, **options)
 
 
-@_ready
-def backward_euler(
-    loss_fn: Loss,
-    learning_rate: LearningRate,
-    *,
-    momentum: Momentum = None,
-    **options: Unpack[AliasOptions],
-) -> Transformation:
+@ready(implicit.BACKWARD_EULER)
+def backward_euler() -> None:
     """Backward Euler: order 1, L-stable, no stability limit. On a convex loss g* is a proximal step of length h.
 
     Newton's method with Krylov solvers, at the defaults of `rk_optax.Implicit`; for others, pass one to `runge_kutta`.
     """
-    return runge_kutta(loss_fn, learning_rate, Implicit(implicit.BACKWARD_EULER), momentum=momentum, **options)
 
 
-@_ready
-def implicit_midpoint(
-    loss_fn: Loss,
-    learning_rate: LearningRate,
-    *,
-    momentum: Momentum = None,
-    **options: Unpack[AliasOptions],
-) -> Transformation:
+@ready(implicit.IMPLICIT_MIDPOINT)
+def implicit_midpoint() -> None:
     """The implicit midpoint method: order 2, A-stable; symmetric, so that stiff modes hardly decay at a large h.
 
     Newton's method with Krylov solvers, at the defaults of `rk_optax.Implicit`; for others, pass one to `runge_kutta`.
     """
-    return runge_kutta(loss_fn, learning_rate, Implicit(implicit.IMPLICIT_MIDPOINT), momentum=momentum, **options)
 
 
-@_ready
-def trapezoid(
-    loss_fn: Loss,
-    learning_rate: LearningRate,
-    *,
-    momentum: Momentum = None,
-    **options: Unpack[AliasOptions],
-) -> Transformation:
+@ready(implicit.TRAPEZOID)
+def trapezoid() -> None:
     """The trapezoid method of Crank and Nicolson: order 2, A-stable; stiff modes hardly decay at a large h.
 
     Newton's method with Krylov solvers, at the defaults of `rk_optax.Implicit`; for others, pass one to `runge_kutta`.
     """
-    return runge_kutta(loss_fn, learning_rate, Implicit(implicit.TRAPEZOID), momentum=momentum, **options)
 
 
-@_ready
-def sdirk2(
-    loss_fn: Loss,
-    learning_rate: LearningRate,
-    *,
-    momentum: Momentum = None,
-    **options: Unpack[AliasOptions],
-) -> Transformation:
+@ready(implicit.SDIRK2)
+def sdirk2() -> None:
     """Alexander's SDIRK2: two stages, one after the other, order 2(1), L-stable.
 
     Newton's method with Krylov solvers, at the defaults of `rk_optax.Implicit`; for others, pass one to `runge_kutta`.
     """
-    return runge_kutta(loss_fn, learning_rate, Implicit(implicit.SDIRK2), momentum=momentum, **options)
 
 
-@_ready
-def sdirk3(
-    loss_fn: Loss,
-    learning_rate: LearningRate,
-    *,
-    momentum: Momentum = None,
-    **options: Unpack[AliasOptions],
-) -> Transformation:
+@ready(implicit.SDIRK3)
+def sdirk3() -> None:
     """Alexander's SDIRK3: three stages, one after the other, order 3(2), L-stable.
 
     Newton's method with Krylov solvers, at the defaults of `rk_optax.Implicit`; for others, pass one to `runge_kutta`.
     """
-    return runge_kutta(loss_fn, learning_rate, Implicit(implicit.SDIRK3), momentum=momentum, **options)
 
 
-@_ready
-def radau3(
-    loss_fn: Loss,
-    learning_rate: LearningRate,
-    *,
-    momentum: Momentum = None,
-    **options: Unpack[AliasOptions],
-) -> Transformation:
+@ready(implicit.RADAU3)
+def radau3() -> None:
     """Radau IIA with two coupled stages: order 3, L-stable.
 
     Newton's method with Krylov solvers, at the defaults of `rk_optax.Implicit`; for others, pass one to `runge_kutta`.
     """
-    return runge_kutta(loss_fn, learning_rate, Implicit(implicit.RADAU3), momentum=momentum, **options)
 
 
-@_ready
-def gauss4(
-    loss_fn: Loss,
-    learning_rate: LearningRate,
-    *,
-    momentum: Momentum = None,
-    **options: Unpack[AliasOptions],
-) -> Transformation:
+@ready(implicit.GAUSS4)
+def gauss4() -> None:
     """Gauss with two coupled stages: order 4, A-stable; stiff modes hardly decay at a large h.
 
     Newton's method with Krylov solvers, at the defaults of `rk_optax.Implicit`; for others, pass one to `runge_kutta`.
     """
-    return runge_kutta(loss_fn, learning_rate, Implicit(implicit.GAUSS4), momentum=momentum, **options)
 
 
-@_ready
+@_documented
 def etd1(
     loss_fn: Loss,
     learning_rate: LearningRate,
@@ -444,7 +353,7 @@ def etd1(
     return runge_kutta(loss_fn, learning_rate, Etd(1, linear), momentum=momentum, **options)
 
 
-@_ready
+@_documented
 def etdrk2(
     loss_fn: Loss,
     learning_rate: LearningRate,
@@ -461,5 +370,5 @@ def etdrk2(
     return runge_kutta(loss_fn, learning_rate, Etd(2, linear), momentum=momentum, **options)
 
 
-def _or(learning_rate: LearningRate | None, control: Callable[[], LearningRate]) -> LearningRate:
+def _given_or(learning_rate: LearningRate | None, control: Callable[[], LearningRate]) -> LearningRate:
     return control() if learning_rate is None else learning_rate

@@ -15,19 +15,78 @@ import jax.numpy as jnp
 
 from rk_optax import _tree
 from rk_optax._arguments import DataFunction, read_data_function
+from rk_optax.parameter_view import ParameterView, check_kinds, check_like_params
+from rk_optax.stage_batches import StageBatches
 from rk_optax.structured_loss import LeastSquares, ModelLoss, Rows
 
 PyTree = Any
 Linear = Callable[[PyTree], PyTree]
-Capability = Literal["loss", "product", "gauss_newton", "rows"]
+Capability = Literal["loss", "product", "symmetric", "diagonal_scale", "gauss_newton", "rows"]
+"""What a solver, a rule or a preconditioner may need beside the values of a field:
 
-_REMEDIES: dict[str, str] = {
+loss: the loss whose gradient the field is.
+product: products with the field's Jacobian.
+symmetric: that Jacobian is symmetric before preconditioning, as a Hessian is.
+diagonal_scale: the preconditioner multiplies by a positive diagonal, or there is none.
+gauss_newton: products with the generalised Gauss–Newton matrix.
+rows: residuals and the rows of their Jacobian.
+"""
+
+_REMEDIES: dict[Capability, str] = {
     "loss": "pass loss_fn (a grad_fn alone has no loss to evaluate)",
-    "product": "pass loss_fn (a grad_fn alone is not known to be differentiable)",
+    "product": "pass loss_fn (a grad_fn alone is not known to be differentiable; rk_optax.SmoothField(grad_fn) says "
+    "that it is)",
+    "symmetric": "pass loss_fn, or rk_optax.SmoothField(grad_fn, symmetric=True) where the field is a gradient; for "
+    "one that is none, as in a game, use an explicit solver",
+    "diagonal_scale": "its linear systems are symmetric only with a diagonal preconditioner, such as "
+    "rk_optax.precondition_by_adagrad(); precondition_by(...) promises no diagonal",
     "gauss_newton": "pass a loss_fn whose structure is known: rk_optax.ModelLoss(model_fn, output_loss) or "
     "rk_optax.LeastSquares(residual_fn)",
     "rows": "pass a least-squares loss: rk_optax.LeastSquares(residual_fn)",
 }
+
+
+def check_capabilities(needs: frozenset[Capability], offers: frozenset[Capability], who: str) -> None:
+    """Raises a ValueError, with the remedy, where `who` needs what a field does not offer."""
+    for capability in sorted(needs - offers):
+        raise ValueError(f"{who} needs a {capability!r}: {_REMEDIES[capability]}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class SmoothField:
+    """A `grad_fn` that JAX can differentiate: a field with products, though it need not be the gradient of anything.
+
+    >>> import jax, jax.numpy as jnp, rk_optax
+    >>> def payoff(z): return z["x"] * z["y"]  # x descends, y ascends
+    >>> def field(z):
+    ...     g = jax.grad(payoff)(z)
+    ...     return {"x": g["x"], "y": -g["y"]}
+    >>> tx = rk_optax.rk4(None, rk_optax.dal(0.5), grad_fn=rk_optax.SmoothField(field))
+    >>> z = {"x": jnp.array(1.0), "y": jnp.array(0.0)}
+    >>> _, state = tx.update(field(z), tx.init(z), z)
+    >>> float(state.rule.ratio)
+    1.0
+
+    Args:
+      grad_fn: `grad_fn(params, *data) -> field`, like params and in the convention of the `updates` of `update`.
+      symmetric: whether its Jacobian is symmetric, as that of a gradient is. Solvers that solve linear systems by
+        conjugate gradients need that, and are refused at construction without it.
+
+    Raises:
+      TypeError: `grad_fn` is not callable.
+    """
+
+    grad_fn: Callable[..., Any]
+    symmetric: bool = False
+
+    def __post_init__(self):
+        if not callable(self.grad_fn):
+            raise TypeError(f"grad_fn must be callable, got {type(self.grad_fn).__name__}.")
+        object.__setattr__(self, "__wrapped__", self.grad_fn)  # its signature names the data
+
+    def __call__(self, params: PyTree, *args: Any, **data: Any) -> PyTree:
+        """The field at `params`."""
+        return self.grad_fn(params, *args, **data)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +113,9 @@ class VectorField:
       rounding: relative rounding error of stage 1 as it came in, where that is coarser than the stage dtype.
       gradient: like `smooth_field`, but never preconditioned: ∇L on the data of stage 1.
       structure: the structured loss as functions of params alone, or None.
-      l2: λ of the loss's term (λ/2)‖θ‖², or None; `rows` are without it.
+      l2: λ of the loss's term (λ/2)‖θ‖², or None; see `decayed`.
       scale: the diagonal of the preconditioner P, like params; None for P = I or where P has none.
+      symmetric: whether the field's Jacobian is symmetric before preconditioning.
     """
 
     evaluate: Callable[[PyTree, Any], PyTree]
@@ -66,6 +126,7 @@ class VectorField:
     structure: BoundStructure | None = None
     l2: Any = None
     scale: PyTree | None = None
+    symmetric: bool = True
 
     def __call__(self, params: PyTree, stage: int | jax.Array = 0) -> PyTree:
         """The gradient at `params`: what the flow follows downhill. `stage` may be traced. Costs one gradient."""
@@ -85,8 +146,14 @@ class VectorField:
 
     def hessian(self, params: PyTree) -> Linear:
         """V ↦ ∇²L v at `params`, without preconditioner, linearised once. Costs one gradient; each call one product."""
+        if not self.symmetric:
+            raise ValueError(f"This field has no Hessian: {_REMEDIES['symmetric']}.")
+        return self.jacobian(params)
+
+    def jacobian(self, params: PyTree) -> Linear:
+        """Like `hessian`, of a field that need not be symmetric."""
         if self.gradient is None:
-            raise ValueError(f"This field has no Hessian: {_REMEDIES['product']}.")
+            raise ValueError(f"This field has no Jacobian: {_REMEDIES['product']}.")
         return jax.linearize(self.gradient, params)[1]
 
     def gauss_newton(self, params: PyTree) -> Linear:
@@ -99,7 +166,7 @@ class VectorField:
         def product(v: PyTree) -> PyTree:
             # The transpose of a complex linear map is not its adjoint.
             result = jax.tree.map(jnp.conj, pull(curve(push(v)))[0])
-            return result if self.l2 is None else _tree.add_scaled(result, self.l2, v)
+            return self.with_l2(result, v)
 
         return product
 
@@ -115,10 +182,35 @@ class VectorField:
         structure = self._structured("rows")
         return 0 if structure.count_rows is None else structure.count_rows(params)
 
-    def _structured(self, capability: str) -> BoundStructure:
+    def _structured(self, capability: Capability) -> BoundStructure:
         if self.structure is None:
             raise ValueError(f"This field has no {capability!r}: {_REMEDIES[capability]}.")
         return self.structure
+
+    def with_l2(self, gradient: PyTree, params: PyTree) -> PyTree:
+        """The gradient of the whole objective from one of the loss without its term (λ/2)‖θ‖²."""
+        return gradient if self.l2 is None else _tree.add_scaled(gradient, self.l2, params)
+
+    def decayed(self, l2: Any) -> VectorField:
+        """This field, of a loss without such a term, with (λ/2)‖θ‖² added: everything but `rows` sees it."""
+        if l2 is None:
+            return self
+        whole = dataclasses.replace(self, l2=l2)
+
+        def plus_decay(field: Callable[..., PyTree] | None) -> Any:
+            return None if field is None else lambda params, *stage: whole.with_l2(field(params, *stage), params)
+
+        def plus_term(params: PyTree) -> jax.Array:
+            assert self.objective is not None  # for the type checker
+            return self.objective(params) + 0.5 * l2 * _tree.inner(params, params)
+
+        return dataclasses.replace(
+            whole,
+            evaluate=plus_decay(self.evaluate),
+            smooth_field=plus_decay(self.smooth_field),
+            gradient=plus_decay(self.gradient),
+            objective=None if self.objective is None else plus_term,
+        )
 
     def preconditioned(self, apply: Callable[[PyTree], PyTree], scale: PyTree | None = None) -> VectorField:
         """The field that is `apply` of this one, and whose products are those of that field."""
@@ -129,92 +221,6 @@ class VectorField:
             evaluate=lambda params, stage: apply(self.evaluate(params, stage)),
             smooth_field=None if smooth is None else lambda params: apply(smooth(params)),
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class StageBatches:
-    """Which part of the data each stage sees.
-
-    Attributes:
-      policy: "same": all of it; "fresh": stage i sees `x[i]` of data with a leading axis of length `stages`; "split":
-        stage i sees the i-th of `stages` equal slices along the first axis.
-      names: the data arguments that are cut; the others are the same for all stages.
-      stages: gradients of one step.
-    """
-
-    policy: Literal["same", "fresh", "split"] = "same"
-    names: tuple[str, ...] = ()
-    stages: int = 1
-
-    @classmethod
-    def of(cls, policy: Any, names: Sequence[str] | str, stages: int) -> StageBatches:
-        """A policy that cuts.
-
-        Raises:
-          ValueError: an unknown policy, or no names.
-        """
-        names = (names,) if isinstance(names, str) else tuple(names)
-        if policy not in ("fresh", "split"):
-            raise ValueError(f"stage_batches must be 'same', 'fresh' or 'split', got {policy!r}.")
-        if not names:
-            raise ValueError(f"stage_batches={policy!r} needs batch_argnames, the data arguments that hold batches.")
-        return cls(policy, names, stages)
-
-    def at(self, data: Mapping[str, Any], stage: int | jax.Array) -> dict[str, Any]:
-        """The data of one stage.
-
-        Raises:
-          ValueError: a leading axis that is not `stages` long ("fresh") or does not divide into `stages` ("split").
-        """
-        if self.policy == "same":
-            return dict(data)
-        cut = {
-            name: jax.tree.map(lambda x, name=name: self._slice(x, name, stage), data[name])
-            for name in self.names
-            if name in data
-        }
-        return {**data, **cut}
-
-    def _slice(self, x: jax.Array, name: str, stage: int | jax.Array) -> jax.Array:
-        x = jnp.asarray(x)
-        length = x.shape[0] if x.ndim else None
-        if self.policy == "fresh" and length != self.stages:
-            raise ValueError(
-                f"stage_batches='fresh' needs a batch per stage: data argument {name!r} must have a leading axis of "
-                f"length {self.stages}, got shape {x.shape}. Stack {self.stages} batches with jnp.stack."
-            )
-        if self.policy == "split":
-            if length is None or length % self.stages:
-                raise ValueError(
-                    f"stage_batches='split' cuts a batch into {self.stages} equal parts, and data argument {name!r} "
-                    f"of shape {x.shape} does not divide. Use a batch size that is a multiple of {self.stages}."
-                )
-            x = x.reshape((self.stages, length // self.stages, *x.shape[1:]))
-        return jax.lax.dynamic_index_in_dim(x, stage, keepdims=False)
-
-
-def first_stage_batch(
-    data: Mapping[str, Any], stages: int, policy: Literal["fresh", "split"], batch_argnames: Sequence[str]
-) -> dict[str, Any]:
-    """The data on which to evaluate the gradient that `update` takes as stage 1, under a stage-batch policy.
-
-    >>> import jax.numpy as jnp, rk_optax
-    >>> rk_optax.first_stage_batch({"x": jnp.arange(8)}, 4, "split", ["x"])
-    {'x': Array([0, 1], dtype=int32)}
-
-    Args:
-      data: the keywords of `update`.
-      stages: gradients per step of the solver: 4 for RK4; `rk_optax.TABLEAUS[name].effective_stages`.
-      policy: the optimizer's `stage_batches`.
-      batch_argnames: the optimizer's.
-
-    Raises:
-      ValueError: sizes that do not divide.
-    """
-    batches = StageBatches.of(policy, batch_argnames, stages)
-    for name in set(batches.names) - set(data):
-        raise ValueError(f"batch_argnames has {name!r}, which is not in data: {sorted(data)!r}.")
-    return batches.at(data, 0)
 
 
 class Objective:
@@ -258,32 +264,18 @@ class Objective:
         for function in filter(None, (self._loss, self._gradient)):
             for name in set(self._batches.names) - {*function.required, *function.optional}:
                 raise ValueError(f"batch_argnames has {name!r}, which {function.role} does not take.")
-        self._structure = loss_fn if isinstance(loss_fn, ModelLoss) else None
-        if self._structure is not None and has_aux:
+        if isinstance(loss_fn, ModelLoss) and has_aux:
             raise ValueError(f"has_aux=True: a {type(loss_fn).__name__} returns its loss alone, without aux.")
-        available: set[Capability] = set()
-        if self._loss is not None:
-            available.update(("loss", "product"))
-        if self._structure is not None:
-            available.add("gauss_newton")
-        if isinstance(loss_fn, LeastSquares):
-            available.add("rows")
-        for capability in sorted(needs - available):
-            raise ValueError(
-                f"This solver, learning rate or preconditioner needs a {capability!r}: {_REMEDIES[capability]}."
-            )
+        self.offers = _offers(loss_fn, grad_fn)
+        check_capabilities(needs, self.offers, "This solver, learning rate or preconditioner")
         self._needs = needs
 
-    def bind(
-        self, extra_args: Mapping[str, Any], params: PyTree, part: _tree.Partition, stage_dtype: Any
-    ) -> VectorField:
+    def bind(self, extra_args: Mapping[str, Any], view: ParameterView) -> VectorField:
         """The field of one update.
 
         Args:
           extra_args: the keywords of `update`: data by name, and possibly `grad_fn`.
-          params: the whole parameters; fixed leaves keep these values at every stage.
-          part: which leaves move.
-          stage_dtype: the least precision in which the functions see floating-point leaves, or None.
+          view: the parameters: which of them move, and in which precision the functions see them.
 
         Raises:
           TypeError: missing or misspelt data; a loss that is not a real scalar.
@@ -292,72 +284,39 @@ class Objective:
         extra_args = dict(extra_args)
         override = extra_args.pop("grad_fn", None)
         gradient = self._gradient if override is None else self._read_grad_fn(override)
-        whole = promote(params, stage_dtype)
-
-        def merged(moving: PyTree) -> PyTree:
-            return part.merge(moving, whole)
-
-        of_loss = None
+        field = None
         if self._loss is not None and (gradient is None or self._needs):
-            of_loss = self._field_of_loss(self._loss, self._loss.select(extra_args), merged)
-        if gradient is None:
-            assert of_loss is not None  # for the type checker: the constructor saw to it
-            return of_loss
-        gradient_data = gradient.select(extra_args)
+            field = self._field_of_loss(self._loss, self._loss.select(extra_args), view)
+        if gradient is not None:
+            field = self._field_of_gradient(gradient, gradient.select(extra_args), view, field)
+        assert field is not None  # for the type checker: the constructor saw to it
+        return field.decayed(self._l2)
 
-        def field(moving: PyTree, stage: Any) -> PyTree:
-            result = gradient(merged(moving), self._batches.at(gradient_data, stage))
-            result = part.moving(_checked_gradient(result, whole, self._has_aux))
-            return self.with_l2(_tree.cast_like(result, moving), moving)
+    def _field_of_loss(self, loss: DataFunction, data: Mapping[str, Any], view: ParameterView) -> VectorField:
+        def value(moving: PyTree, stage: Any = 0) -> jax.Array:
+            return _scalar_loss(loss(view.whole(moving), self._batches.at(data, stage)), self._has_aux)
 
-        return VectorField(field, l2=self._l2) if of_loss is None else dataclasses.replace(of_loss, evaluate=field)
-
-    def _field_of_loss(
-        self, loss: DataFunction, data: Mapping[str, Any], merged: Callable[[PyTree], PyTree]
-    ) -> VectorField:
-        def value(moving: PyTree, stage: Any) -> jax.Array:
-            return _scalar_loss(loss(merged(moving), self._batches.at(data, stage)), self._has_aux)
-
-        def field(moving: PyTree, stage: Any) -> PyTree:
+        def field(moving: PyTree, stage: Any = 0) -> PyTree:
             # Optax's convention: descent follows the conjugate of what jax.grad returns.
-            return self.with_l2(jax.tree.map(jnp.conj, jax.grad(value)(moving, stage)), moving)
+            return jax.tree.map(jnp.conj, jax.grad(value)(moving, stage))
 
-        def objective(moving: PyTree) -> jax.Array:
-            if self._l2 is None:
-                return value(moving, 0)
-            return value(moving, 0) + 0.5 * self._l2 * _tree.inner(moving, moving)
+        structure = None
+        if isinstance(loss.function, ModelLoss):
+            structure = _bound_structure(loss.function, self._batches.at(data, 0), view)
+        return VectorField(field, value, field, gradient=field, structure=structure)
 
-        def gradient(moving: PyTree) -> PyTree:
-            return field(moving, 0)
+    def _field_of_gradient(
+        self, gradient: DataFunction, data: Mapping[str, Any], view: ParameterView, of_loss: VectorField | None
+    ) -> VectorField:
+        def field(moving: PyTree, stage: Any = 0) -> PyTree:
+            whole = view.whole(moving)
+            result = gradient(whole, self._batches.at(data, stage))
+            return _tree.cast_like(view.moving(_checked_gradient(result, whole, self._has_aux)), moving)
 
-        return VectorField(
-            field, objective, gradient, gradient=gradient, structure=self._bound_structure(data, merged), l2=self._l2
-        )
-
-    def _bound_structure(self, data: Mapping[str, Any], merged: Callable[[PyTree], PyTree]) -> BoundStructure | None:
-        loss = self._structure
-        if loss is None:
-            return None
-        data = self._batches.at(data, 0)
-
-        def outputs(moving: PyTree) -> PyTree:
-            return loss.outputs(merged(moving), data)
-
-        def of_outputs(values: PyTree) -> jax.Array:
-            return loss.of_outputs(values, data)
-
-        if not isinstance(loss, LeastSquares):
-            return BoundStructure(outputs, of_outputs)
-        return BoundStructure(
-            outputs,
-            of_outputs,
-            lambda moving: loss.rows(moving, data, merged),
-            lambda moving: loss.count_rows(merged(moving), data),
-        )
-
-    def with_l2(self, gradient: PyTree, params: PyTree) -> PyTree:
-        """The gradient of the whole objective from the gradient of the loss."""
-        return gradient if self._l2 is None else _tree.add_scaled(gradient, self._l2, params)
+        known = VectorField(field) if of_loss is None else dataclasses.replace(of_loss, evaluate=field)
+        if not isinstance(gradient.function, SmoothField):
+            return known
+        return dataclasses.replace(known, smooth_field=field, gradient=field, symmetric=gradient.function.symmetric)
 
     def _read_grad_fn(self, grad_fn: Callable[..., Any]) -> DataFunction:
         # argnames names what loss_fn takes; a grad_fn may well have a signature that can be read without it.
@@ -369,17 +328,36 @@ class Objective:
             return read_data_function(grad_fn, "grad_fn", self._argnames)
 
 
-def promote(params: PyTree, stage_dtype: Any) -> PyTree:
-    """`params` with floating-point leaves in at least the precision of `stage_dtype` (None: as they are)."""
-    if stage_dtype is None:
-        return params
+def _offers(loss_fn: Any, grad_fn: Any) -> frozenset[Capability]:
+    """What the field of these functions can do beside giving values."""
+    offers: set[Capability] = set()
+    if loss_fn is not None:
+        offers.update(("loss", "product", "symmetric"))
+    if isinstance(loss_fn, ModelLoss):
+        offers.add("gauss_newton")
+    if isinstance(loss_fn, LeastSquares):
+        offers.add("rows")
+    if isinstance(grad_fn, SmoothField):
+        offers.add("product")
+        (offers.add if grad_fn.symmetric else offers.discard)("symmetric")
+    return frozenset(offers)
 
-    def cast(leaf: jax.Array) -> jax.Array:
-        if not _tree.is_inexact(leaf):
-            return leaf
-        return leaf.astype(jnp.promote_types(leaf.dtype, stage_dtype))
 
-    return jax.tree.map(cast, params)
+def _bound_structure(loss: ModelLoss, data: Mapping[str, Any], view: ParameterView) -> BoundStructure:
+    def outputs(moving: PyTree) -> PyTree:
+        return loss.outputs(view.whole(moving), data)
+
+    def of_outputs(values: PyTree) -> jax.Array:
+        return loss.of_outputs(values, data)
+
+    if not isinstance(loss, LeastSquares):
+        return BoundStructure(outputs, of_outputs)
+    return BoundStructure(
+        outputs,
+        of_outputs,
+        lambda moving: loss.rows(moving, data, view.whole),
+        lambda moving: loss.count_rows(view.whole(moving), data),
+    )
 
 
 def _scalar_loss(result: Any, has_aux: bool) -> jax.Array:
@@ -410,27 +388,3 @@ def _checked_gradient(result: Any, params: PyTree, has_aux: bool) -> PyTree:
     check_like_params(result, params, "The result of grad_fn")
     check_kinds(result, params, "The leaves that grad_fn returned")
     return result
-
-
-def check_kinds(tree: PyTree, params: PyTree, what: str) -> None:
-    """Raises a ValueError where `tree` is complex and `params` real: a cast would drop the imaginary part."""
-    for leaf, like in zip(jax.tree.leaves(tree), jax.tree.leaves(params), strict=True):
-        if jnp.iscomplexobj(leaf) and not jnp.iscomplexobj(like):
-            raise ValueError(f"{what} are complex where params are real; pass the gradient at params.")
-
-
-def check_like_params(tree: PyTree, params: PyTree, what: str) -> None:
-    """Raises a ValueError unless `tree` has the structure and the leaf shapes of `params`."""
-    if jax.tree.structure(tree) != jax.tree.structure(params):
-        raise ValueError(
-            f"{what} must have the tree structure of params: got {jax.tree.structure(tree)}, expected "
-            f"{jax.tree.structure(params)}."
-        )
-    paths = jax.tree_util.tree_leaves_with_path(params)
-    for (path, leaf), other in zip(paths, jax.tree.leaves(tree), strict=True):
-        if jnp.shape(other) != jnp.shape(leaf):
-            name = jax.tree_util.keystr(path)
-            raise ValueError(
-                f"{what} must have the leaf shapes of params: at params{name} got {jnp.shape(other)}, expected "
-                f"{jnp.shape(leaf)}."
-            )

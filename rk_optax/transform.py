@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, Unpack
+from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, Unpack, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,11 @@ import optax
 
 from rk_optax import _checks, _tree
 from rk_optax._arguments import near_miss
-from rk_optax.field import Objective, StageBatches, check_kinds, check_like_params, promote
+from rk_optax.field import Capability, Objective, VectorField, check_capabilities
+from rk_optax.parameter_view import Mask, ParameterView, check_stage_dtype, refuse_masked_nodes
 from rk_optax.preconditioner import Preconditioner, no_preconditioner
-from rk_optax.solver import Cost, Solver, as_solver
+from rk_optax.solver import Cost, Solver, Step, as_solver, name_of, saturating_sum
+from rk_optax.stage_batches import StageBatches
 from rk_optax.step_size import Attempt, LearningRate, Reason, StepSizeRule, as_rule
 from rk_optax.tableau import ButcherTableau
 
@@ -31,6 +34,8 @@ class RungeKuttaState(NamedTuple):
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] # shape=(), int32: updates so far, refused ones included
     step_size: jax.Array  # shape=(), float: h of the latest update
+    time: jax.Array  # shape=(), float: the time of the flow, which is the sum of h over the steps that were taken
+    time_rounding: jax.Array  # shape=(), float: what rounding has taken from time (and added to, where negative)
     cost: Cost  # shape=(), int32 each: work so far, stage 1 included
     accepted: jax.Array  # shape=(), bool: whether the latest step was taken
     reason: jax.Array  # shape=(), int32: a `Reason`
@@ -57,57 +62,74 @@ class Options(TypedDict, total=False):
     batch_argnames: Sequence[str]
 
 
-def _transformation(
-    loss_fn: Callable[..., Any] | None,
-    learning_rate: LearningRate,
-    solver: str | ButcherTableau | Solver,
-    after: optax.GradientTransformation | None,
-    emit: Callable[[PyTree, Any], PyTree],
-    *,
-    grad_fn: Callable[..., Any] | None = None,
-    has_aux: bool = False,
-    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
-    reuse_updates: bool = True,
-    argnames: Sequence[str] | None = None,
-    stage_dtype: Any = "float32",
-    skip_nonfinite: bool = True,
-    preconditioner: Preconditioner | None = None,
-    l2: float | jax.Array | None = None,
-    stage_batches: Literal["same", "fresh", "split"] = "same",
-    batch_argnames: Sequence[str] = (),
-    **unknown: Any,
-) -> optax.GradientTransformationExtraArgs:
-    for name in unknown:
-        raise TypeError(f"Got an unexpected keyword argument {name!r}; {_hint(name)}")
-    method = as_solver(solver)
-    rule = as_rule(learning_rate)
-    rule.check(method, after is not None)
-    frozen_scale = no_preconditioner() if preconditioner is None else preconditioner
-    if not isinstance(frozen_scale, Preconditioner):
-        raise TypeError(
-            f"preconditioner must be a Preconditioner, got {type(frozen_scale).__name__}; an Optax transformation "
-            "becomes one with rk_optax.precondition_by(...)."
-        )
-    if method.needs_diagonal_scale and frozen_scale.diagonal is None:
-        raise ValueError(
-            f"preconditioner: the linear systems of {type(method).__name__} are symmetric only with a diagonal one, "
-            "such as rk_optax.precondition_by_adagrad(); precondition_by(...) promises no diagonal."
-        )
-    objective = Objective(
-        loss_fn,
-        grad_fn=grad_fn,
-        has_aux=has_aux,
-        argnames=argnames,
-        needs=method.needs | rule.needs | frozen_scale.needs,
-        l2=None if l2 is None else _checks.number(l2, "l2", "not negative"),
-        stage_batches=_stage_batches(stage_batches, batch_argnames, method, rule),
-    )
-    _check_stage_dtype(stage_dtype)
-    between = optax.with_extra_args_support(optax.identity() if after is None else after)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Options:
+    """`Options` with their defaults, checked as far as each can be alone."""
 
-    def init(params: PyTree) -> RungeKuttaState:
-        _refuse_masked_nodes(params)
-        moving = _tree.partition(mask, params).moving(params)
+    grad_fn: Callable[..., Any] | None = None
+    has_aux: bool = False
+    mask: PyTree | Callable[[PyTree], PyTree] | None = None
+    reuse_updates: bool = True
+    argnames: Sequence[str] | None = None
+    stage_dtype: Any = "float32"
+    skip_nonfinite: bool = True
+    preconditioner: Preconditioner | None = None
+    l2: float | jax.Array | None = None
+    stage_batches: Literal["same", "fresh", "split"] = "same"
+    batch_argnames: Sequence[str] = ()
+
+    def __post_init__(self):
+        if not isinstance(self.preconditioner, Preconditioner | None):
+            raise TypeError(
+                f"preconditioner must be a Preconditioner, got {type(self.preconditioner).__name__}; an Optax "
+                "transformation becomes one with rk_optax.precondition_by(...)."
+            )
+        if self.l2 is not None:
+            object.__setattr__(self, "l2", _checks.number(self.l2, "l2", "not negative"))
+        check_stage_dtype(self.stage_dtype)
+
+
+class _Prepared(NamedTuple):
+    """What an update starts from."""
+
+    view: ParameterView
+    field: VectorField  # preconditioned
+    k1: PyTree  # it at view.theta
+    preconditioner: PyTree  # its state, if the step is taken
+    cost: Cost
+
+
+class _Attempted(NamedTuple):
+    """A step that has been made and judged, and that is not taken yet."""
+
+    step_size: jax.Array
+    step: Step
+    emitted: PyTree  # of the leaves that move, in the dtypes of params
+    after: PyTree  # its state, if the step is taken
+    rule: PyTree  # its state, whether the step is taken or not
+    accepted: jax.Array
+    reason: jax.Array
+    cost: Cost  # of the rule
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Method:
+    """All that a transformation is made of, and the three parts of its update: prepare, attempt, commit."""
+
+    objective: Objective
+    solver: Solver
+    rule: StepSizeRule
+    preconditioner: Preconditioner
+    after: optax.GradientTransformationExtraArgs | None
+    applies_step_size: bool  # emits −h·g*, not g*
+    mask: Mask = None
+    stage_dtype: Any = "float32"
+    reuse_updates: bool = True
+    skip_nonfinite: bool = True
+
+    def init(self, params: PyTree) -> RungeKuttaState:
+        refuse_masked_nodes(params)
+        moving = _tree.partition(self.mask, params).moving(params)
 
         def zero(dtype: Any) -> jax.Array:
             return jnp.zeros([], dtype)
@@ -115,95 +137,165 @@ def _transformation(
         return RungeKuttaState(
             count=zero(jnp.int32),
             step_size=zero(_tree.default_float()),
+            time=zero(_tree.default_float()),
+            time_rounding=zero(_tree.default_float()),
             # Separate buffers: one shared by all fields could not be donated.
             cost=Cost(*(zero(jnp.int32) for _ in Cost._fields)),
             accepted=jnp.ones([], bool),
             reason=zero(jnp.int32),
             rejected=zero(jnp.int32),
-            solver=method.init(moving),
-            after=between.init(moving),
-            rule=rule.init(),
-            preconditioner=frozen_scale.init(moving),
+            solver=self.solver.init(moving),
+            after=optax.EmptyState() if self.after is None else self.after.init(moving),
+            rule=self.rule.init(),
+            preconditioner=self.preconditioner.init(moving),
         )
 
     def update(
-        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
+        self, updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, RungeKuttaState]:
         if params is None:
             raise ValueError(
                 "params is None: a Runge–Kutta step evaluates the loss around params, so pass them: "
                 "tx.update(grads, state, params, **data)."
             )
-        _refuse_masked_nodes(params)
-        _refuse_masked_nodes(updates)
-        check_like_params(updates, params, "updates")
-        params = jax.tree.map(jnp.asarray, params)
-        part = _tree.partition(mask, params)
-        moving = part.moving(params)
-        _check_differentiable(moving)
-        theta = promote(moving, stage_dtype)
-        field = objective.bind(extra_args, params, part, stage_dtype)
-        incoming = part.moving(updates)
-        if reuse_updates:
-            field = dataclasses.replace(field, rounding=_tree.unit_roundoff(incoming))
-        check_kinds(incoming, theta, "updates")
-        incoming = _tree.cast_like(incoming, theta)
-        k1 = objective.with_l2(incoming, theta) if reuse_updates else field(theta)
-        frozen, preconditioner_state, scale_cost = frozen_scale.update(k1, state.preconditioner, theta, field)
-        diagonal = None if frozen_scale.diagonal is None else frozen_scale.diagonal(frozen)
-        field = field.preconditioned(lambda gradient: frozen_scale.apply(gradient, frozen), diagonal)
-        k1 = frozen_scale.apply(k1, frozen)
+        prepared = self._prepare(updates, state, ParameterView.of(params, self.mask, self.stage_dtype), extra_args)
+        attempted = self._attempt(prepared, state, extra_args)
+        return self._commit(prepared, attempted, state)
 
-        h, rule_state, rule_cost = rule.propose(state.count, state.rule, field, theta, k1)
-        step = method.step(field, theta, k1, h, state.solver, wants=rule.wants)
-        h, step, rule_state, choice_cost = rule.choose(rule_state, field, theta, k1, h, step)
-        direction, after_state = between.update(
-            _tree.cast_like(step.direction, moving), state.after, moving, **extra_args
+    def _prepare(self, updates: PyTree, state: RungeKuttaState, view: ParameterView, extra_args: Any) -> _Prepared:
+        """Binds the field to this update's data, and freezes its preconditioner with what stage 1 shows."""
+        refuse_masked_nodes(updates)
+        incoming = view.taken_in(updates, "updates")
+        field = self.objective.bind(extra_args, view)
+        if self.reuse_updates:
+            k1 = field.with_l2(incoming, view.theta)
+            field = dataclasses.replace(field, rounding=_tree.unit_roundoff(view.moving(updates)))
+        else:
+            k1 = field(view.theta)
+        frozen, new, cost = self.preconditioner.update(k1, state.preconditioner, view.theta, field)
+        field = field.preconditioned(
+            lambda gradient: self.preconditioner.apply(gradient, frozen), _diagonal(self.preconditioner, frozen)
         )
-        emitted = _tree.cast_like(emit(promote(direction, stage_dtype), h), moving)
+        return _Prepared(view, field, self.preconditioner.apply(k1, frozen), new, cost)
 
-        # What is emitted, because h·g* may overflow, and g* before an `after` that may clip an infinity.
-        looked_at = (emitted, h) if after is None else (step.direction, emitted, h)
-        finite = step.finite & _tree.all_finite(looked_at) if skip_nonfinite else jnp.asarray(True)
+    def _attempt(self, prepared: _Prepared, state: RungeKuttaState, extra_args: Any) -> _Attempted:
+        """Makes a step and judges it; what is judged is what would be emitted, momentum and all."""
+        view, field, k1 = prepared.view, prepared.field, prepared.k1
+        theta = view.theta
+        h, rule_state, propose_cost = self.rule.propose(state.count, state.rule, field, theta, k1)
+        step = self.solver.step(field, theta, k1, h, state.solver, wants=self.rule.wants)
+        h, step, rule_state, choose_cost = self.rule.choose(rule_state, field, theta, k1, h, step)
+        direction, after = self._apply_after(step.direction, state.after, theta, extra_args)
+        emitted = view.handed_out(_tree.scale(-h, direction) if self.applies_step_size else direction)
+
+        finite = jnp.asarray(True)
+        if self.skip_nonfinite:
+            # What is emitted, because h·g* may overflow, and g* before an `after` that may clip an infinity.
+            finite = step.finite & _tree.all_finite((emitted, h, () if self.after is None else step.direction))
         usable = finite & step.solved
-        candidate = promote(jax.tree.map(jnp.add, moving, emitted), stage_dtype)
-        attempt = Attempt(method, field, theta, k1, candidate, jnp.asarray(h), step, usable)
-        verdict = rule.judge(rule_state, attempt)
-        accepted = usable & verdict.accepted
+        attempt = Attempt(self.solver, field, theta, k1, view.after(emitted), jnp.asarray(h), step, usable)
+        verdict = self.rule.judge(rule_state, attempt)
         reason = jnp.where(finite, jnp.where(step.solved, verdict.reason, Reason.NOT_SOLVED), Reason.NOT_FINITE)
+        return _Attempted(
+            jnp.asarray(h, state.step_size.dtype),
+            step,
+            emitted,
+            after,
+            verdict.state,
+            usable & verdict.accepted,
+            reason.astype(jnp.int32),
+            propose_cost.plus(choose_cost).plus(verdict.cost),
+        )
 
+    def _apply_after(self, direction: PyTree, state: PyTree, theta: PyTree, extra_args: Any) -> tuple[PyTree, PyTree]:
+        """`after` of g*, in the stage dtype; its state stays in the dtypes of params."""
+        if self.after is None:
+            return direction, state
+        direction, new = self.after.update(direction, state, theta, **extra_args)
+        return _tree.cast_like(direction, theta), _tree.cast_like(new, jax.tree.map(jnp.asarray, state))
+
+    def _commit(
+        self, prepared: _Prepared, attempted: _Attempted, state: RungeKuttaState
+    ) -> tuple[PyTree, RungeKuttaState]:
+        """Takes the step, or leaves all but the rule as it was."""
+        step, accepted = attempted.step, attempted.accepted
+        time, time_rounding = _sum_with_rounding(state.time, state.time_rounding, attempted.step_size)
         kept_of_refused = state.solver if step.refused_state is None else step.refused_state
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        emitted, *kept = _tree.select(
+        emitted, solver, after, preconditioner, time, time_rounding = _tree.select(
             accepted,
-            (emitted, step.state, after_state, preconditioner_state),
-            (part.moving(zeros), kept_of_refused, state.after, state.preconditioner),
+            (attempted.emitted, step.state, attempted.after, prepared.preconditioner, time, time_rounding),
+            (
+                jax.tree.map(jnp.zeros_like, attempted.emitted),
+                *(kept_of_refused, state.after, state.preconditioner, state.time, state.time_rounding),
+            ),
         )
-        solver_state, after_state, preconditioner_state = kept
-        return part.merge(emitted, zeros), RungeKuttaState(
+        return prepared.view.update(emitted), RungeKuttaState(
             count=jnp.asarray(optax.safe_increment(state.count)),
-            step_size=jnp.asarray(h, state.step_size.dtype),
-            cost=state.cost.plus(step.cost).plus(scale_cost).plus(rule_cost).plus(choice_cost).plus(verdict.cost),
+            step_size=attempted.step_size,
+            time=time,
+            time_rounding=time_rounding,
+            cost=state.cost.plus(prepared.cost).plus(step.cost).plus(attempted.cost),
             accepted=accepted,
-            reason=reason.astype(jnp.int32),
-            rejected=state.rejected + ~accepted,
-            solver=solver_state,
-            after=after_state,
-            rule=verdict.state,
-            preconditioner=preconditioner_state,
+            reason=attempted.reason,
+            rejected=saturating_sum(state.rejected, ~accepted),
+            solver=solver,
+            after=after,
+            rule=attempted.rule,
+            preconditioner=preconditioner,
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+
+def _sum_with_rounding(total: jax.Array, rounding: jax.Array, term: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`total + term`, and what rounding has taken from it so far, which the next sum makes good (Kahan's sum)."""
+    term = term - rounding
+    new = jnp.minimum(total + term, jnp.finfo(total.dtype).max)
+    return new, (new - total) - term
 
 
-def _hint(unknown: str) -> str:
-    """What to do about a keyword that no optimizer takes, or not this one."""
-    of_ready_ones = ("momentum", "nesterov", "after", "weight_decay")
-    if unknown in of_ready_ones:
-        return "scale_by_rk emits g* alone: chain what is to follow after it, or use rk_optax.runge_kutta."
-    known = [*Options.__annotations__, *of_ready_ones]
-    near = near_miss(unknown, known)
-    return f"did you mean {near!r}?" if near else f"what every optimizer takes: {', '.join(known)}."
+def _diagonal(preconditioner: Preconditioner, frozen: PyTree) -> PyTree | None:
+    return None if preconditioner.diagonal is None else preconditioner.diagonal(frozen)
+
+
+def _scale_offers(preconditioner: Preconditioner) -> frozenset[Capability]:
+    return frozenset() if preconditioner.diagonal is None else frozenset({"diagonal_scale"})
+
+
+def _transformation(
+    loss_fn: Callable[..., Any] | None,
+    learning_rate: LearningRate,
+    solver: str | ButcherTableau | Solver,
+    after: optax.GradientTransformation | None,
+    applies_step_size: bool,
+    options: _Options,
+) -> optax.GradientTransformationExtraArgs:
+    """Checks that the parts go together, and joins them."""
+    method, rule = as_solver(solver), as_rule(learning_rate)
+    rule.check(method, after is not None)
+    scale = no_preconditioner() if options.preconditioner is None else options.preconditioner
+    of_scale: frozenset[Capability] = frozenset({"diagonal_scale"})
+    check_capabilities(method.needs & of_scale, _scale_offers(scale), f"preconditioner: {name_of(method)}")
+    objective = Objective(
+        loss_fn,
+        grad_fn=options.grad_fn,
+        has_aux=options.has_aux,
+        argnames=options.argnames,
+        needs=(method.needs | rule.needs | scale.needs) - of_scale,
+        l2=options.l2,
+        stage_batches=_stage_batches(options.stage_batches, options.batch_argnames, method, rule),
+    )
+    whole = _Method(
+        objective,
+        method,
+        rule,
+        scale,
+        None if after is None else optax.with_extra_args_support(after),
+        applies_step_size,
+        mask=options.mask,
+        stage_dtype=options.stage_dtype,
+        reuse_updates=options.reuse_updates,
+        skip_nonfinite=options.skip_nonfinite,
+    )
+    return optax.GradientTransformationExtraArgs(whole.init, whole.update)
 
 
 def _stage_batches(policy: Any, names: Sequence[str], method: Solver, rule: StepSizeRule) -> StageBatches:
@@ -224,42 +316,11 @@ def _stage_batches(policy: Any, names: Sequence[str], method: Solver, rule: Step
     return StageBatches.of(policy, names, method.gradients_per_step)
 
 
-def _check_stage_dtype(stage_dtype: Any) -> None:
-    if stage_dtype is None:
-        return
-    try:
-        floating = jnp.issubdtype(jnp.dtype(stage_dtype), jnp.floating)
-    except TypeError:
-        floating = False
-    if not floating:
-        raise ValueError(f"stage_dtype must be a real floating-point dtype or None, got {stage_dtype!r}.")
-    if jnp.dtype(stage_dtype) == jnp.float64 and _tree.default_float() != jnp.float64:
-        raise ValueError("stage_dtype float64 needs jax.config.update('jax_enable_x64', True) first.")
-
-
-def _check_differentiable(moving: PyTree) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(moving):
-        if not _tree.is_inexact(leaf):
-            raise TypeError(
-                f"params{jax.tree_util.keystr(path)} has dtype {leaf.dtype}, which has no gradient; keep it fixed "
-                "with the solver's mask= (False for that leaf)."
-            )
-
-
-def _refuse_masked_nodes(tree: PyTree) -> None:
-    def is_masked(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode)
-
-    if any(map(is_masked, jax.tree.leaves(tree, is_leaf=is_masked))):
-        raise ValueError(
-            "params hold optax.MaskedNode: optax.masked and optax.partition hand down a tree that the loss cannot "
-            "read. Use the solver's own mask= instead: rk_optax.rk4(loss_fn, learning_rate, mask=mask) moves only "
-            "the leaves marked True, at every stage."
-        )
+_OF_READY_ONES = ("momentum", "nesterov", "after", "weight_decay")
 
 
 def with_options_of(source: Callable[..., Any]) -> Callable[[_F], _F]:
-    """Shows the keywords of `source` where a function takes `**options` and passes them on.
+    """Shows the keywords of `source` where a function takes `**options` and passes them on; others are refused.
 
     `help` reads the result, and so does `optax.inject_hyperparams`, which cannot see through `**options`.
     """
@@ -270,22 +331,31 @@ def with_options_of(source: Callable[..., Any]) -> Callable[[_F], _F]:
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         names = {p.name for p in own}
         parameters = [*own, *(p for p in shared if p.name not in names)]
-        vars(function)["__signature__"] = signature.replace(parameters=parameters)
-        return function
+        known = [p.name for p in parameters]
+
+        @functools.wraps(function)
+        def checked(*args: Any, **keywords: Any) -> Any:
+            for name in keywords:
+                if name not in known:
+                    raise TypeError(f"Got an unexpected keyword argument {name!r}; {_hint(name, known)}")
+            return function(*args, **keywords)
+
+        vars(checked)["__signature__"] = signature.replace(parameters=parameters)
+        return cast(_F, checked)
 
     return decorate
 
 
-def _emit_direction(direction: PyTree, h: Any) -> PyTree:
-    del h
-    return direction
+def _hint(unknown: str, known: Sequence[str]) -> str:
+    """What to do about a keyword that no optimizer takes, or not this one."""
+    if unknown in _OF_READY_ONES:
+        return "scale_by_rk emits g* alone: chain what is to follow after it, or use rk_optax.runge_kutta."
+    near = near_miss(unknown, known)
+    shared = [*Options.__annotations__, *_OF_READY_ONES]
+    return f"did you mean {near!r}?" if near else f"what every optimizer takes: {', '.join(shared)}."
 
 
-def _emit_update(direction: PyTree, h: Any) -> PyTree:
-    return _tree.scale(-h, direction)
-
-
-@with_options_of(_transformation)
+@with_options_of(_Options)
 def scale_by_rk(
     loss_fn: Callable[..., Any] | None,
     learning_rate: LearningRate,
@@ -352,10 +422,10 @@ def scale_by_rk(
             "scale_by_rk emits g* for a step size that you apply after it, and an adaptive one cannot reach you. Use "
             "rk_optax.runge_kutta, or a ready optimizer, which apply it themselves."
         )
-    return _transformation(loss_fn, learning_rate, solver, None, _emit_direction, **options)
+    return _transformation(loss_fn, learning_rate, solver, None, False, _Options(**options))
 
 
-@with_options_of(_transformation)
+@with_options_of(_Options)
 def runge_kutta(
     loss_fn: Callable[..., Any] | None,
     learning_rate: LearningRate,
@@ -398,7 +468,7 @@ def runge_kutta(
     if weight_decay is not None:
         decay = optax.add_decayed_weights(_checks.number(weight_decay, "weight_decay", "not negative"))
         between = decay if between is None else optax.chain(between, decay)
-    return _transformation(loss_fn, learning_rate, solver, between, _emit_update, **options)
+    return _transformation(loss_fn, learning_rate, solver, between, True, _Options(**options))
 
 
 def _between(

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rk_optax import _tree
-from rk_optax.field import Objective, VectorField, check_like_params, promote
+from rk_optax.field import Objective, VectorField
+from rk_optax.parameter_view import ParameterView, check_like_params, promote
 
 PARAMS = {"w": np.array([1.0, -2.0], np.float32), "b": np.array([0.5], np.float32)}
-ALL = _tree.partition(None, PARAMS)
 
 
 def loss_fn(params, x):
@@ -24,9 +23,8 @@ def gradient_by_hand(params, x):
     return {"w": 2 * residual * params["b"], "b": np.sum(2 * residual * params["w"], keepdims=True)}
 
 
-def bind(objective, params=None, *, part=ALL, stage_dtype="float32", **extra_args):
-    params = jax.tree.map(jnp.asarray, PARAMS if params is None else params)
-    return objective.bind(extra_args, params, part, stage_dtype)
+def bind(objective, params=PARAMS, *, mask=None, **extra_args):
+    return objective.bind(extra_args, ParameterView.of(params, mask))
 
 
 assert_close = functools.partial(chex.assert_trees_all_close, rtol=1e-6)
@@ -51,13 +49,12 @@ def test_the_field_of_complex_parameters_is_conjugated_as_optax_has_it():
     params = {"z": jnp.array([1.0 + 2.0j, -0.5j]), "r": jnp.array(3.0)}
     target = 0.5 - 1.0j
     objective = Objective(lambda params: jnp.sum(jnp.abs(params["z"] - target) ** 2) + params["r"] ** 2)
-    field = bind(objective, params, part=_tree.partition(None, params))(params)
+    field = bind(objective, params)(params)
     assert_close(field, {"z": 2 * (np.asarray(params["z"]) - target), "r": 6.0})
 
 
 def test_fixed_leaves_keep_the_values_of_the_update_and_are_absent_from_the_field():
-    part = _tree.partition({"w": True, "b": False}, PARAMS)
-    problem = bind(Objective(loss_fn), part=part, x=1.0)
+    problem = bind(Objective(loss_fn), mask={"w": True, "b": False}, x=1.0)
     moved = {"w": PARAMS["w"] + 1, "b": None}
     expected = gradient_by_hand({"w": PARAMS["w"] + 1, "b": PARAMS["b"]}, 1.0)
     assert_close(problem(moved), {"w": expected["w"], "b": None})

@@ -128,7 +128,7 @@ def test_the_layout_of_the_state_is_the_public_one():
     state = rk_optax.rk4(loss_fn, 0.1, momentum=0.9).init(PARAMS)
     assert type(state) is rk_optax.RungeKuttaState
     assert state._fields == (
-        *("count", "step_size", "cost", "accepted", "reason", "rejected"),
+        *("count", "step_size", "time", "time_rounding", "cost", "accepted", "reason", "rejected"),
         *("solver", "after", "rule", "preconditioner"),
     )
     assert state.cost._fields == ("gradients", "losses", "products", "rows")

@@ -34,8 +34,15 @@ class Cost(NamedTuple):
     rows: Any = 0  # rows of an explicitly formed Jacobian
 
     def plus(self, other: Cost) -> Cost:
-        """The sum, field by field, in int32."""
-        return Cost(*(jnp.asarray(x, jnp.int32) + jnp.asarray(y, jnp.int32) for x, y in zip(self, other, strict=True)))
+        """The sum, field by field, in int32; one that would not fit stays at the largest int32."""
+        return Cost(*(saturating_sum(x, y) for x, y in zip(self, other, strict=True)))
+
+
+def saturating_sum(x: Any, y: Any) -> jax.Array:
+    """X + y of counts, in int32, or the largest int32 where that is less."""
+    x, y = jnp.asarray(x, jnp.int32), jnp.asarray(y, jnp.int32)
+    most = jnp.iinfo(jnp.int32).max
+    return jnp.where(x > most - y, most, x + y)
 
 
 class Step(NamedTuple):
@@ -56,7 +63,8 @@ class Solver(abc.ABC):
     """A method for dθ/dt = −g(θ). Subclasses are frozen dataclasses; all that changes is in `state`.
 
     Attributes:
-      needs: what the solver asks of a field beyond its field; checked when a transformation is built.
+      needs: what the solver asks of a field beyond its values, its preconditioner included; checked when a
+        transformation is built.
     """
 
     needs: ClassVar[frozenset[Capability]] = frozenset()
@@ -65,11 +73,6 @@ class Solver(abc.ABC):
     def gradients_per_step(self) -> int | None:
         """Gradients of one step where each stage is one gradient and their number is fixed, else None."""
         return None
-
-    @property
-    def needs_diagonal_scale(self) -> bool:
-        """Whether a preconditioner has to be a diagonal, with which alone the linear systems are symmetric."""
-        return False
 
     @property
     def error_order(self) -> int | None:

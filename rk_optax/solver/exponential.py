@@ -52,18 +52,13 @@ class Etd(Solver):
 
     @property
     def needs(self) -> frozenset[Capability]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """A Hessian product where the curvature is estimated."""
-        return frozenset() if self._estimator is None else frozenset({"product"})
+        """PD is to be diagonal; a Hessian product where the curvature is estimated."""
+        return frozenset({"diagonal_scale"}) if self._estimator is None else frozenset({"diagonal_scale", "product"})
 
     @property
     def gradients_per_step(self) -> int:
         """One for each order."""
         return self.order
-
-    @property
-    def needs_diagonal_scale(self) -> bool:
-        """PD is to be diagonal."""
-        return True
 
     @property
     def error_order(self) -> int | None:

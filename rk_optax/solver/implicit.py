@@ -94,7 +94,7 @@ class Implicit(Solver):
     tolerance: float = 1e-5
     max_iterations: int = 10
     max_linear_iterations: int = 100
-    needs: ClassVar[frozenset[Capability]] = frozenset({"product"})
+    needs: ClassVar[frozenset[Capability]] = frozenset({"product", "symmetric", "diagonal_scale"})
 
     def __post_init__(self):
         tableau = self.tableau
@@ -118,11 +118,6 @@ class Implicit(Solver):
             raise ValueError(f"tolerance must be in (0, 1), got {self.tolerance}.")
         for name in ("max_iterations", "max_linear_iterations"):
             _checks.count(getattr(self, name), name)
-
-    @property
-    def needs_diagonal_scale(self) -> bool:
-        """The linear systems are symmetric in the metric of P^(−1)."""
-        return True
 
     @property
     def error_order(self) -> int | None:

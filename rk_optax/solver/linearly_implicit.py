@@ -57,15 +57,14 @@ class _Rosenbrock(Solver):
 
     @property
     def needs(self) -> frozenset[Capability]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """What B is made of."""
-        if self._estimator is not None or self.curvature == "hessian":
-            return frozenset({"product"})
-        return frozenset({"gauss_newton"}) if self.curvature == "gauss_newton" else frozenset()
-
-    @property
-    def needs_diagonal_scale(self) -> bool:
-        """CG is for symmetric systems, a division for diagonal ones."""
-        return True
+        """What B is made of; CG is for symmetric systems, a division for diagonal ones."""
+        if self._estimator is not None:
+            return frozenset({"product", "diagonal_scale"})
+        if self.curvature == "hessian":
+            return frozenset({"product", "symmetric", "diagonal_scale"})
+        if self.curvature == "zero":
+            return frozenset({"diagonal_scale"})
+        return frozenset({"gauss_newton", "diagonal_scale"})
 
     def init(self, params: PyTree) -> LinearState:
         """Nothing has been solved yet."""
@@ -257,13 +256,8 @@ class ResidualEuler(Solver):
 
     @property
     def needs(self) -> frozenset[Capability]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Residuals, and their Gauss–Newton matrix where there are too many."""
-        return frozenset({"rows", "gauss_newton"})
-
-    @property
-    def needs_diagonal_scale(self) -> bool:
-        """The system is symmetric with a diagonal preconditioner alone."""
-        return True
+        """Residuals, and their Gauss–Newton matrix where there are too many; symmetric with a diagonal P alone."""
+        return frozenset({"rows", "gauss_newton", "diagonal_scale"})
 
     @property
     def offers(self) -> frozenset[Quantity]:

@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 
 import rk_optax
 from rk_optax import LeastSquares, ModelLoss, Reason, ResidualEuler, Ros2, RosenbrockEuler, VectorField
-from rk_optax._tree import partition
+from rk_optax.parameter_view import ParameterView
 from rk_optax.field import Objective
 from rk_optax.solver._linear import conjugate_gradients
 
@@ -79,7 +79,7 @@ def effective_gradient(loss, h, solver, params=THETA, **options):
 def bound(loss, solver, params=THETA, l2=None):
     """The problem and its gradient at params."""
     params = jax.tree.map(jnp.asarray, params)
-    problem = Objective(loss, needs=solver.needs, l2=l2).bind({}, params, partition(None, params), None)
+    problem = Objective(loss, needs=solver.needs, l2=l2).bind({}, ParameterView.of(params, stage_dtype=None))
     return problem, params, problem(params)
 
 
