@@ -13,8 +13,8 @@ from jax.flatten_util import ravel_pytree
 
 import rk_optax
 from rk_optax import LeastSquares, ModelLoss, Reason, ResidualEuler, Ros2, RosenbrockEuler, VectorField
-from rk_optax.parameter_view import ParameterView
 from rk_optax.field import Objective
+from rk_optax.parameter_view import ParameterView
 from rk_optax.solver._linear import conjugate_gradients
 
 X = np.linspace(-1, 1, 7)
