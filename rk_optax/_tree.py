@@ -58,20 +58,75 @@ def select(condition: jax.Array, on_true: PyTree, on_false: PyTree) -> PyTree:
 
 
 def inner(x: PyTree, y: PyTree) -> jax.Array:
-    """Re⟨x, y⟩ over all leaves, complex leaves as pairs of reals: a real scalar."""
-    products = [jnp.sum(jnp.real(jnp.conj(a) * b)) for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)]
-    return functools.reduce(jnp.add, products, jnp.zeros([]))
+    """Re⟨x, y⟩ over all leaves, complex leaves as pairs of reals: a real scalar, of at least float32.
+
+    Squares of numbers below 1e-19 or above 1e19 are beyond float32: use `norm`, or `unit` first.
+    """
+    products = [
+        jnp.sum(_wide(jnp.real(jnp.conj(a) * b)))
+        for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
+    ]
+    return _reduced(jnp.add, products)
+
+
+def magnitude(tree: PyTree) -> jax.Array:
+    """A power of two near the largest |x|, by which a tree can be divided without rounding; 1 for zeros and NaN."""
+    parts = [part for x in jax.tree.leaves(tree) if x.size for part in _real_parts(jax.lax.stop_gradient(x))]
+    largest = _reduced(jnp.maximum, [_wide(jnp.max(jnp.abs(part))) for part in parts])
+    known = jnp.isfinite(largest) & (largest > 0)
+    # Within the range whose inverse, and whose numbers' squares after the division, are far from the ends.
+    most = jnp.finfo(largest.dtype).maxexp * 3 // 4
+    exponent = jnp.clip(jnp.frexp(jnp.where(known, largest, 1))[1], -most, most)
+    return jnp.where(largest == jnp.inf, 2.0**most, jnp.ldexp(jnp.ones_like(largest), exponent))
 
 
 def norm(tree: PyTree) -> jax.Array:
-    """The 2-norm over all leaves: a real scalar."""
-    return jnp.sqrt(inner(tree, tree))
+    """The 2-norm over all leaves: a real scalar, of at least float32.
+
+    No square under- or overflows: where their sum nears an end of the range, a second pass divides by the magnitude
+    first. The derivative at 0 is 0.
+    """
+
+    def root(square: jax.Array) -> jax.Array:
+        zero = square == 0
+        return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square)))
+
+    def divided() -> jax.Array:
+        size = magnitude(tree)
+        reduced = scale(1 / size, tree)
+        return size.astype(square.dtype) * root(inner(reduced, reduced))
+
+    square = inner(tree, tree)
+    limits = jnp.finfo(square.dtype)
+    safe = (square > limits.tiny / limits.eps**2) & (square < limits.max)
+    return jax.lax.cond(safe, lambda: root(square), divided)
+
+
+def unit(tree: PyTree) -> tuple[PyTree, jax.Array]:
+    """`tree` divided by its norm, 0 where that is 0, and the norm."""
+    size = norm(tree)
+    return scale(ratio(jnp.ones_like(size), size), tree), size
 
 
 def ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     """`numerator / denominator`, and 0 where the denominator is 0."""
     zero = denominator == 0
     return jnp.where(zero, 0, numerator / jnp.where(zero, 1, denominator))
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    """Sums in half precision would lose what they sum."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _real_parts(x: jax.Array) -> list[jax.Array]:
+    return [jnp.real(x), jnp.imag(x)] if jnp.iscomplexobj(x) else [x]
+
+
+def _reduced(combine: Callable[[jax.Array, jax.Array], jax.Array], scalars: Sequence[jax.Array]) -> jax.Array:
+    """One scalar of several, in the widest of their dtypes; 0 of none."""
+    dtype = functools.reduce(jnp.promote_types, [x.dtype for x in scalars], np.dtype(np.float32))
+    return functools.reduce(combine, [x.astype(dtype) for x in scalars], jnp.zeros([], dtype))
 
 
 def random_signs(key: jax.Array, like: PyTree) -> PyTree:

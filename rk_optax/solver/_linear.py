@@ -5,6 +5,7 @@ And those of least squares in the space of the residuals, (I + hRQRᵀ) y = c, b
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -25,8 +26,11 @@ class Solution(NamedTuple):
     x: PyTree  # of `conjugate_gradients`; of `shifted_lanczos` the pair of its real and imaginary parts
     iterations: jax.Array  # shape=(), int32: products with B
     residual: jax.Array  # shape=(), relative to the right-hand side, 2-norm in the metric of P
+    converged: jax.Array  # shape=(), bool: residual within the tolerance
+    descends: jax.Array  # shape=(), bool: finite, and ⟨b, x⟩ > 0 in that metric unless b = 0
     negative: jax.Array  # shape=(), bool: stopped at a direction of negative curvature of I + c·PB (CG)
-    overlap: jax.Array | float = 0.0  # ⟨x, b − (I + c·PB) x⟩ in that metric: 0 for an iterate of CG
+    size: jax.Array  # shape=(): ‖b‖ in that metric
+    overlap: jax.Array  # shape=(): ⟨x, b − (I + c·PB) x⟩/‖b‖² in that metric: 0 for an iterate of CG
 
 
 def conjugate_gradients(
@@ -34,21 +38,18 @@ def conjugate_gradients(
 ) -> Solution:
     """Solves (I + c·PB) x = b for symmetric B and diagonal P > 0 (`scale`; None for I), from x = 0.
 
-    With a diagonal P the operator is symmetric only in the metric of P^(−1), so CG runs on I + c·P^(1/2)BP^(1/2). It
-    stops at a relative residual of `tolerance`, after `max_iterations`, or where the curvature along the search
-    direction is not positive (Steihaug): x is then the last iterate, or b itself at the first. One product an
-    iteration; the library versions evaluate the operator more often and report success on indefinite systems.
+    With a diagonal P the operator is symmetric only in the metric of P^(−1), so CG runs on I + c·P^(1/2)BP^(1/2), and
+    on b/‖b‖, whose squares stay within the range of the floats whatever the units of the loss are. It stops at a
+    relative residual of `tolerance`, after `max_iterations`, or where the curvature along the search direction is not
+    positive (Steihaug): x is then the last iterate, or b itself at the first. One product an iteration; the library
+    versions evaluate the operator more often and report success on indefinite systems.
     """
-    root = None if scale is None else jax.tree.map(jnp.sqrt, scale)
-
-    def times(x: PyTree) -> PyTree:
-        return x if root is None else jax.tree.map(jnp.multiply, root, x)
+    times, b, size = _symmetric_form(b, scale)
 
     def operator(x: PyTree) -> PyTree:
         return _tree.add_scaled(x, c, times(product(times(x))))
 
-    b = b if root is None else jax.tree.map(jnp.divide, b, root)
-    square = _tree.inner(b, b)
+    square = _tree.inner(b, b)  # 1, or 0
 
     def iterate(carry: Any) -> Any:
         x, r, p, rr, i, _, _ = carry
@@ -63,9 +64,12 @@ def conjugate_gradients(
         p = _tree.add_scaled(r, _tree.ratio(new, rr), p)
         return x, r, p, new, i + 1, negative, curvature
 
+    def unsolved(rr: jax.Array) -> jax.Array:
+        return rr > tolerance**2 * square
+
     def go_on(carry: Any) -> jax.Array:
         *_, rr, i, negative, _ = carry
-        return (rr > tolerance**2 * square) & (i < max_iterations) & ~negative
+        return unsolved(rr) & (i < max_iterations) & ~negative
 
     x = jax.tree.map(jnp.zeros_like, b)
     start = (x, b, b, square, jnp.zeros([], jnp.int32), jnp.zeros([], bool), square)
@@ -73,9 +77,12 @@ def conjugate_gradients(
     at_once = negative & (iterations == 1)
     x = _tree.select(at_once, b, x)
     # NaN ends the loop at once, with x = 0: it must not pass for a solution.
-    x = _tree.select(jnp.isfinite(rr), x, jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), x))
+    finite = jnp.isfinite(rr) & jnp.isfinite(size)
+    descends = finite & ((_tree.inner(b, x) > 0) | (square == 0))
+    x = times(_tree.scale(jnp.where(finite, size, jnp.nan), x))
+    residual = jnp.where(finite, jnp.sqrt(_tree.ratio(rr, square)), jnp.nan)
     overlap = jnp.where(at_once, square - curvature, 0)
-    return Solution(times(x), iterations, jnp.sqrt(_tree.ratio(rr, square)), negative, overlap)
+    return Solution(x, iterations, residual, finite & ~unsolved(rr), descends, negative, size, overlap)
 
 
 def shifted_lanczos(
@@ -88,13 +95,8 @@ def shifted_lanczos(
     `max_iterations`. (CG's form of it is due to Freund, 1990; libraries have only GMRES, which keeps every vector, and
     BiCGSTAB, which takes two products and may break down.)
     """
-    root = None if scale is None else jax.tree.map(jnp.sqrt, scale)
-
-    def times(x: PyTree) -> PyTree:
-        return x if root is None else jax.tree.map(jnp.multiply, root, x)
-
-    b = b if root is None else jax.tree.map(jnp.divide, b, root)
-    size = _tree.norm(b)
+    times, b, size = _symmetric_form(b, scale)
+    one = jnp.ones_like(c)
 
     def iterate(carry: Any) -> Any:
         (re, im), (p_re, p_im), v_old, v, beta, eta, zeta, i, _ = carry
@@ -103,44 +105,46 @@ def shifted_lanczos(
         w = _tree.add_scaled(w, -alpha, v)
         below = c * beta / eta  # of L in the factors L·U of the tridiagonal matrix
         eta = 1 + c * alpha - below * c * beta
-        zeta = jnp.where(i == 0, size, -below * zeta)
+        zeta = jnp.where(i == 0, one, -below * zeta)
         # p ← (v − cβ p)/η and x ← x + ζp in complex numbers, as pairs: a leaf may be complex by itself.
-        one, back = 1 / eta, -c * beta / eta
+        inverse, back = 1 / eta, -c * beta / eta
         p_re, p_im = (
-            _sum((one.real, v), (back.real, p_re), (-back.imag, p_im)),
-            _sum((one.imag, v), (back.imag, p_re), (back.real, p_im)),
+            _sum((inverse.real, v), (back.real, p_re), (-back.imag, p_im)),
+            _sum((inverse.imag, v), (back.imag, p_re), (back.real, p_im)),
         )
         re, im = (
             _sum((1, re), (zeta.real, p_re), (-zeta.imag, p_im)),
             _sum((1, im), (zeta.imag, p_re), (zeta.real, p_im)),
         )
-        new = _tree.norm(w)
-        left = jnp.abs(c * zeta / eta) * new
-        return (
-            (re, im),
-            (p_re, p_im),
-            v,
-            _tree.scale(_tree.ratio(jnp.ones_like(new), new), w),
-            new,
-            eta,
-            zeta,
-            i + 1,
-            left,
-        )
+        v_new, new = _tree.unit(w)
+        left = jnp.abs(c * zeta / eta * new).astype(first.dtype)
+        return (re, im), (p_re, p_im), v, v_new, new, eta, zeta, i + 1, left
+
+    def unsolved(left: jax.Array) -> jax.Array:
+        return left > tolerance
 
     def go_on(carry: Any) -> jax.Array:
         *_, i, left = carry
-        return (left > tolerance * size) & (i < max_iterations)
+        return unsolved(left) & (i < max_iterations)
 
     zero = jax.tree.map(jnp.zeros_like, b)
-    one = jnp.ones_like(c)
-    first = _tree.scale(_tree.ratio(jnp.ones_like(size), size), b)
-    start = (zero, zero), (zero, zero), zero, first, jnp.zeros_like(size), one, one, jnp.zeros([], jnp.int32), size
+    first = jnp.where(size == 0, size, 1)  # relative residual of x = 0; NaN stays
+    first = jnp.where(jnp.isfinite(size), first, jnp.nan)
+    start = (zero, zero), (zero, zero), zero, b, jnp.zeros_like(size), one, one, jnp.zeros([], jnp.int32), first
     x, *_, iterations, left = jax.lax.while_loop(go_on, iterate, start)
     # NaN ends the loop at once, with x = 0: it must not pass for a solution.
-    x = _tree.select(jnp.isfinite(left), x, jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), x))
-    x = times(x[0]), times(x[1])
-    return Solution(x, iterations, _tree.ratio(left, size), jnp.zeros([], bool))
+    finite = jnp.isfinite(left)
+    x = tuple(times(_tree.scale(jnp.where(finite, size, jnp.nan), part)) for part in x)
+    no, zero = jnp.zeros([], bool), jnp.zeros_like(size)
+    return Solution(x, iterations, left, finite & ~unsolved(left), finite, no, size, zero)
+
+
+def _symmetric_form(b: PyTree, scale: PyTree | None) -> tuple[Linear, PyTree, jax.Array]:
+    """V ↦ P^(1/2) v, and of P^(−1/2) b the direction and the length."""
+    if scale is None:
+        return lambda v: v, *_tree.unit(b)
+    root = jax.tree.map(jnp.sqrt, scale)
+    return functools.partial(jax.tree.map, jnp.multiply, root), *_tree.unit(jax.tree.map(jnp.divide, b, root))
 
 
 class RowSolution(NamedTuple):
@@ -164,7 +168,11 @@ def solve_in_row_space(
     Rᵀp is carried instead of y, as in CGLS: Rᵀy of the final y would bring the rounding back. All in one real dtype,
     but for complex rows.
     """
-    gram = _lower_gram(rows, scale)
+    # In units in which the largest number of R, of Q and of c is about 1; powers of two, so nothing is rounded.
+    of_rows, of_scale, of_c = (_tree.magnitude(x).astype(x.real.dtype) for x in (rows, scale, c))
+    scale, c = scale / of_scale, c / of_c
+    h = h * of_rows * of_scale * of_rows
+    gram = _lower_gram(rows, scale, of_rows)
     rounding = 0.5 * float(jnp.finfo(gram.dtype).eps)
     trace = jnp.maximum(jnp.trace(gram), jnp.finfo(gram.dtype).tiny)
     # With h = 0, or so small that hK is below rounding, y = c whatever h is.
@@ -178,9 +186,9 @@ def solve_in_row_space(
 
     def iterate(carry: Any) -> Any:
         x, r, p, rz, i = carry
-        pulled = jnp.matmul(p.astype(rows.dtype), rows, precision="highest")
+        pulled = jnp.matmul(p.astype(rows.dtype), rows, precision="highest") / of_rows
         step = _tree.ratio(rz, a * jnp.sum(p * p) + size(pulled))
-        r = r - step * (a * p + real_matmul(rows, scale * pulled))
+        r = r - step * (a * p + real_matmul(rows, scale * pulled) / of_rows)
         z = precondition(r)
         new = jnp.sum(r * z)
         return x + step * pulled, r, z + _tree.ratio(new, rz) * p, new, i + 1
@@ -192,7 +200,8 @@ def solve_in_row_space(
     def go_on(carry: Any) -> jax.Array:
         x, *_, rz, i = carry
         error, whole = wrong(x, rz)
-        return (error > tolerance**2 * whole) & (i < max_iterations)
+        # c may be orthogonal to all that R reaches: then x stays 0, and no error is small beside it.
+        return (error > tolerance**2 * whole) & ((whole > 0) | (i == 0)) & (i < max_iterations)
 
     z = precondition(c)
     start = jnp.zeros(rows.shape[1:], rows.dtype), c, z, jnp.sum(c * z), jnp.zeros([], jnp.int32)
@@ -200,7 +209,7 @@ def solve_in_row_space(
     error = jnp.sqrt(_tree.ratio(*wrong(x, rz)))
     # What is not finite ends the loop: with x = 0 it must not pass for a solution.
     x = jnp.where(jnp.isfinite(rz) & jnp.isfinite(trace), a * x, jnp.nan)
-    return RowSolution(x, r, iterations, error)
+    return RowSolution(x * of_c * of_rows, r * of_c, iterations, error)
 
 
 def solver_of_positive(lower: jax.Array) -> Callable[[jax.Array], jax.Array]:
@@ -256,12 +265,12 @@ def _inverse_of_triangular(factor: jax.Array) -> jax.Array:
     return inverse[0]
 
 
-def _lower_gram(rows: jax.Array, scale: jax.Array, blocks: int = 3) -> jax.Array:
-    """The lower triangle of Re(R Q Rᴴ), block by block: two thirds of the products of the whole."""
+def _lower_gram(rows: jax.Array, scale: jax.Array, size: jax.Array, blocks: int = 3) -> jax.Array:
+    """The lower triangle of Re(R Q Rᴴ)/size², block by block: two thirds of the products of the whole."""
     cuts = [len(rows) * i // blocks for i in range(blocks + 1)]
     strips = []
     for start, end in itertools.pairwise(cuts):
-        strip = real_matmul(rows[start:end], (scale * rows[:end]).T)
+        strip = real_matmul(rows[start:end], (scale / size * rows[:end]).T) / size
         strips.append(jnp.pad(strip, ((0, 0), (0, len(rows) - end))))
     return jnp.concatenate(strips)
 

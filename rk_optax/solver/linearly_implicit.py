@@ -100,7 +100,8 @@ def _divide(rate: PyTree | None, c: Any, b: PyTree) -> Solution:
     """The solution for a diagonal PB."""
     if rate is not None:
         b = jax.tree.map(lambda d, x: x / (1 + jnp.asarray(c, d.dtype) * d), rate, b)
-    return Solution(b, *_initial_state()[:3])
+    zero, no = jnp.zeros([], _tree.default_float()), jnp.zeros([], bool)
+    return Solution(b, jnp.zeros([], jnp.int32), zero, ~no, ~no, no, zero, zero)
 
 
 def _total(cost: Cost, gradients: int, *solutions: Solution) -> Cost:
@@ -117,9 +118,11 @@ class RosenbrockEuler(_Rosenbrock):
     continuation), and `rk_optax.trust_ratio_control()` drives it. Costs one gradient beside k1 (to linearise) and a
     Hessian or Gauss–Newton product for each CG iteration.
 
-    Where B is indefinite, as a network's Hessian is, CG stops at the first direction of negative curvature of I + hB
-    and the step is what it has by then (`state.solver.negative_curvature`): a descent direction, no step of the method.
-    Never use it with a fixed h on such a loss without watching.
+    CG that stops before `tolerance`, at `max_iterations` or, where B is indefinite as a network's Hessian is, at the
+    first direction of negative curvature of I + hB (`state.solver.negative_curvature`), has by then a direction that
+    its model descends: that is the step, the truncated Newton method's and not this one's, and `state.solver.residual`
+    says how far it is from it. Never use it with a fixed h without watching. A direction that is not finite or does not
+    descend is refused (NOT_SOLVED).
 
     Args:
       curvature: B, "gauss_newton" (of a `ModelLoss` or `LeastSquares`; never negative), "hessian" (of any loss) or an
@@ -152,11 +155,15 @@ class RosenbrockEuler(_Rosenbrock):
         solve, diagonal, cost = self._system(field, params, state)
         solution = solve(h, k1)
         residual = solution.residual.astype(_tree.default_float())
+        # In this order no square of a gradient is formed, which in the loss's units may be out of range.
+        left = (h * solution.size) * (solution.overlap * solution.size)
+        fall = predicted_fall(field, k1, h, solution.x) + 0.5 * left
         new = LinearState(solution.iterations, residual, solution.negative, diagonal)
         return Step(
             solution.x,
             _total(cost, 1, solution),
-            quantities={"predicted_fall": predicted_fall(field, k1, h, solution.x) + 0.5 * h * solution.overlap},
+            solved=solution.descends,
+            quantities={"predicted_fall": fall},
             state=new,
             refused_state=new,
         )
@@ -168,7 +175,8 @@ class Ros2(_Rosenbrock):
 
     (I + γhPB) k₁ = F(θ), (I + γhPB) k₂ = F(θ + hk₁) − 2k₁, θ ← θ + (3/2)hk₁ + (1/2)hk₂, with F = −P∇L. Costs three
     gradients, k1 and the linearisation included, and a product for each CG iteration. Accuracy needs CG to be accurate:
-    `tolerance` is tighter here.
+    `tolerance` is tighter here, and a step one of whose systems does not reach it, by `max_iterations` or for a
+    direction of negative curvature, is refused (NOT_SOLVED). A shorter h makes both systems easier.
 
     Order is not stability: with half of the true curvature, the γ = 1 − 1/√2 that is best for an exact B lets modes
     grow tenfold, and γ = 1 + 1/√2 does not.
@@ -222,7 +230,14 @@ class Ros2(_Rosenbrock):
         residual = jnp.maximum(first.residual, second.residual).astype(_tree.default_float())
         negative = first.negative | second.negative
         new = LinearState(first.iterations + second.iterations, residual, negative, diagonal)
-        return Step(direction, _total(cost, 2, first, second), quantities=quantities, state=new, refused_state=new)
+        return Step(
+            direction,
+            _total(cost, 2, first, second),
+            solved=first.converged & second.converged,
+            quantities=quantities,
+            state=new,
+            refused_state=new,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,6 +329,7 @@ class ResidualEuler(Solver):
         return Step(
             direction,
             Cost(gradients=1, rows=count),
+            solved=solution.error <= 1,
             quantities={"predicted_fall": predicted_fall(field, k1, h, direction) + correction},
             state=new,
             refused_state=new,
@@ -330,4 +346,5 @@ def predicted_fall(field: VectorField, k1: PyTree, h: Any, direction: PyTree) ->
         k1, unscaled = (jax.tree.map(jnp.divide, tree, field.scale) for tree in (k1, direction))
     else:
         unscaled = direction
-    return 0.5 * h * (_tree.inner(k1, direction) + _tree.inner(unscaled, direction))
+    # h·g* first: the product of two gradients may be out of range, in the units of the loss, where the fall is not.
+    return 0.5 * _tree.inner(jax.tree.map(jnp.add, k1, unscaled), _tree.scale(h, direction))
