@@ -45,14 +45,20 @@ class DataFunction:
         """
         known = (*self.required, *self.optional)
         data = {name: extra_args[name] for name in known if name in extra_args}
-        unknown = [name for name in extra_args if name not in known]
-        unfilled = [name for name in known if name not in data]
+        unknown = [name for name in extra_args if name not in known and name not in _COMMON_EXTRAS]
         for name in unknown:
-            near = None if name in _COMMON_EXTRAS else near_miss(name, unfilled)
+            near = near_miss(name, [required for required in self.required if required not in data])
+            # An argument with a default may well be left out, and the keyword be another transformation's.
+            near = near or near_miss(name, [n for n in self.optional if n not in data and _is_typo(name, n)])
             if near is not None:
                 raise TypeError(
                     f"update() got a keyword {name!r}, which {self.role} does not take; did you mean "
                     f"{near!r}? {self._usage()}"
+                    + (
+                        f" If {name!r} is for another transformation, pass {near!r} too."
+                        if near in self.optional
+                        else ""
+                    )
                 )
         missing = [name for name in self.required if name not in data]
         if missing:
@@ -77,6 +83,12 @@ def near_miss(name: str, candidates: Sequence[str]) -> str | None:
     # 0.65 catches a swap in a three-letter name ("rgn" for "rng", ratio 0.67).
     found = difflib.get_close_matches(name.lower(), list(lowered), n=1, cutoff=0.65)
     return lowered[found[0]] if found else None
+
+
+def _is_typo(name: str, meant: str) -> bool:
+    """Whether `name` is hardly a word of its own: the letters of `meant` in another order, or nearly the same ones."""
+    name, meant = name.lower(), meant.lower()
+    return sorted(name) == sorted(meant) or difflib.SequenceMatcher(None, name, meant).ratio() >= 0.8
 
 
 def read_data_function(function: Callable[..., Any], role: str, argnames: Sequence[str] | None = None) -> DataFunction:

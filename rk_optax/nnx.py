@@ -171,7 +171,16 @@ class Optimizer(nnx.Optimizer):
         evaluate = nnx.value_and_grad(
             lambda model: loss_fn(model, **data), argnums=nnx.DiffState(0, self.wrt), has_aux=self.has_aux, **_graph
         )
-        value, grads = evaluate(model)
+        try:
+            value, grads = evaluate(model)
+        except TypeError as error:
+            if any(words in str(error) for words in ("scalar-output", "has_aux", "0-d array")):  # JAX's and Flax's
+                error.add_note(
+                    "Whether loss_fn returns (loss, aux) is said to the optimizer, which tells the solver: "
+                    "rk_optax.nnx.Optimizer(model, partial(rk_optax.rk4, learning_rate=0.1), loss_fn, wrt=nnx.Param, "
+                    f"has_aux=True). Here has_aux is {self.has_aux}."
+                )
+            raise
         takes_data = isinstance(self.tx, optax.GradientTransformationExtraArgs)
         self.update(model, grads, **({**data, "snapshot": before} if takes_data else {}))
         return value
@@ -181,8 +190,11 @@ class Optimizer(nnx.Optimizer):
         try:
             return super().update(*args, **kwargs)
         except TypeError as error:
-            if "'State' object is not callable" in str(error):  # what a loss of a model says when a stage calls it
-                error.add_note("A solver differentiates a loss of parameters: rk_optax.rk4(pure_loss(loss_fn), ...).")
+            if "With has_aux=True, loss_fn must return" in str(error):
+                error.add_note(
+                    "The loss that rk_optax.nnx.Optimizer hands to tx has dropped aux already: leave has_aux of the "
+                    "solver off, and say it to the Optimizer."
+                )
             raise
 
 

@@ -211,7 +211,15 @@ class _Method:
         """`after` of g*, in the stage dtype; its state stays in the dtypes of params."""
         if self.after is None:
             return direction, state
-        direction, new = self.after.update(direction, state, theta, **extra_args)
+        try:
+            direction, new = self.after.update(direction, state, theta, **extra_args)
+        except TypeError as error:
+            if "required keyword-only argument" in str(error):  # as optax.contrib.reduce_on_plateau has one, value
+                error.add_note(
+                    "It is a keyword that the transformation given as after= takes: pass it to update beside the "
+                    "loss's data, as in tx.update(grads, state, params, value=loss, x=x)."
+                )
+            raise
         return _tree.cast_like(direction, theta), _tree.cast_like(new, jax.tree.map(jnp.asarray, state))
 
     def _commit(
@@ -478,10 +486,8 @@ def _between(
     if momentum is None:
         if nesterov:
             raise ValueError("nesterov=True does nothing without momentum: pass momentum=0.9, say.")
-        if isinstance(after, Preconditioner):
-            raise TypeError("after is a Preconditioner, which acts on every stage: pass it as preconditioner=.")
-        if after is not None and not (hasattr(after, "init") and hasattr(after, "update")):
-            raise TypeError(f"after must be an optax.GradientTransformation, got {type(after).__name__}.")
+        if after is not None:
+            _check_after(after)
         return after
     if after is not None:
         raise ValueError(
@@ -489,6 +495,35 @@ def _between(
             "after=optax.chain(optax.trace(0.9), ...)."
         )
     return optax.trace(_checks.number(momentum, "momentum", "decay"), nesterov=nesterov)
+
+
+def _check_after(after: Any) -> None:
+    if isinstance(after, Preconditioner):
+        raise TypeError("after is a Preconditioner, which acts on every stage: pass it as preconditioner=.")
+    if not (hasattr(after, "init") and hasattr(after, "update")):
+        raise TypeError(f"after must be an optax.GradientTransformation, got {type(after).__name__}.")
+    if _turns_round(after):
+        raise ValueError(
+            "after turns gradients into descent directions, as optax.adam and every whole optimizer does, and the step "
+            "size does so once more: the loss would rise. Pass the part without sign and learning rate: "
+            "after=optax.scale_by_adam(), optax.trace(0.9), ..."
+        )
+
+
+def _turns_round(after: optax.GradientTransformation) -> bool:
+    """Whether a gradient of ±1 comes out with the other sign, both times."""
+
+    def probe(sign: float) -> jax.Array:
+        gradient = jnp.full([1], sign)
+        known = {"value": jnp.zeros([]), "grad": gradient, "value_fn": lambda params: jnp.sum(sign * params)}
+        return optax.with_extra_args_support(after).update(gradient, after.init(place), place, **known)[0]
+
+    with jax.ensure_compile_time_eval():
+        place = jnp.zeros([1])
+        try:
+            return bool(((probe(1.0) < 0) & (probe(-1.0) > 0)).all())
+        except Exception:  # made for a tree of its own or other keywords, or traced: nothing can be said
+            return False
 
 
 # Functions, and numbers that the program is compiled for; the others, such as rates, may be traced.
