@@ -272,6 +272,7 @@ class Objective:
         if isinstance(loss_fn, ModelLoss) and has_aux:
             raise ValueError(f"has_aux=True: a {type(loss_fn).__name__} returns its loss alone, without aux.")
         self.offers = _offers(loss_fn, grad_fn)
+        needs = needs - {"diagonal_scale"}  # what a preconditioner offers is compared where there is one
         check_capabilities(needs, self.offers, "This solver, learning rate or preconditioner")
         self._needs = needs
 

@@ -287,7 +287,7 @@ def _transformation(
         grad_fn=options.grad_fn,
         has_aux=options.has_aux,
         argnames=options.argnames,
-        needs=(method.needs | rule.needs | scale.needs) - of_scale,
+        needs=method.needs | rule.needs | scale.needs,
         l2=options.l2,
         stage_batches=_stage_batches(options.stage_batches, options.batch_argnames, method, rule),
     )
