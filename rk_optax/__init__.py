@@ -28,10 +28,24 @@ from rk_optax.alias import (
     trapezoid,
     tsit5,
 )
-from rk_optax.control import descent_control, error_control, trust_ratio_control
+from rk_optax.control import (
+    DescentControl,
+    ErrorControl,
+    TrustRatioControl,
+    descent_control,
+    error_control,
+    trust_ratio_control,
+)
 from rk_optax.field import SmoothField, VectorField
+from rk_optax.learning_rate_rules import Dal, SgdG2, dal, sgd_g2
 from rk_optax.preconditioner import (
+    AdagradPreconditioner,
+    AdamPreconditioner,
+    DiagonalPreconditioner,
+    HutchinsonPreconditioner,
+    OptaxPreconditioner,
     Preconditioner,
+    RmsPreconditioner,
     precondition_by,
     precondition_by_adagrad,
     precondition_by_adam,
@@ -53,7 +67,7 @@ from rk_optax.solver import (
     Step,
 )
 from rk_optax.stage_batches import first_stage_batch
-from rk_optax.step_size import Attempt, Choice, Proposal, Reason, StepSizeRule, Verdict, dal, sgd_g2
+from rk_optax.step_size import Attempt, Choice, Proposal, Reason, StepSizeRule, Verdict
 from rk_optax.structured_loss import LeastSquares, ModelLoss
 from rk_optax.tableau import TABLEAUS, ButcherTableau, rk2, rk3, rk4_family
 from rk_optax.transform import RungeKuttaState, inject_hyperparams, runge_kutta, scale_by_rk
@@ -63,28 +77,39 @@ __version__ = "0.1.0"
 __all__ = [
     "IMPLICIT_TABLEAUS",
     "TABLEAUS",
+    "AdagradPreconditioner",
+    "AdamPreconditioner",
     "Attempt",
     "ButcherTableau",
     "Choice",
     "Cost",
+    "Dal",
+    "DescentControl",
     "DiagonalCurvature",
+    "DiagonalPreconditioner",
+    "ErrorControl",
     "Etd",
     "Explicit",
+    "HutchinsonPreconditioner",
     "Implicit",
     "LeastSquares",
     "ModelLoss",
+    "OptaxPreconditioner",
     "Preconditioner",
     "Proposal",
     "Reason",
     "ResidualEuler",
+    "RmsPreconditioner",
     "Ros2",
     "RosenbrockEuler",
     "RungeKuttaState",
+    "SgdG2",
     "SmoothField",
     "Solver",
     "Stabilized",
     "Step",
     "StepSizeRule",
+    "TrustRatioControl",
     "VectorField",
     "Verdict",
     "backward_euler",

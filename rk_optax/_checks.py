@@ -1,4 +1,4 @@
-"""Checks of numbers that users pass: concrete ones are checked at construction, traced ones cannot be."""
+"""Checks of what users pass: concrete numbers are checked at construction, traced ones cannot be."""
 
 from __future__ import annotations
 
@@ -9,34 +9,59 @@ import jax
 import jax.core
 import numpy as np
 
+Kind = Literal["positive", "not negative", "decay", "shrinkage", "fraction", "growth", "real"]
 _RANGES = {
     "positive": ("positive and finite", lambda x: 0 < x < math.inf),
     "not negative": ("finite and not negative", lambda x: 0 <= x < math.inf),
     "decay": ("in [0, 1)", lambda x: 0 <= x < 1),
+    "shrinkage": ("in (0, 1)", lambda x: 0 < x < 1),
+    "fraction": ("in (0, 1]", lambda x: 0 < x <= 1),
+    "growth": ("above 1 and finite", lambda x: 1 < x < math.inf),
+    "real": ("a real number", lambda x: True),
 }
 
 
-def number(value: Any, name: str, kind: Literal["positive", "not negative", "decay"], why: str = "") -> Any:
+def number(value: Any, name: str, kind: Kind, why: str = "") -> Any:
     """A concrete number as a Python float, which promotes no dtype; a traced scalar as it is.
 
     Raises:
-      ValueError: not a real scalar in its range.
+      ValueError: not a real scalar, or a concrete one that is not in its range.
     """
-    if isinstance(value, jax.core.Tracer):
-        return value
     what, fits = _RANGES[kind]
+    traced = isinstance(value, jax.core.Tracer)
     scalar = isinstance(value, int | float | np.number | np.ndarray | jax.Array) and not isinstance(value, bool)
-    if not scalar or np.shape(value) != () or np.iscomplexobj(value) or not fits(float(value)):
+    # Injected hyperparameters arrive in the dtype of params, complex ones included: a traced scalar is not looked into.
+    if not scalar or np.shape(value) != () or not (traced or (not np.iscomplexobj(value) and fits(float(value)))):
         raise ValueError(f"{name} must be {what}, got {value!r}" + (f"; {why}." if why else "."))
-    return float(value)
+    return value if traced else float(value)
+
+
+def numbers(instance: Any, why: str = "", **kinds: Kind) -> None:
+    """`number` for attributes of a frozen dataclass, each of which becomes what `number` returns."""
+    for name, kind in kinds.items():
+        object.__setattr__(instance, name, number(getattr(instance, name), name, kind, why))
+
+
+def is_traced(*values: Any) -> bool:
+    """Whether one of the numbers is known only when the program runs, so that nothing can be said of it now."""
+    return any(isinstance(value, jax.core.Tracer) for value in values)
 
 
 def count(value: Any, name: str) -> int:
     """An integer of at least 1.
 
     Raises:
-      ValueError: anything else.
+      ValueError: anything else, a traced integer too: programs are compiled for counts.
     """
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(f"{name} is static: the program is compiled for it. Pass a Python integer, got {value!r}.")
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
     return int(value)
+
+
+def choice(value: Any, name: str, allowed: tuple[str, ...]) -> None:
+    """Raises a ValueError unless `value` is one of the allowed names."""
+    if not (isinstance(value, str) and value in allowed):
+        names = [repr(a) for a in allowed]
+        raise ValueError(f"{name} must be {', '.join(names[:-1])} or {names[-1]}, got {value!r}.")

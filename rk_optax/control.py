@@ -1,156 +1,108 @@
 """Step-size rules that refuse steps: by the error estimate, by the loss, or by how well a quadratic model foretold it.
 
 Each update is one attempt. A refused one leaves parameters, solver and momentum as they were and shortens the next, so
-nothing loops inside a step, and at the smallest step size `state.reason` says so. All losses are those of the batch of
-the step.
+nothing loops inside a step, and `state.reason` says why. All losses are those of the batch of the step. Every number
+of a rule may be traced; h has the units of a learning rate, θ²/L, and so have the first h and its bounds. No h is
+final: it stays between the bounds, and none of them is infinite or 0.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from rk_optax import _checks, _tree
-from rk_optax.field import Capability, VectorField
+from rk_optax.field import Capability
 from rk_optax.solver import Cost, Quantity, Solver
 from rk_optax.step_size import Attempt, Proposal, Reason, StepSizeRule, Verdict
 
 PyTree = Any
+Number = float | jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
-class _Controlled(StepSizeRule):
-    """What the three share: h is in the state, between bounds."""
+class ControlledRule(StepSizeRule):
+    """A rule that keeps the next h in its state, between bounds.
 
-    initial_step_size: float
-    min_step_size: float
-    max_step_size: float
+    Subclasses are dataclasses with the three fields below, and a state with a field `next_step_size`.
+    """
+
+    initial_step_size: Number
+    min_step_size: Number | None
+    max_step_size: Number | None
 
     def __post_init__(self):
-        for name in ("initial_step_size", "min_step_size"):
-            _checks.number(getattr(self, name), name, "positive")
-        if not self.min_step_size <= self.initial_step_size <= self.max_step_size:
+        _checks.numbers(self, initial_step_size="positive")
+        low, high = self.min_step_size, self.max_step_size
+        if low is not None:
+            _checks.numbers(self, min_step_size="positive")
+        if high is not None:
+            _checks.numbers(self, max_step_size="real")
+        low = 0.0 if low is None or _checks.is_traced(low) else low
+        high = math.inf if high is None or _checks.is_traced(high) else high
+        first = self.initial_step_size
+        if not (low <= high if _checks.is_traced(first) else low <= first <= high):
             raise ValueError(
-                f"initial_step_size must lie between min_step_size and max_step_size, got {self.initial_step_size!r} "
-                f"outside [{self.min_step_size!r}, {self.max_step_size!r}]."
+                f"initial_step_size must lie between min_step_size and max_step_size, got {first!r} outside "
+                f"[{self.min_step_size!r}, {self.max_step_size!r}]."
             )
 
-    def propose(self, count: jax.Array, state: Any, field: VectorField, params: PyTree, k1: PyTree) -> Proposal:
+    def propose(self, count: jax.Array, state: Any, field: Any, params: PyTree, k1: PyTree) -> Proposal:
         """The step size in the state."""
         del count, field, params, k1
-        return Proposal(state.step_size, state)
+        return Proposal(state.next_step_size, state)
 
-    def _bounded(self, h: jax.Array, attempt: Attempt, dtype: jnp.dtype) -> jax.Array:
+    def bounded(self, h: jax.Array, attempt: Attempt) -> jax.Array:
         """The step size within the bounds and, with some room, within what the solver can take."""
         if attempt.step.largest_step is not None:
-            h = jnp.minimum(h, 0.95 * attempt.step.largest_step)
-        return jnp.clip(h, self.min_step_size, self.max_step_size).astype(dtype)
+            h = jnp.minimum(h, (0.95 * attempt.step.largest_step).astype(h.dtype))
+        smallest, largest = self._bounds(h.dtype)
+        return jnp.clip(h, smallest, largest)
 
-    def _reason(
-        self, accepted: jax.Array, attempt: Attempt, refused: Reason, tie: bool | jax.Array = False
-    ) -> jax.Array:
-        at_end = attempt.step_size <= self.min_step_size
-        why = jnp.where(at_end, Reason.SMALLEST_STEP, jnp.where(tie, Reason.UNRESOLVED, refused))
-        return jnp.where(accepted, Reason.ACCEPTED, why)
+    def first_step_size(self) -> jax.Array:
+        """The first h, within the bounds."""
+        h = jnp.full([], self.initial_step_size, _tree.default_float())
+        return jnp.clip(h, *self._bounds(h.dtype))
 
-    def _factor_of_tie(
-        self, accepted: jax.Array, nothing_seen: jax.Array, growth: float, shrinkage: float
-    ) -> jax.Array:
-        """What becomes of h after a step that the losses do not resolve: converged, where one has been resolved before.
+    def at_smallest(self, h: jax.Array) -> jax.Array:
+        """Whether h cannot get smaller."""
+        return h <= self._bounds(h.dtype)[0]
 
-        A first h that is far too short would stay for good if it did not grow; at convergence h must not run away.
-        """
-        return jnp.where(nothing_seen, growth, jnp.where(accepted, 1, shrinkage))
-
-    def _scalar(self, value: float) -> jax.Array:
-        return jnp.full([], value, _tree.default_float())
+    def _bounds(self, dtype: Any) -> tuple[jax.Array, jax.Array]:
+        """What the user gave, as far as the dtype can express it: an infinite h would stay so, and a subnormal one."""
+        info = jnp.finfo(dtype)
+        low = info.tiny if self.min_step_size is None else self.min_step_size
+        high = info.max if self.max_step_size is None else self.max_step_size
+        low, high = (jnp.clip(jnp.asarray(x, dtype), info.tiny, info.max) for x in (low, high))
+        return low, high
 
 
 class ErrorControlState(NamedTuple):
-    """State of `error_control`."""
+    """State of `ErrorControl`."""
 
-    step_size: jax.Array  # shape=(), float: the next h
+    next_step_size: jax.Array  # shape=(), float: the next h
     error: jax.Array  # shape=(), float: the latest scaled error; a step is taken where it is at most 1
     errors: jax.Array  # shape=(2,), float: of the last two accepted steps, the latest first
 
 
 @dataclasses.dataclass(frozen=True)
-class ErrorControl(_Controlled):
-    """See `error_control`."""
-
-    rtol: float
-    atol: float
-    coefficients: tuple[float, float, float]
-    safety: float
-    factors: tuple[float, float]
-    wants: frozenset[Quantity] = frozenset({"error"})
-
-    def init(self) -> ErrorControlState:
-        """As if the steps before the first had been just right."""
-        return ErrorControlState(
-            self._scalar(self.initial_step_size), self._scalar(math.nan), jnp.ones([2], _tree.default_float())
-        )
-
-    def judge(self, state: ErrorControlState, attempt: Attempt) -> Verdict:
-        """Accepts where the scaled error is at most 1."""
-        error = self._scaled(attempt).astype(state.errors.dtype)
-        accepted = attempt.usable & (error <= 1)
-        history = jnp.concatenate([error[None], state.errors])
-        # A PID controller in the logarithm of the error, whose proportional part is that of differences.
-        p, i, d = self.coefficients
-        weights = -jnp.array([p + i + d, -(p + 2 * d), d], history.dtype) / ((attempt.solver.error_order or 0) + 1)
-        smallest, largest = self.factors
-        tiny = jnp.finfo(history.dtype).tiny
-        factor = self.safety * jnp.exp(jnp.sum(weights * jnp.log(jnp.maximum(history, tiny))))
-        factor = jnp.clip(factor, smallest, jnp.where(accepted, largest, self.safety))
-        factor = jnp.where(attempt.usable & jnp.isfinite(error), factor, smallest)
-        new = ErrorControlState(
-            self._bounded(state.step_size * factor, attempt, state.step_size.dtype),
-            error,
-            jnp.where(accepted, history[:2], state.errors),
-        )
-        return Verdict(accepted, self._reason(accepted, attempt, Reason.ERROR_TOO_LARGE), new)
-
-    def _scaled(self, attempt: Attempt) -> jax.Array:
-        """The root mean square of error / (atol + rtol·max(|θ|, |θ_next|))."""
-        sizes = jax.tree.map(
-            lambda a, b: self.atol + self.rtol * jnp.maximum(jnp.abs(a), jnp.abs(b)), attempt.params, attempt.candidate
-        )
-        scaled = jax.tree.map(jnp.divide, attempt.step.quantities["error"], sizes)
-        count = sum(leaf.size for leaf in jax.tree.leaves(scaled))
-        return _tree.norm(scaled) / math.sqrt(max(count, 1))
-
-
-def error_control(
-    rtol: float = 1e-3,
-    atol: float = 1e-6,
-    *,
-    initial_step_size: float = 1e-2,
-    pcoeff: float = 0.0,
-    icoeff: float = 1.0,
-    dcoeff: float = 0.0,
-    safety: float = 0.9,
-    factor_min: float = 0.2,
-    factor_max: float = 10.0,
-    min_step_size: float = 1e-12,
-    max_step_size: float = math.inf,
-) -> ErrorControl:
+class ErrorControl(ControlledRule):
     """The step size that keeps the embedded error estimate at a tolerance: to follow the flow, not to train fast.
 
     A step is taken where e = rms(error/(atol + rtol·max(|θ|, |θ_next|))) ≤ 1. With k = p̂ + 1 the next h is h times
     safety·e₀^(−(P+I+D)/k)·e₁^((P+2D)/k)·e₂^(−D/k), within [factor_min, factor_max], at most `safety` after a refusal;
-    e₁ and e₂ are those of the last accepted steps.
+    e₁ and e₂ are those of the last accepted steps. The mean is over the numbers that the step moves, so that an inert
+    leaf changes nothing; a step that moves none, as on a batch without a gradient, leaves h.
 
     >>> import jax, jax.numpy as jnp, rk_optax
     >>> def loss_fn(w): return jnp.sum(w ** 4)
     >>> tx = rk_optax.dopri5(loss_fn, rk_optax.error_control(rtol=1e-4))
     >>> w = jnp.array([1.0, 2.0])
     >>> _, state = tx.update(jax.grad(loss_fn)(w), tx.init(w), w)
-    >>> bool(state.accepted), bool(state.rule.error < 1), f"{state.rule.step_size:.3f}"
+    >>> bool(state.accepted), bool(state.rule.error < 1), f"{state.rule.next_step_size:.3f}"
     (True, True, '0.020')
 
     Args:
@@ -163,137 +115,238 @@ def error_control(
       safety: factor on the predicted step, in (0, 1].
       factor_min: the most that h shrinks at once, in (0, 1).
       factor_max: the most that it grows, above 1.
-      min_step_size: h never gets smaller; refused there, a step says SMALLEST_STEP.
-      max_step_size: h never gets larger.
+      min_step_size: h never gets smaller; None: the smallest normal number of the state.
+      max_step_size: h never gets larger; None: the largest number of the state.
 
     Raises:
       ValueError: an argument out of its range; at construction of the optimizer, a solver without an error estimate.
 
     Cost: none beside the solver's own estimate. Source: Söderlind (2003), as in diffrax's PIDController.
     """
-    rtol, atol = _checks.number(rtol, "rtol", "not negative"), _checks.number(atol, "atol", "positive")
-    if not 0 < safety <= 1:
-        raise ValueError(f"safety must be in (0, 1], got {safety!r}.")
-    if not 0 < factor_min < 1 < factor_max < math.inf:
-        raise ValueError(f"factor_min < 1 < factor_max is required, got {factor_min!r} and {factor_max!r}.")
-    return ErrorControl(
-        initial_step_size,
-        min_step_size,
-        max_step_size,
-        rtol,
-        atol,
-        (pcoeff, icoeff, dcoeff),
-        safety,
-        (factor_min, factor_max),
-    )
+
+    rtol: Number = 1e-3
+    atol: Number = 1e-6
+    _: dataclasses.KW_ONLY
+    initial_step_size: Number = 1e-2
+    pcoeff: Number = 0.0
+    icoeff: Number = 1.0
+    dcoeff: Number = 0.0
+    safety: Number = 0.9
+    factor_min: Number = 0.2
+    factor_max: Number = 10.0
+    min_step_size: Number | None = None
+    max_step_size: Number | None = None
+    wants: ClassVar[frozenset[Quantity]] = frozenset({"error"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        _checks.numbers(self, rtol="not negative", atol="positive", safety="fraction")
+        _checks.numbers(self, pcoeff="real", icoeff="real", dcoeff="real", factor_min="real", factor_max="real")
+        low, high = self.factor_min, self.factor_max
+        if not ((_checks.is_traced(low) or 0 < low < 1) and (_checks.is_traced(high) or 1 < high < math.inf)):
+            raise ValueError(f"factor_min < 1 < factor_max is required, got {low!r} and {high!r}.")
+
+    def init(self) -> ErrorControlState:
+        """As if the steps before the first had been just within the tolerance."""
+        dtype = _tree.default_float()
+        return ErrorControlState(self.first_step_size(), jnp.zeros([], dtype), jnp.ones([2], dtype))
+
+    def judge(self, state: ErrorControlState, attempt: Attempt) -> Verdict:
+        """Accepts where the scaled error is at most 1."""
+        dtype = state.next_step_size.dtype
+        error, moves = self._scaled_error(attempt, dtype)
+        known = jnp.isfinite(error)
+        error = jnp.where(known, error, jnp.finfo(dtype).max)
+        accepted = attempt.usable & (error <= 1)
+        factor = self._factor(jnp.concatenate([error[None], state.errors]), accepted, attempt)
+        factor = jnp.where(attempt.usable & known, factor, jnp.asarray(self.factor_min, dtype))
+        # Where nothing moves, as in a batch without a gradient, an error of 0 says nothing about h.
+        factor = jnp.where(attempt.usable & ~moves, 1, factor)
+        new = ErrorControlState(
+            self.bounded(state.next_step_size * factor, attempt),
+            error,
+            jnp.where(accepted & moves, jnp.stack([error, state.errors[0]]), state.errors),
+        )
+        refused = jnp.where(self.at_smallest(attempt.step_size), Reason.SMALLEST_STEP, Reason.ERROR_TOO_LARGE)
+        return Verdict(accepted, jnp.where(accepted, Reason.ACCEPTED, refused), new)
+
+    def _factor(self, history: jax.Array, accepted: jax.Array, attempt: Attempt) -> jax.Array:
+        """A PID controller in the logarithm of the error, whose proportional part is that of differences."""
+        dtype = history.dtype
+        p, i, d, safety, smallest, largest = (
+            jnp.asarray(x, dtype)
+            for x in (self.pcoeff, self.icoeff, self.dcoeff, self.safety, self.factor_min, self.factor_max)
+        )
+        weights = -jnp.stack([p + i + d, -(p + 2 * d), d]) / ((attempt.solver.error_order or 0) + 1)
+        logarithms = jnp.log(jnp.maximum(history, jnp.finfo(dtype).tiny))
+        factor = safety * jnp.exp(jnp.sum(weights * logarithms))
+        return jnp.clip(factor, smallest, jnp.where(accepted, largest, safety))
+
+    def _scaled_error(self, attempt: Attempt, dtype: Any) -> tuple[jax.Array, jax.Array]:
+        """The root mean square of error / (atol + rtol·max(|θ|, |θ_next|)), and whether the step moves anything.
+
+        Numbers that the step does not move are left out: those of an inert leaf, of which there may be any number,
+        would make the mean smaller.
+        """
+
+        def scaled(error: jax.Array, before: jax.Array, after: jax.Array) -> jax.Array:
+            size = jnp.maximum(jnp.abs(before), jnp.abs(after))
+            return jnp.abs(error) / (jnp.asarray(self.atol, size.dtype) + jnp.asarray(self.rtol, size.dtype) * size)
+
+        def moved(error: jax.Array, direction: jax.Array) -> jax.Array:
+            return jnp.sum((error != 0) | (direction != 0), dtype=dtype)
+
+        errors = attempt.step.quantities["error"]
+        counts = jax.tree.leaves(jax.tree.map(moved, errors, attempt.step.direction))
+        count = sum(counts, jnp.zeros([], dtype))
+        total = _tree.norm(jax.tree.map(scaled, errors, attempt.params, attempt.candidate)).astype(dtype)
+        return total / jnp.sqrt(jnp.maximum(count, 1)), count > 0
+
+
+error_control = ErrorControl
 
 
 class DescentControlState(NamedTuple):
-    """State of `descent_control`."""
+    """State of `DescentControl`."""
 
-    step_size: jax.Array  # shape=(), float: the next h
+    next_step_size: jax.Array  # shape=(), float: the next h
     fall: jax.Array  # shape=(), float: of the loss, by the latest attempt that shows one; negative where it rose
-    gain: jax.Array  # shape=(), float: fall/(‖k1‖²·cost) of the last accepted step; 0 before one and after a refusal
+    tried: jax.Array  # shape=(), float: h of that attempt; 0 before the first
+    uphill: jax.Array  # shape=(), bool: whether refused steps rise in proportion to h
+    gain: jax.Array  # shape=(), float: fall/(slope·cost) of the last accepted step; 0 before one and after a refusal
     growing: jax.Array  # shape=(), bool: whether h grows or shrinks
 
 
 @dataclasses.dataclass(frozen=True)
-class DescentControl(_Controlled):
-    """See `descent_control`."""
-
-    growth: float
-    shrinkage: float
-    needs: frozenset[Capability] = frozenset({"loss"})
-
-    def init(self) -> DescentControlState:
-        """Growing until something speaks against it."""
-        return DescentControlState(
-            self._scalar(self.initial_step_size), self._scalar(math.nan), self._scalar(0.0), jnp.ones([], bool)
-        )
-
-    def judge(self, state: DescentControlState, attempt: Attempt) -> Verdict:
-        """Accepts where the loss does not rise. Costs two losses."""
-        dtype = state.step_size.dtype
-        before, after = attempt.field.loss(attempt.params), attempt.field.loss(attempt.candidate)
-        fall, square = (before - after).astype(dtype), _tree.inner(attempt.k1, attempt.k1)
-        accepted = attempt.usable & (fall >= 0)
-        tie = attempt.usable & _unresolved(before, after, attempt.step_size * square)
-        cost, work = attempt.step.cost, attempt.step.work
-        work = jnp.maximum(cost.gradients + cost.products, 1) if work is None else work
-        gain = jnp.where(tie, state.gain, _tree.ratio(fall, (square * work).astype(dtype)))
-        growing = jnp.where(gain < state.gain, ~state.growing, state.growing)
-        factor = jnp.where(accepted, jnp.where(growing, self.growth, 1 / self.growth), self.shrinkage)
-        factor = jnp.where(
-            tie,
-            self._factor_of_tie(accepted, jnp.isnan(state.fall) & (square > 0), self.growth, self.shrinkage),
-            factor,
-        )
-        new = DescentControlState(
-            self._bounded(state.step_size * factor, attempt, dtype),
-            jnp.where(tie, state.fall, fall),
-            jnp.where(accepted | tie, gain, 0).astype(dtype),
-            growing | ~(accepted | tie),
-        )
-        reason = self._reason(accepted, attempt, Reason.LOSS_ROSE, tie)
-        return Verdict(accepted, reason, new, Cost(losses=2))
-
-
-def descent_control(
-    initial_step_size: float = 1e-2,
-    *,
-    growth: float = 1.5,
-    shrinkage: float = 0.25,
-    min_step_size: float = 1e-12,
-    max_step_size: float = 1e12,
-) -> DescentControl:
+class DescentControl(ControlledRule):
     """The step size that makes the loss fall most per gradient; a step that would raise the loss is refused.
 
     h climbs: it keeps growing, or shrinking, by `growth` as long as the fall per ‖k1‖² and per gradient (or product)
-    does not decline, and turns round where it does. A refused step multiplies h by `shrinkage`. Both losses are those
-    of the step's own batch: made for large batches and deterministic losses.
+    does not decline, and turns round where it does. A refused step multiplies h by `shrinkage`. A step too short
+    for the losses to show what it does multiplies h by `growth`, whatever has been seen before; at convergence h
+    therefore grows until a rise shows. Both losses are those of the step's own batch: made for large batches and
+    deterministic losses. With a diagonal preconditioner P, ‖k1‖² stands for ⟨∇L, P∇L⟩.
 
     >>> import jax, jax.numpy as jnp, rk_optax
     >>> def loss_fn(w): return jnp.sum(w ** 2)
     >>> tx = rk_optax.rk4(loss_fn, rk_optax.descent_control(initial_step_size=100.0))
     >>> w = jnp.array([1.0, 2.0])
     >>> _, state = tx.update(jax.grad(loss_fn)(w), tx.init(w), w)
-    >>> bool(state.accepted), rk_optax.Reason(int(state.reason)).name, float(state.rule.step_size)
+    >>> bool(state.accepted), rk_optax.Reason(int(state.reason)).name, float(state.rule.next_step_size)
     (False, 'LOSS_ROSE', 25.0)
 
     Args:
       initial_step_size: the first h; a poor one costs some refused steps.
       growth: factor per accepted step, above 1.
       shrinkage: factor after a refused step, in (0, 1).
-      min_step_size: h never gets smaller; refused there, a step says SMALLEST_STEP.
-      max_step_size: h never gets larger.
+      min_step_size: h never gets smaller; None: the smallest normal number of the state.
+      max_step_size: h never gets larger; None: the largest number of the state.
 
     Raises:
       ValueError: an argument out of its range; at construction of the optimizer, a `grad_fn` without a loss.
 
     Cost: two losses a step.
     """
-    if not 1 < growth < math.inf:
-        raise ValueError(f"growth must be above 1 and finite, got {growth!r}.")
-    if not 0 < shrinkage < 1:
-        raise ValueError(f"shrinkage must be in (0, 1), got {shrinkage!r}.")
-    return DescentControl(initial_step_size, min_step_size, max_step_size, growth, shrinkage)
+
+    initial_step_size: Number = 1e-2
+    _: dataclasses.KW_ONLY
+    growth: Number = 1.5
+    shrinkage: Number = 0.25
+    min_step_size: Number | None = None
+    max_step_size: Number | None = None
+    needs: ClassVar[frozenset[Capability]] = frozenset({"loss"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        _checks.numbers(self, growth="growth", shrinkage="shrinkage")
+
+    def init(self) -> DescentControlState:
+        """Growing until something speaks against it."""
+        fall, tried, gain = (jnp.zeros([], _tree.default_float()) for _ in range(3))
+        return DescentControlState(self.first_step_size(), fall, tried, jnp.zeros([], bool), gain, jnp.ones([], bool))
+
+    def judge(self, state: DescentControlState, attempt: Attempt) -> Verdict:
+        """Accepts where the loss does not rise. Costs two losses."""
+        dtype = state.next_step_size.dtype
+        growth, shrinkage = (jnp.asarray(x, dtype) for x in (self.growth, self.shrinkage))
+        size = _root_of_slope(attempt).astype(dtype)
+        losses = _Losses.of(attempt, (attempt.step_size * size).astype(dtype) * size)
+        accepted, tie = losses.accepted, losses.tie
+        cost, work = attempt.step.cost, attempt.step.work
+        work = jnp.asarray(jnp.maximum(cost.gradients + cost.products, 1) if work is None else work, dtype)
+        gain = jnp.where(tie, state.gain, _tree.ratio(_tree.ratio(losses.fall, size), size * work))
+        growing = jnp.where(gain < state.gain, ~state.growing, state.growing)
+        factor = jnp.where(accepted, jnp.where(growing, growth, 1 / growth), shrinkage)
+        # Whatever has happened before: h grows until the losses show what it does, unless nothing can be expected.
+        factor = jnp.where(tie, jnp.where(size > 0, growth, 1), factor)
+        fall, tried, uphill = losses.seen(state)
+        new = DescentControlState(
+            self.bounded(state.next_step_size * factor, attempt),
+            fall,
+            tried,
+            uphill,
+            jnp.where(accepted | tie, gain, 0),
+            growing | ~(accepted | tie),
+        )
+        return Verdict(accepted, losses.reason(uphill, self.at_smallest(attempt.step_size)), new, Cost(losses=2))
+
+
+descent_control = DescentControl
 
 
 class TrustRatioState(NamedTuple):
-    """State of `trust_ratio_control`."""
+    """State of `TrustRatioControl`."""
 
-    step_size: jax.Array  # shape=(), float: the next h
+    next_step_size: jax.Array  # shape=(), float: the next h
     ratio: jax.Array  # shape=(), float: the fall of the loss over the predicted one, of the latest step that shows it
-    divisor: jax.Array  # shape=(), float: of h at the next refusal; doubles with each in a row
+    divisor: jax.Array  # shape=(), float: of h at the next refusal; doubles with each in a row, to 1024
+    fall: jax.Array  # shape=(), float: of the loss, by the latest attempt that shows one; negative where it rose
+    tried: jax.Array  # shape=(), float: h of that attempt; 0 before the first
+    uphill: jax.Array  # shape=(), bool: whether refused steps rise in proportion to h
 
 
 @dataclasses.dataclass(frozen=True)
-class TrustRatioControl(_Controlled):
-    """See `trust_ratio_control`."""
+class TrustRatioControl(ControlledRule):
+    """The step size of a linearly implicit step by how well its quadratic model foretells the loss.
 
-    growth: float
-    needs: frozenset[Capability] = frozenset({"loss"})
-    wants: frozenset[Quantity] = frozenset({"predicted_fall"})
+    With ρ = (L(θ) − L(θ_next))/(predicted fall), an accepted step multiplies h by 1/max(1/growth, 1 − (2ρ − 1)³): by
+    `growth` where the model is right, by 1 at ρ = 1/2, by 1/2 at ρ = 0. Refusals in a row divide it by 2, 4, 8, ...,
+    1024; a step whose fall is below the rounding of the loss doubles it. A step is taken only if the loss of its batch
+    does not rise. (A fixed factor of 3 at ρ > 3/4 and ρ < 1/4 refuses a third of the steps on a PINN and needs more of
+    them.)
+
+    >>> import jax, jax.numpy as jnp, rk_optax
+    >>> loss_fn = rk_optax.LeastSquares(lambda w: jnp.array([w[0] - 1, 10 * (w[1] - w[0] ** 2)]))
+    >>> tx = rk_optax.rosenbrock_euler(loss_fn, rk_optax.trust_ratio_control(initial_step_size=0.1))
+    >>> w = jnp.zeros(2)
+    >>> _, state = tx.update(jax.grad(loss_fn)(w), tx.init(w), w)
+    >>> bool(state.accepted), f"{state.rule.next_step_size:.1f}"
+    (True, '0.3')
+
+    Args:
+      initial_step_size: the first h.
+      growth: factor, above 1.
+      min_step_size: h never gets smaller; None: the smallest normal number of the state.
+      max_step_size: h never gets larger; None: the largest number of the state.
+
+    Raises:
+      ValueError: an argument out of its range; at construction of the optimizer, a solver without a quadratic model, or
+        momentum, after or weight_decay.
+
+    Cost: two losses a step. Source: Nielsen (1999), "Damping parameter in Marquardt's method", with λ = 1/h.
+    """
+
+    initial_step_size: Number = 1.0
+    _: dataclasses.KW_ONLY
+    growth: Number = 3.0
+    min_step_size: Number | None = None
+    max_step_size: Number | None = None
+    needs: ClassVar[frozenset[Capability]] = frozenset({"loss"})
+    wants: ClassVar[frozenset[Quantity]] = frozenset({"predicted_fall"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        _checks.numbers(self, growth="growth")
 
     def check(self, solver: Solver, has_after: bool = False) -> None:
         """Refuses solvers without a model, and updates that the model does not describe."""
@@ -305,73 +358,91 @@ class TrustRatioControl(_Controlled):
             )
 
     def init(self) -> TrustRatioState:
-        """No ratio yet."""
-        return TrustRatioState(self._scalar(self.initial_step_size), self._scalar(math.nan), self._scalar(2.0))
+        """No ratio yet: 0."""
+        ratio, fall, tried = (jnp.zeros([], _tree.default_float()) for _ in range(3))
+        divisor = jnp.full([], 2, ratio.dtype)
+        return TrustRatioState(self.first_step_size(), ratio, divisor, fall, tried, jnp.zeros([], bool))
 
     def judge(self, state: TrustRatioState, attempt: Attempt) -> Verdict:
         """Accepts where the loss does not rise. Costs two losses."""
-        dtype = state.step_size.dtype
-        before, after = attempt.field.loss(attempt.params), attempt.field.loss(attempt.candidate)
-        accepted = attempt.usable & (before - after >= 0)  # ∞ − ∞ is no fall
-        predicted = attempt.step.quantities["predicted_fall"]
+        dtype = state.next_step_size.dtype
+        predicted = attempt.step.quantities["predicted_fall"].astype(dtype)
+        losses = _Losses.of(attempt, predicted)
+        accepted, tie = losses.accepted, losses.tie
         # At a minimum both falls are rounding, and 0/0 is agreement.
-        ratio = jnp.where((after == before) & (predicted <= 0), 1, (before - after) / predicted).astype(dtype)
-        grown = 1 / jnp.maximum(1 / self.growth, 1 - (2 * ratio - 1) ** 3)
-        factor = jnp.where(accepted, grown, 1 / state.divisor)
-        tie = attempt.usable & _unresolved(before, after, predicted)
-        factor = jnp.where(tie, self._factor_of_tie(accepted, jnp.isnan(state.ratio) & (predicted > 0), 2, 0.5), factor)
-        divisor = jnp.where(accepted, 2, 2 * state.divisor)
+        ratio = jnp.where((losses.fall == 0) & (predicted <= 0), 1, _tree.ratio(losses.fall, predicted))
+        known = jnp.isfinite(ratio)
+        ratio = jnp.where(known, ratio, 0)
+        # The loss fell: where the model foretold a rise, that is no better than foretelling nothing.
+        grown = 1 / jnp.maximum(1 / jnp.asarray(self.growth, dtype), 1 - (2 * jnp.clip(ratio, 0, 2) - 1) ** 3)
+        factor = jnp.where(accepted & known, grown, 1 / state.divisor)
+        # As in `DescentControl`.
+        factor = jnp.where(tie, jnp.where(predicted > 0, 2, 1), factor)
+        divisor = jnp.where(accepted, 2, jnp.minimum(2 * state.divisor, 1024))
+        fall, tried, uphill = losses.seen(state)
         new = TrustRatioState(
-            self._bounded(state.step_size * factor, attempt, dtype),
-            jnp.where(tie, state.ratio, ratio),
-            jnp.where(tie, state.divisor, divisor).astype(dtype),
+            self.bounded(state.next_step_size * factor, attempt),
+            jnp.where(tie | ~known, state.ratio, ratio),
+            jnp.where(tie, state.divisor, divisor),
+            fall,
+            tried,
+            uphill,
         )
-        return Verdict(accepted, self._reason(accepted, attempt, Reason.LOSS_ROSE, tie), new, Cost(losses=2))
+        return Verdict(accepted, losses.reason(uphill, self.at_smallest(attempt.step_size)), new, Cost(losses=2))
 
 
-def trust_ratio_control(
-    initial_step_size: float = 1.0,
-    *,
-    growth: float = 3.0,
-    min_step_size: float = 1e-12,
-    max_step_size: float = 1e12,
-) -> TrustRatioControl:
-    """The step size of a linearly implicit step by how well its quadratic model foretells the loss.
-
-    With ρ = (L(θ) − L(θ_next))/(predicted fall), an accepted step multiplies h by 1/max(1/growth, 1 − (2ρ − 1)³): by
-    `growth` where the model is right, by 1 at ρ = 1/2, by 1/2 at ρ = 0. Refusals in a row divide it by 2, 4, 8, ... A
-    step is taken only if the loss of its batch does not rise. (A fixed factor of 3 at ρ > 3/4 and ρ < 1/4 refuses a
-    third of the steps on a PINN and needs more of them.)
-
-    >>> import jax, jax.numpy as jnp, rk_optax
-    >>> loss_fn = rk_optax.LeastSquares(lambda w: jnp.array([w[0] - 1, 10 * (w[1] - w[0] ** 2)]))
-    >>> tx = rk_optax.rosenbrock_euler(loss_fn, rk_optax.trust_ratio_control(initial_step_size=0.1))
-    >>> w = jnp.zeros(2)
-    >>> _, state = tx.update(jax.grad(loss_fn)(w), tx.init(w), w)
-    >>> bool(state.accepted), f"{state.rule.step_size:.1f}"
-    (True, '0.3')
-
-    Args:
-      initial_step_size: the first h.
-      growth: factor, above 1.
-      min_step_size: h never gets smaller; refused there, a step says SMALLEST_STEP.
-      max_step_size: h never gets larger.
-
-    Raises:
-      ValueError: an argument out of its range; at construction of the optimizer, a solver without a quadratic model, or
-        momentum, after or weight_decay.
-
-    Cost: two losses a step. Source: Nielsen (1999), "Damping parameter in Marquardt's method", with λ = 1/h.
-    """
-    if not 1 < growth < math.inf:
-        raise ValueError(f"growth must be above 1 and finite, got {growth!r}.")
-    return TrustRatioControl(initial_step_size, min_step_size, max_step_size, growth)
+trust_ratio_control = TrustRatioControl
 
 
-def _unresolved(before: jax.Array, after: jax.Array, foretold: jax.Array) -> jax.Array:
-    """Whether the losses tell nothing: neither their difference nor the fall to be expected is above their rounding.
+class _Losses(NamedTuple):
+    """The losses before and after an attempt, compared."""
 
-    Then all has converged, or the first h is far too short.
-    """
-    rounding = 2 * jnp.finfo(before.dtype).eps * jnp.abs(before)
-    return (jnp.abs(before - after) <= rounding) & (foretold <= rounding)
+    fall: jax.Array  # of the loss
+    accepted: jax.Array  # it did not rise
+    tie: jax.Array  # neither their difference nor the fall to be expected is above their rounding
+    refused: jax.Array  # it rose, and more than by rounding
+    clear: jax.Array  # by far more
+    step_size: jax.Array
+
+    @classmethod
+    def of(cls, attempt: Attempt, foretold: jax.Array) -> _Losses:
+        """Evaluates both losses; `foretold` is the fall to be expected of a short step.
+
+        Where neither tells anything all has converged, or h is far too short. The difference of two losses carries the
+        rounding of the sums that they are, some units in the last place, and counts as a difference only beyond that.
+        """
+        before, after = attempt.field.loss(attempt.params), attempt.field.loss(attempt.candidate)
+        dtype = foretold.dtype
+        rounding = (2 * jnp.finfo(before.dtype).eps * jnp.abs(before)).astype(dtype)
+        fall = (before - after).astype(dtype)
+        accepted = attempt.usable & (fall >= 0)  # ∞ − ∞ is no fall
+        tie = attempt.usable & (jnp.abs(fall) <= 8 * rounding) & (foretold <= rounding)
+        refused = attempt.usable & ~accepted & ~tie
+        return cls(fall, accepted, tie, refused, refused & (-fall > 100 * rounding), attempt.step_size.astype(dtype))
+
+    def seen(self, state: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`fall`, `tried` and `uphill` of the next state.
+
+        With the loss's own gradient a step that is shorter by some factor rises by less than that factor, since the
+        curvature alone can make it rise; against a gradient that is not the loss's it rises in proportion.
+        """
+        shorter = _tree.ratio(self.step_size, state.tried)
+        comparable = (state.fall < 0) & (shorter > 0) & (shorter < 1)
+        in_proportion = _tree.ratio(self.fall, state.fall) >= 0.5 * shorter * (1 + shorter)
+        uphill = jnp.where(self.clear & comparable, in_proportion, state.uphill) & (self.refused | self.tie)
+        shows = ~self.tie & jnp.isfinite(self.fall)
+        return jnp.where(shows, self.fall, state.fall), jnp.where(shows, self.step_size, state.tried), uphill
+
+    def reason(self, uphill: jax.Array, at_smallest: jax.Array) -> jax.Array:
+        """Why, read where the attempt was usable."""
+        shortest = jnp.where(uphill, Reason.NOT_DOWNHILL, jnp.where(self.tie, Reason.UNRESOLVED, Reason.SMALLEST_STEP))
+        refused = jnp.where(at_smallest | self.tie, shortest, Reason.LOSS_ROSE)
+        return jnp.where(self.accepted, Reason.ACCEPTED, refused)
+
+
+def _root_of_slope(attempt: Attempt) -> jax.Array:
+    """√⟨∇L, P∇L⟩, the root of the loss's slope along k1 = P∇L; ‖k1‖ for a P that is not known to be a diagonal."""
+    scale = attempt.field.scale
+    if scale is None:
+        return _tree.norm(attempt.k1)
+    return _tree.norm(jax.tree.map(lambda k, p: k * jax.lax.rsqrt(p), attempt.k1, scale))

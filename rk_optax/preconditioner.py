@@ -2,12 +2,16 @@
 
 A preconditioner sees the stage-1 gradient once per step, and what it makes of it is applied to every stage. So a step
 still integrates one smooth field, and the solver keeps its order; a scale that moved between stages would not let it.
+
+Sums and means of squares are kept as their roots, in the units of a gradient (or a curvature), whose squares float32
+does not hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import abc
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,67 +19,119 @@ import optax
 
 from rk_optax import _checks, _tree
 from rk_optax.field import Capability, VectorField
-from rk_optax.solver import Cost
+from rk_optax.solver import Cost, DiagonalCurvature
+from rk_optax.solver._diagonal import DiagonalState, hypotenuse
 
 PyTree = Any
+Number = float | jax.Array
+_FLOOR = "it bounds the scale of a stage"
 
 
-class Preconditioner(NamedTuple):
-    """A frozen scaling of the field, as three pure functions.
+class Preconditioner(abc.ABC):
+    """A frozen scaling P of the field. Subclasses are frozen dataclasses that check their fields in `__post_init__`.
+
+    >>> import dataclasses, jax, jax.numpy as jnp, rk_optax
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Halved(rk_optax.Preconditioner):
+    ...     def update(self, gradient, state, params, field):
+    ...         return 0.5, state, rk_optax.Cost()
+    ...     def apply(self, gradient, frozen):
+    ...         return jax.tree.map(lambda g: frozen * g, gradient)
+    >>> tx = rk_optax.euler(lambda w: jnp.sum(w**2), 0.1, preconditioner=Halved())
+    >>> w = jnp.ones(1)
+    >>> tx.update(2 * w, tx.init(w), w)[0]
+    Array([-0.1], dtype=float32)
 
     Attributes:
-      init: `init(params) -> state`; params may be abstract and hold the moving leaves only.
-      update: `update(gradient, state, params, field) -> (frozen, state, cost)`, once per step, with the raw stage-1
-        gradient at params; `field` is the field before preconditioning. `frozen` is what `apply` needs.
-      apply: `apply(gradient, frozen) -> gradient`, at every stage.
       needs: what it asks of the field; checked when a transformation is built.
-      diagonal: `diagonal(frozen) -> P`, like params and positive (None for P = I), where applying is a product with it;
-        None where it is not, which the linearly implicit and implicit solvers refuse.
+      offers: {"diagonal_scale"} where applying is a product with `diagonal(frozen)`, which solvers of symmetric linear
+        systems ask for; see `DiagonalPreconditioner`.
     """
 
-    init: Callable[[PyTree], PyTree]
-    update: Callable[[PyTree, PyTree, PyTree, VectorField], tuple[PyTree, PyTree, Cost]]
-    apply: Callable[[PyTree, PyTree], PyTree]
-    needs: frozenset[Capability] = frozenset()
-    diagonal: Callable[[PyTree], PyTree | None] | None = None
+    needs: ClassVar[frozenset[Capability]] = frozenset()
+    offers: ClassVar[frozenset[Capability]] = frozenset()
+
+    def init(self, params: PyTree) -> PyTree:
+        """The state; `params` may be abstract and hold the moving leaves only."""
+        del params
+        return ()
+
+    @abc.abstractmethod
+    def update(
+        self, gradient: PyTree, state: PyTree, params: PyTree, field: VectorField
+    ) -> tuple[PyTree, PyTree, Cost]:
+        """`(frozen, state, cost)`, once per step; the state is kept if the step is taken.
+
+        Args:
+          gradient: the raw stage-1 gradient at params, in the stage dtype.
+          state: what `init` or the last step that was taken returned.
+          params: θ, in the stage dtype.
+          field: the field before preconditioning.
+
+        Returns:
+          What `apply` needs, the new state, and what was spent.
+        """
+
+    @abc.abstractmethod
+    def apply(self, gradient: PyTree, frozen: PyTree) -> PyTree:
+        """P times a stage's gradient."""
+
+    def diagonal(self, frozen: PyTree) -> PyTree | None:
+        """P's diagonal, like params and positive; None for P = I, and where P is not known to be a diagonal."""
+        del frozen
+        return None
 
 
-def no_preconditioner() -> Preconditioner:
+class DiagonalPreconditioner(Preconditioner):
+    """A preconditioner whose `update` returns the diagonal of P as `frozen`: a positive tree like params."""
+
+    offers: ClassVar[frozenset[Capability]] = frozenset({"diagonal_scale"})
+
+    def apply(self, gradient: PyTree, frozen: PyTree) -> PyTree:
+        """The product, leaf by leaf."""
+        return jax.tree.map(lambda g, p: g * p, gradient, frozen)
+
+    def diagonal(self, frozen: PyTree) -> PyTree | None:
+        """What `update` froze."""
+        return frozen
+
+
+@dataclasses.dataclass(frozen=True)
+class NoPreconditioner(DiagonalPreconditioner):
     """P = I."""
-    return Preconditioner(
-        lambda params: (),
-        lambda g, state, params, field: ((), state, Cost()),
-        lambda g, _: g,
-        diagonal=lambda _: None,
-    )
+
+    def update(
+        self, gradient: PyTree, state: PyTree, params: PyTree, field: VectorField
+    ) -> tuple[PyTree, PyTree, Cost]:
+        """Nothing to freeze."""
+        del gradient, params, field
+        return None, state, Cost()
+
+    def apply(self, gradient: PyTree, frozen: PyTree) -> PyTree:
+        """The gradient."""
+        del frozen
+        return gradient
 
 
 class AdagradState(NamedTuple):
-    """State of `precondition_by_adagrad`."""
+    """State of `AdagradPreconditioner`."""
 
-    sum_of_squares: PyTree  # like params, real
+    root_of_sum: PyTree  # like params, real: √Σ g²
 
 
 class MomentState(NamedTuple):
-    """State of `precondition_by_rms` and `precondition_by_adam`."""
+    """State of `RmsPreconditioner` and `AdamPreconditioner`."""
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] # shape=(), int32: steps taken
-    second_moment: PyTree  # like params, real
+    root_of_moment: PyTree  # like params, real: √ν
 
 
-class HutchinsonState(NamedTuple):
-    """State of `precondition_by_hutchinson`."""
-
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] # shape=(), int32: steps taken
-    key: jax.Array  # of the probes
-    curvature: PyTree  # like params, real: the running mean of the squared Hessian diagonal
-
-
-def precondition_by_adagrad(floor: float = 1.0) -> Preconditioner:
+@dataclasses.dataclass(frozen=True)
+class AdagradPreconditioner(DiagonalPreconditioner):
     """The paper's modified AdaGrad: P = (floor + Σ g²)^(−1/2) leaf by leaf, the sum running over all steps.
 
     The current gradient is in the sum. With Euler's method and floor 1 this is exactly
-    `optax.scale_by_rss(initial_accumulator_value=1.0, eps=0.0)`.
+    `optax.scale_by_rss(initial_accumulator_value=1.0, eps=0.0)`. `rk_optax.precondition_by_adagrad` is this class.
 
     >>> import jax.numpy as jnp, rk_optax
     >>> p = rk_optax.precondition_by_adagrad()
@@ -85,94 +141,119 @@ def precondition_by_adagrad(floor: float = 1.0) -> Preconditioner:
     Array([0.        , 0.70710677], dtype=float32)
 
     Args:
-      floor: the paper's "1 +", positive. It bounds the scale by floor^(−1/2): with a tiny floor, a weight whose
-        gradient is 0 at stage 1 and not at stage 2 is thrown far away.
+      floor: the paper's "1 +", positive, in the units of g². It bounds the scale by floor^(−1/2): with a tiny floor, a
+        weight whose gradient is 0 at stage 1 and not at stage 2 is thrown far away. It may be traced.
 
     Raises:
       ValueError: floor is not positive and finite.
 
     Source: Dherin et al., "Learning by solving differential equations", arXiv 2505.13397.
     """
-    floor = _checks.number(floor, "floor", "positive", _FLOOR)
 
-    def init(params: PyTree) -> AdagradState:
+    floor: Number = 1.0
+
+    def __post_init__(self):
+        _checks.numbers(self, _FLOOR, floor="positive")
+
+    def init(self, params: PyTree) -> AdagradState:
+        """No gradient seen."""
         return AdagradState(_real_zeros(params))
 
-    def update(gradient: PyTree, state: AdagradState, params: PyTree, field: VectorField) -> Any:
+    def update(
+        self, gradient: PyTree, state: AdagradState, params: PyTree, field: VectorField
+    ) -> tuple[PyTree, AdagradState, Cost]:
+        """Costs nothing."""
         del params, field
-        total = jax.tree.map(lambda s, g: _wide(s) + _abs_sq(g), state.sum_of_squares, gradient)
-        frozen = jax.tree.map(lambda s, g: _finite_or_nan(s, jax.lax.rsqrt(s + floor), g), total, gradient)
-        return frozen, AdagradState(_tree.cast_like(total, state.sum_of_squares)), Cost()
+        total = jax.tree.map(lambda s, g: hypotenuse(_wide(s), _size(g)), state.root_of_sum, gradient)
 
-    return Preconditioner(init, update, _multiply, diagonal=_itself)
+        def scale(s: jax.Array, g: jax.Array) -> jax.Array:
+            floor = jnp.broadcast_to(jnp.sqrt(jnp.asarray(self.floor, s.dtype)), s.shape)
+            return _finite_or_nan(s, 1 / hypotenuse(s, floor), g)
+
+        frozen = jax.tree.map(scale, total, gradient)
+        return frozen, AdagradState(_tree.cast_like(total, state.root_of_sum)), Cost()
 
 
-def precondition_by_rms(decay: float = 0.9, floor: float = 1e-3) -> Preconditioner:
+@dataclasses.dataclass(frozen=True)
+class RmsPreconditioner(DiagonalPreconditioner):
     """RMSProp's scale: P = 1/(√ν + floor), ν ← decay·ν + (1 − decay)·g².
 
     With Euler's method and floor = eps this is exactly `optax.scale_by_rms(decay, eps, eps_in_sqrt=False)`.
+    `rk_optax.precondition_by_rms` is this class.
 
     Args:
-      decay: of the second moment, in [0, 1).
-      floor: added to the root; Optax's 1e-8 is far too small for several stages, see `precondition_by_adagrad`.
+      decay: of the second moment, in [0, 1). It may be traced.
+      floor: added to the root, in the units of g; Optax's 1e-8 is far too small for several stages, see
+        `precondition_by_adagrad`. It may be traced.
 
     Raises:
       ValueError: decay outside [0, 1), or floor not positive and finite.
     """
-    return _by_second_moment(decay, floor, debias=False)
+
+    decay: Number = 0.9
+    floor: Number = 1e-3
+    debiased: ClassVar[bool] = False
+
+    def __post_init__(self):
+        _checks.numbers(self, decay="decay")
+        _checks.numbers(self, _FLOOR, floor="positive")
+
+    def init(self, params: PyTree) -> MomentState:
+        """No gradient seen."""
+        return MomentState(jnp.zeros([], jnp.int32), _real_zeros(params))
+
+    def update(
+        self, gradient: PyTree, state: MomentState, params: PyTree, field: VectorField
+    ) -> tuple[PyTree, MomentState, Cost]:
+        """Costs nothing."""
+        del params, field
+        count = jnp.asarray(optax.safe_increment(state.count))
+
+        def moment(m: jax.Array, g: jax.Array) -> jax.Array:
+            decay = jnp.asarray(self.decay, _wide(m).dtype)
+            return hypotenuse(jnp.sqrt(decay) * _wide(m), jnp.sqrt(1 - decay) * _size(g).astype(decay.dtype))
+
+        def scale(m: jax.Array, g: jax.Array) -> jax.Array:
+            correction = _correction(self.decay, count, m.dtype) if self.debiased else 1
+            return _finite_or_nan(m, 1 / (m / correction + jnp.asarray(self.floor, m.dtype)), g)
+
+        root = jax.tree.map(moment, state.root_of_moment, gradient)
+        frozen = jax.tree.map(scale, root, gradient)
+        return frozen, MomentState(count, _tree.cast_like(root, state.root_of_moment)), Cost()
 
 
-def precondition_by_adam(decay: float = 0.999, floor: float = 1e-3) -> Preconditioner:
+@dataclasses.dataclass(frozen=True)
+class AdamPreconditioner(RmsPreconditioner):
     """Adam's scale: P = 1/(√ν̂ + floor), ν̂ = ν/(1 − decay^t), ν ← decay·ν + (1 − decay)·g².
 
     With Euler's method and floor = eps this is exactly `optax.scale_by_adam(b1=0.0, b2=decay, eps=eps)`.
+    `rk_optax.precondition_by_adam` is this class.
 
     Args:
-      decay: of the second moment, in [0, 1).
-      floor: added to the root; Optax's 1e-8 is far too small for several stages, see `precondition_by_adagrad`.
+      decay: of the second moment, in [0, 1). It may be traced.
+      floor: added to the root, in the units of g; Optax's 1e-8 is far too small for several stages, see
+        `precondition_by_adagrad`. It may be traced.
 
     Raises:
       ValueError: decay outside [0, 1), or floor not positive and finite.
     """
-    return _by_second_moment(decay, floor, debias=True)
+
+    decay: Number = 0.999
+    debiased: ClassVar[bool] = True
 
 
-def _by_second_moment(decay: float, floor: float, *, debias: bool) -> Preconditioner:
-    decay = _checks.number(decay, "decay", "decay")
-    floor = _checks.number(floor, "floor", "positive", _FLOOR)
-
-    def init(params: PyTree) -> MomentState:
-        return MomentState(jnp.zeros([], jnp.int32), _real_zeros(params))
-
-    def update(gradient: PyTree, state: MomentState, params: PyTree, field: VectorField) -> Any:
-        del params, field
-        count = state.count + 1
-
-        def moment(v: jax.Array, g: jax.Array) -> jax.Array:
-            return decay * _wide(v) + (1 - decay) * _abs_sq(g)
-
-        def scale(v: jax.Array, g: jax.Array) -> jax.Array:
-            correction = 1 - jnp.asarray(decay, v.dtype) ** count if debias else 1
-            return _finite_or_nan(v, 1 / (jnp.sqrt(v / correction) + floor), g)
-
-        second = jax.tree.map(moment, state.second_moment, gradient)
-        frozen = jax.tree.map(scale, second, gradient)
-        return frozen, MomentState(count, _tree.cast_like(second, state.second_moment)), Cost()
-
-    return Preconditioner(init, update, _multiply, diagonal=_itself)
-
-
-def precondition_by_hutchinson(
-    decay: float = 0.99, floor: float = 1e-2, every: int = 10, seed: int = 0
-) -> Preconditioner:
+@dataclasses.dataclass(frozen=True)
+class HutchinsonPreconditioner(DiagonalPreconditioner):
     """A diagonal Hessian estimate: P = 1/(√D + floor), D the running mean of (z ⊙ Hz)², z random signs.
 
     Each estimate costs one Hessian-vector product (about two gradients) every `every` steps; between estimates the
-    scale stays. At the first step one is always made.
+    scale stays, and one that is not finite is dropped. At the first step one is always made.
+    `rk_optax.precondition_by_hutchinson` is this class.
 
     Args:
-      decay: of the running mean, in [0, 1); the mean is bias-corrected.
-      floor: added to the root, positive: it bounds the scale where the curvature vanishes.
+      decay: of the running mean, in [0, 1); the mean is bias-corrected. It may be traced.
+      floor: added to the root, positive, in the units of a curvature: it bounds the scale where the curvature vanishes.
+        It may be traced.
       every: steps between estimates, at least 1.
       seed: of the probes.
 
@@ -181,46 +262,47 @@ def precondition_by_hutchinson(
 
     Source: Yao et al., "AdaHessian", arXiv 2006.00719, without its spatial averaging.
     """
-    decay = _checks.number(decay, "decay", "decay")
-    floor = _checks.number(floor, "floor", "positive", _FLOOR)
-    every = _checks.count(every, "every")
 
-    def init(params: PyTree) -> HutchinsonState:
-        return HutchinsonState(jnp.zeros([], jnp.int32), jax.random.key_data(jax.random.key(seed)), _real_zeros(params))
+    decay: Number = 0.99
+    floor: Number = 1e-2
+    every: int = 10
+    seed: int = 0
+    needs: ClassVar[frozenset[Capability]] = frozenset({"product"})
 
-    def update(gradient: PyTree, state: HutchinsonState, params: PyTree, field: VectorField) -> Any:
-        due = state.count % every == 0
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
+    def __post_init__(self):
+        _checks.numbers(self, _FLOOR, floor="positive")
+        object.__setattr__(self, "decay", self._estimator.decay)
 
-        def estimate() -> PyTree:
-            signs = _tree.random_signs(key, params)
-            product = field.product(params, signs)
+    @property
+    def _estimator(self) -> DiagonalCurvature:
+        return DiagonalCurvature(self.decay, self.every, self.seed)
 
-            def mean(d: jax.Array, z: jax.Array, hz: jax.Array) -> jax.Array:
-                return decay * _wide(d) + (1 - decay) * _wide(jnp.real(jnp.conj(z) * hz)) ** 2
+    def init(self, params: PyTree) -> DiagonalState:
+        """Nothing estimated."""
+        return self._estimator.init(params)
 
-            return jax.tree.map(mean, state.curvature, signs, product)
-
-        curvature = jax.lax.cond(due, estimate, lambda: jax.tree.map(_wide, state.curvature))
-        estimates = state.count // every + 1
+    def update(
+        self, gradient: PyTree, state: DiagonalState, params: PyTree, field: VectorField
+    ) -> tuple[PyTree, DiagonalState, Cost]:
+        """Costs a product where an estimate is due."""
+        root, new, cost = self._estimator.root_mean_square(field, params, state)
 
         def scale(d: jax.Array, g: jax.Array) -> jax.Array:
-            root = jnp.sqrt(d / (1 - jnp.asarray(decay, d.dtype) ** estimates))
-            return _finite_or_nan(d, 1 / (root + floor), g)
+            # Without any estimate the floor alone would be the scale, which it is not meant for.
+            d = jnp.where(new.estimates > 0, d, jnp.inf)
+            return _finite_or_nan(d, 1 / (d + jnp.asarray(self.floor, d.dtype)), g)
 
-        frozen = jax.tree.map(scale, curvature, gradient)
-        new_state = HutchinsonState(state.count + 1, state.key, _tree.cast_like(curvature, state.curvature))
-        return frozen, new_state, Cost(products=due.astype(jnp.int32))
-
-    return Preconditioner(init, update, _multiply, frozenset({"product"}), _itself)
+        return jax.tree.map(scale, root, gradient), new, cost
 
 
-def precondition_by(transformation: optax.GradientTransformation) -> Preconditioner:
+@dataclasses.dataclass(frozen=True)
+class OptaxPreconditioner(Preconditioner):
     """Applies any Optax transformation to every stage, each time from the state at the start of the step.
 
     Only the state after stage 1 is kept. `precondition_by(optax.clip_by_global_norm(1.0))` clips each stage. A frozen
     *state* is not a frozen *scale*: `optax.scale_by_rss` scales stage 2 by its own square too. So nothing is promised
-    of the order of the method, nor that the preconditioner is a symmetric operator.
+    of the order of the method, nor that the preconditioner is a symmetric operator. `rk_optax.precondition_by` is this
+    class.
 
     >>> import optax, rk_optax
     >>> def loss_fn(w): return (w ** 2).sum()
@@ -233,29 +315,40 @@ def precondition_by(transformation: optax.GradientTransformation) -> Preconditio
     Raises:
       TypeError: not an Optax transformation.
     """
-    if not (hasattr(transformation, "init") and hasattr(transformation, "update")):
-        raise TypeError(f"precondition_by takes an optax.GradientTransformation, got {type(transformation).__name__}.")
 
-    def update(gradient: PyTree, state: PyTree, params: PyTree, field: VectorField) -> Any:
+    transformation: optax.GradientTransformation
+
+    def __post_init__(self):
+        given = self.transformation
+        if isinstance(given, type) or not (hasattr(given, "init") and hasattr(given, "update")):
+            raise TypeError(f"precondition_by takes an optax.GradientTransformation, got {type(given).__name__}.")
+
+    def init(self, params: PyTree) -> PyTree:
+        """The transformation's."""
+        return self.transformation.init(params)
+
+    def update(
+        self, gradient: PyTree, state: PyTree, params: PyTree, field: VectorField
+    ) -> tuple[PyTree, PyTree, Cost]:
+        """Costs nothing."""
         del field
-        _, new_state = transformation.update(gradient, state, params)
+        _, new_state = self.transformation.update(gradient, state, params)
         like = jax.tree.map(jnp.asarray, state)
         return (state, params), _tree.cast_like(new_state, like), Cost()
 
-    def apply(gradient: PyTree, frozen: PyTree) -> PyTree:
+    def apply(self, gradient: PyTree, frozen: PyTree) -> PyTree:
+        """The transformed gradient, from the frozen state."""
         state, params = frozen
-        scaled, _ = transformation.update(gradient, state, params)
+        scaled, _ = self.transformation.update(gradient, state, params)
         return _tree.cast_like(scaled, gradient)
 
-    return Preconditioner(transformation.init, update, apply)
 
-
-def _multiply(gradient: PyTree, frozen: PyTree) -> PyTree:
-    return jax.tree.map(lambda g, p: g * p, gradient, frozen)
-
-
-def _itself(frozen: PyTree) -> PyTree:
-    return frozen
+precondition_by = OptaxPreconditioner
+precondition_by_adagrad = AdagradPreconditioner
+precondition_by_rms = RmsPreconditioner
+precondition_by_adam = AdamPreconditioner
+precondition_by_hutchinson = HutchinsonPreconditioner
+no_preconditioner = NoPreconditioner
 
 
 def _wide(x: jax.Array) -> jax.Array:
@@ -263,8 +356,13 @@ def _wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _abs_sq(x: jax.Array) -> jax.Array:
-    return _wide(jnp.real(x)) ** 2 + _wide(jnp.imag(x)) ** 2 if jnp.iscomplexobj(x) else _wide(x) ** 2
+def _size(x: jax.Array) -> jax.Array:
+    return _wide(jnp.abs(x))
+
+
+def _correction(decay: Number, count: jax.Array, dtype: Any) -> jax.Array:
+    """√(1 − decay^count), by which the root of a mean that started at 0 is too small."""
+    return jnp.sqrt(1 - jnp.asarray(decay, dtype) ** count)
 
 
 def _finite_or_nan(statistic: jax.Array, scale: jax.Array, like: jax.Array) -> jax.Array:
@@ -275,6 +373,3 @@ def _finite_or_nan(statistic: jax.Array, scale: jax.Array, like: jax.Array) -> j
 def _real_zeros(params: PyTree) -> PyTree:
     # zeros_like keeps shardings; its real part drops the imaginary axis of complex leaves.
     return jax.tree.map(lambda x: jnp.real(jnp.zeros_like(x)), params)
-
-
-_FLOOR = "it bounds the scale of a stage"

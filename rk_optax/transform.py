@@ -82,7 +82,8 @@ class _Options:
         if not isinstance(self.preconditioner, Preconditioner | None):
             raise TypeError(
                 f"preconditioner must be a Preconditioner, got {type(self.preconditioner).__name__}; an Optax "
-                "transformation becomes one with rk_optax.precondition_by(...)."
+                "transformation becomes one with rk_optax.precondition_by(...), and a class such as "
+                "precondition_by_adagrad when it is called."
             )
         if self.l2 is not None:
             object.__setattr__(self, "l2", _checks.number(self.l2, "l2", "not negative"))
@@ -174,7 +175,7 @@ class _Method:
             k1 = field(view.theta)
         frozen, new, cost = self.preconditioner.update(k1, state.preconditioner, view.theta, field)
         field = field.preconditioned(
-            lambda gradient: self.preconditioner.apply(gradient, frozen), _diagonal(self.preconditioner, frozen)
+            lambda gradient: self.preconditioner.apply(gradient, frozen), self.preconditioner.diagonal(frozen)
         )
         return _Prepared(view, field, self.preconditioner.apply(k1, frozen), new, cost)
 
@@ -183,6 +184,7 @@ class _Method:
         view, field, k1 = prepared.view, prepared.field, prepared.k1
         theta = view.theta
         h, rule_state, propose_cost = self.rule.propose(state.count, state.rule, field, theta, k1)
+        proposed, h, sensible = h, *_sensible(h)
         step = self.solver.step(field, theta, k1, h, state.solver, wants=self.rule.wants)
         h, step, rule_state, choose_cost = self.rule.choose(rule_state, field, theta, k1, h, step)
         direction, after = self._apply_after(step.direction, state.after, theta, extra_args)
@@ -191,19 +193,20 @@ class _Method:
         finite = jnp.asarray(True)
         if self.skip_nonfinite:
             # What is emitted, because h·g* may overflow, and g* before an `after` that may clip an infinity.
-            finite = step.finite & _tree.all_finite((emitted, h, () if self.after is None else step.direction))
+            finite = step.finite & _tree.all_finite((emitted, () if self.after is None else step.direction))
         usable = finite & step.solved
         attempt = Attempt(self.solver, field, theta, k1, view.after(emitted), jnp.asarray(h), step, usable)
         verdict = self.rule.judge(rule_state, attempt)
         reason = jnp.where(finite, jnp.where(step.solved, verdict.reason, Reason.NOT_SOLVED), Reason.NOT_FINITE)
         return _Attempted(
-            jnp.asarray(h, state.step_size.dtype),
+            jnp.asarray(jnp.where(sensible, h, proposed), state.step_size.dtype),
             step,
             emitted,
             after,
-            verdict.state,
-            usable & verdict.accepted,
-            reason.astype(jnp.int32),
+            # A stage 1 that is not finite says nothing about h; a later one does.
+            _tree.select(_tree.all_finite(k1), verdict.state, state.rule),
+            sensible & usable & verdict.accepted,
+            jnp.where(sensible, reason, Reason.BAD_STEP_SIZE).astype(jnp.int32),
             propose_cost.plus(choose_cost).plus(verdict.cost),
         )
 
@@ -253,19 +256,18 @@ class _Method:
         )
 
 
+def _sensible(h: Any) -> tuple[Any, jax.Array]:
+    """What to make the step with, 0 in place of an h that is negative or not finite, and whether h is neither."""
+    sensible = jnp.isfinite(h) & (h >= 0)
+    # A Python number, which has been checked, stays one, so that each leaf sees it in full precision.
+    return jnp.where(sensible, h, 0) if isinstance(h, jax.Array) else h, sensible
+
+
 def _sum_with_rounding(total: jax.Array, rounding: jax.Array, term: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`total + term`, and what rounding has taken from it so far, which the next sum makes good (Kahan's sum)."""
     term = term - rounding
     new = jnp.minimum(total + term, jnp.finfo(total.dtype).max)
     return new, (new - total) - term
-
-
-def _diagonal(preconditioner: Preconditioner, frozen: PyTree) -> PyTree | None:
-    return None if preconditioner.diagonal is None else preconditioner.diagonal(frozen)
-
-
-def _scale_offers(preconditioner: Preconditioner) -> frozenset[Capability]:
-    return frozenset() if preconditioner.diagonal is None else frozenset({"diagonal_scale"})
 
 
 def _transformation(
@@ -281,7 +283,7 @@ def _transformation(
     rule.check(method, after is not None)
     scale = no_preconditioner() if options.preconditioner is None else options.preconditioner
     of_scale: frozenset[Capability] = frozenset({"diagonal_scale"})
-    check_capabilities(method.needs & of_scale, _scale_offers(scale), f"preconditioner: {name_of(method)}")
+    check_capabilities(method.needs & of_scale, scale.offers, f"preconditioner: {name_of(method)}")
     objective = Objective(
         loss_fn,
         grad_fn=options.grad_fn,

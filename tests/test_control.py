@@ -90,12 +90,12 @@ def test_where_it_grows_or_refuses_error_control_is_diffraxs(p, i, d, x64):
     compared = 0
     for size in (1e-4, 3e-4, 5.0, 5e-3, 4e-4, 1e-9, 2e-4, 1e3, 1e-3):
         error = size * jnp.array([1.0, -2.0])
-        h = state.step_size
+        h = state.next_step_size
         step = Step(theta, Cost(), quantities={"error": error})
         verdict = rule.judge(state, Attempt(solver, None, theta, theta, new, h, step, jnp.array(True)))  # pyright: ignore[reportArgumentType]
         keep, _, t1, _, memory, _ = theirs.adapt_step_size(0.0, float(h), theta, new, None, error, 3, memory)
         t0 = float(h) if keep else 0.0
-        factor = float(verdict.state.step_size / h)
+        factor = float(verdict.state.next_step_size / h)
         assert bool(keep) == bool(verdict.accepted)
         expected = (float(t1) - t0) / float(h)
         if keep and factor < 1:
@@ -146,18 +146,16 @@ def test_descent_control_is_its_reference(initial, x64):
     assert len(set(np.sign(np.diff(theirs[0])))) == 2  # it grew and it shrank
 
 
-@pytest.mark.parametrize(
-    ("seen", "then"), [(np.nan, 0.75), (1.0, 0.5)], ids=["nothing seen before", "a fall seen before"]
-)
-def test_descent_control_lengthens_an_unresolved_step_only_where_no_fall_has_been_seen(seen, then):
-    """A first h that is far too short must not stay for good; at convergence h must stay where it is."""
+@pytest.mark.parametrize("seen", [0.0, 1.0, -1.0], ids=["nothing", "a fall", "a rise"])
+def test_descent_control_lengthens_an_unresolved_step_whatever_has_been_seen_before(seen):
+    """Else an h that is far too short stays for good."""
     tx = rk_optax.euler(lambda theta: jnp.sum(theta) * 0 + 1e6, descent_control(0.5))
     theta = jnp.ones(2)
     state = tx.init(theta)
     state = state._replace(rule=state.rule._replace(fall=jnp.full_like(state.rule.fall, seen)))
     change, state = tx.update(1e-9 * theta, state, theta)
     assert bool(state.accepted)
-    assert float(state.rule.step_size) == then
+    assert float(state.rule.next_step_size) == 0.75
     assert (int(state.cost.gradients), int(state.cost.losses)) == (1, 2)
     assert float(np.abs(change).max()) > 0
 
@@ -199,10 +197,10 @@ def test_trust_ratio_control_is_its_reference(factory, x64):
 
 @pytest.mark.parametrize(
     ("start", "seen", "then"),
-    [(0.0, np.nan, 1.0), (1.0, 0.5, 1.0), (1.0, np.nan, 32.0)],
-    ids=["at the minimum", "next to it", "nothing seen before"],
+    [(0.0, 0.0, 1.0), (1.0, 0.5, 32.0), (1.0, 0.0, 32.0)],
+    ids=["at the minimum", "a ratio seen before", "nothing seen before"],
 )
-def test_trust_ratio_control_lengthens_an_unresolved_step_only_where_no_fall_has_been_seen(start, seen, then):
+def test_trust_ratio_control_lengthens_an_unresolved_step_where_a_fall_is_foretold(start, seen, then):
     """Else h collapses at convergence, and the next points would find it there."""
     loss = LeastSquares(lambda theta: jnp.concatenate([jnp.array([1e4]), 1e-3 * theta]))
     tx, theta = rk_optax.residual_euler(loss), np.full(1, start, np.float32)
@@ -212,7 +210,7 @@ def test_trust_ratio_control_lengthens_an_unresolved_step_only_where_no_fall_has
         change, state = tx.update(jax.grad(loss)(theta), state, theta)
         assert bool(state.accepted)
         theta = theta + change
-    assert float(state.rule.step_size) == then
+    assert float(state.rule.next_step_size) == then
 
 
 # --- what a refusal leaves alone ---
@@ -232,24 +230,29 @@ def solvers():
 rules = pytest.mark.parametrize("name", ["error", "descent", "descent, fixed", "trust ratio"])
 
 
+@pytest.mark.parametrize("first_stage", [True, False], ids=["stage 1 too", "later stages"])
 @pytest.mark.parametrize("poison", [np.nan, np.inf, 1e30])
 @rules
-def test_what_is_not_finite_is_refused_and_leaves_all_but_the_step_size_bit_for_bit(name, poison):
+def test_what_is_not_finite_is_refused_and_leaves_all_but_the_step_size_bit_for_bit(name, poison, first_stage):
+    """A stage 1 that is not finite says nothing about h; where a later one is not, h was too long."""
     tx, theta = solvers()[name], jnp.array([1.0, -2.0])
-    step = jax.jit(lambda theta, state, x: tx.update(x**2 * theta, state, theta, x=x))
+    step = jax.jit(lambda theta, state, x, x1: tx.update(x1**2 * theta, state, theta, x=x))
     good, bad = jnp.ones(2), jnp.array([1.0, poison])
-    change, before = step(theta, tx.init(theta), good)
+    change, before = step(theta, tx.init(theta), good, good)
     assert bool(before.accepted)
     theta = theta + change
-    stays, after = step(theta, before, bad)
+    stays, after = step(theta, before, bad, bad if first_stage else good)
     np.testing.assert_array_equal(stays, 0)
     assert not bool(after.accepted)
     assert int(after.rejected) == 1
     for kept in ("after", "preconditioner"):
         jax.tree.map(np.testing.assert_array_equal, getattr(after, kept), getattr(before, kept))
-    assert 0 < float(after.rule.step_size) < float(before.rule.step_size)
+    if first_stage:
+        jax.tree.map(np.testing.assert_array_equal, after.rule, before.rule)
+        return
+    assert 0 < float(after.rule.next_step_size) < float(before.rule.next_step_size)
     for _ in range(3):  # and it goes on as if nothing had been
-        change, after = step(theta, after, good)
+        change, after = step(theta, after, good, good)
         theta = theta + change
     assert bool(after.accepted)
     assert np.isfinite(theta).all()
@@ -284,7 +287,8 @@ def test_repeated_refusals_end_at_the_smallest_step_and_say_so(name):
         seen.append((bool(tx_state.accepted), float(tx_state.step_size), int(tx_state.reason)))
     assert not any(accepted for accepted, *_ in seen)
     assert seen[-1][1] == pytest.approx(1e-3)
-    assert seen[-1][2] == Reason.SMALLEST_STEP
+    # The wrong sign shows in a rise in proportion to h; an error estimate does not tell it from stiffness.
+    assert seen[-1][2] == (Reason.SMALLEST_STEP if name == "error" else Reason.NOT_DOWNHILL)
     assert seen[0][2] in (Reason.LOSS_ROSE, Reason.ERROR_TOO_LARGE)
 
 
@@ -463,20 +467,22 @@ def test_rkc_with_descent_control_never_diverges_whatever_the_first_step():
         tx = rk_optax.rkc(loss, max_stages=100)
         w = jnp.zeros(6)
         state = tx.init(w)
-        state = state._replace(rule=state.rule._replace(step_size=first))
+        state = state._replace(rule=state.rule._replace(next_step_size=first))
 
         def step(carry, _):
             w, state = carry
             change, state = tx.update(jax.grad(loss)(w), state, w)
-            return (w + change, state), loss(w + change)
+            return (w + change, state), (loss(w + change), state.reason)
 
-        (w, state), losses = jax.lax.scan(step, (w, state), length=60)
-        return losses, jnp.linalg.norm(jax.grad(loss)(w)), state
+        (w, _), (losses, reasons) = jax.lax.scan(step, (w, state), length=60)
+        return losses, jnp.linalg.norm(jax.grad(loss)(w)), reasons
 
     seeds, firsts = (grid.ravel() for grid in jnp.meshgrid(jnp.arange(20), 10.0 ** jnp.arange(-4, 5, 2)))
-    losses, gradients, state = jax.jit(jax.vmap(train))(seeds, firsts)
+    losses, gradients, reasons = jax.jit(jax.vmap(train))(seeds, firsts)
     assert np.isfinite(losses).all()
     assert np.diff(losses, axis=1).max() <= 1e-6
     assert losses[:, 0].max() <= np.log(2) + 1e-6
-    assert gradients.max() < 1e-2  # 0.1 and more at the start
-    assert (state.rejected < 30).all()
+    assert gradients.max() < 1e-4  # 0.1 and more at the start
+    # Most have converged after 20 steps, and then the losses do not tell a step from standing still.
+    assert set(np.unique(reasons)) <= {Reason.ACCEPTED, Reason.LOSS_ROSE, Reason.UNRESOLVED}
+    assert (reasons == Reason.LOSS_ROSE).sum(axis=1).max() < 20

@@ -64,7 +64,7 @@ def test_it_is_the_transformation_between_solver_and_step_size(between, rate, x6
 def test_so_it_is_for_adaptive_rates(rule, nesterov, x64):
     """With the rates that a run chose, the chain written out walks the same path."""
     params, data = network64()
-    solver = "euler" if isinstance(rule, rk_optax.step_size.SgdG2) else "rk4"
+    solver = "euler" if isinstance(rule, rk_optax.SgdG2) else "rk4"
     tx = rk_optax.runge_kutta(network_loss, rule, solver, momentum=0.9, nesterov=nesterov)
     ours = trajectory(tx, network_loss, params, data, 8)
     rates = jnp.array([state.step_size for _, state in ours[1:]])
@@ -228,7 +228,7 @@ def test_l2_is_half_its_square_added_to_the_loss_at_every_stage(name, solver, x6
 @pytest.mark.parametrize("rule", [dal(H), dal(H, estimate="difference"), dal(H, estimate="free"), sgd_g2(H)])
 def test_learning_rate_rules_see_the_l2_term(rule, x64):
     params, data = network64()
-    solver = "euler" if isinstance(rule, rk_optax.step_size.SgdG2) else "heun"
+    solver = "euler" if isinstance(rule, rk_optax.SgdG2) else "heun"
     inside = trajectory(rk_optax.runge_kutta(network_loss, rule, solver, l2=0.4), network_loss, params, data, 3)
     added = trajectory(rk_optax.runge_kutta(penalised, rule, solver), penalised, params, data, 3)
     for (_, state), (_, other) in zip(inside, added, strict=True):

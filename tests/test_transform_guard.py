@@ -126,7 +126,7 @@ def test_a_schedule_that_returns_nan_is_refused_and_the_next_step_is_taken():
     params = jnp.ones(2)
     updates, state = tx.update(params, tx.init(params), params)
     assert_same(updates, jnp.zeros(2))
-    assert int(state.reason) == Reason.NOT_FINITE
+    assert int(state.reason) == Reason.BAD_STEP_SIZE
     updates, state = tx.update(params, state, params)
     np.testing.assert_allclose(updates, STAYS - 1, rtol=1e-6)
 
@@ -136,7 +136,7 @@ def test_a_step_size_that_is_not_finite_is_seen_even_where_the_direction_does_no
     params = jnp.ones(2)
     updates, state = tx.update(params, tx.init(params), params)
     assert_same(updates, jnp.zeros(2))
-    assert int(state.reason) == Reason.NOT_FINITE
+    assert int(state.reason) == Reason.BAD_STEP_SIZE
 
 
 def test_a_gradient_that_is_not_finite_in_a_fixed_leaf_stops_nothing():

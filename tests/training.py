@@ -1,11 +1,15 @@
 """What several test files do with a transformation: take steps, compare trees, count evaluations."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from rk_optax import Cost, DiagonalPreconditioner
 
 
 def descent_gradient(loss, params, **data):
@@ -44,6 +48,16 @@ def assert_same(actual, expected):
     """Same structure, the very same numbers."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FixedScale(DiagonalPreconditioner):
+    """P = `scale`, a tree like params, whatever the gradient is."""
+
+    scale: Any
+
+    def update(self, gradient, state, params, field):
+        return self.scale, state, Cost()
 
 
 def types(tree):

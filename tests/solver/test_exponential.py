@@ -9,10 +9,10 @@ import numpy as np
 import optax
 import pytest
 import scipy.integrate
-from training import Evaluations, assert_close, assert_same, first_update, trajectory, types
+from training import Evaluations, FixedScale, assert_close, assert_same, first_update, trajectory, types
 
 import rk_optax
-from rk_optax import Cost, DiagonalCurvature, Etd, Preconditioner, Reason, Ros2, RosenbrockEuler
+from rk_optax import DiagonalCurvature, Etd, Reason, Ros2, RosenbrockEuler
 from rk_optax.field import VectorField
 from rk_optax.solver.exponential import phi1, phi2
 
@@ -32,15 +32,6 @@ def separable(w):
 
 def flat(w):
     return 0.0 * jnp.sum(w)
-
-
-def diagonal_preconditioner(scale):
-    return Preconditioner(
-        lambda params: (),
-        lambda g, state, params, problem: ((), state, Cost()),
-        lambda g, _: jax.tree.map(jnp.multiply, g, scale),
-        diagonal=lambda _: scale,
-    )
 
 
 def jitted_first_update(tx, loss, params, **data):
@@ -78,7 +69,7 @@ def test_phi_functions_are_right_to_rounding_for_any_argument(dtype, x64):
 @pytest.mark.parametrize("linear", ["l2", "diagonal"])
 def test_pure_decay_is_exact(order, scale, linear, x64):
     h, rate = 3.0, 1.7
-    preconditioner = None if scale is None else diagonal_preconditioner(scale)
+    preconditioner = None if scale is None else FixedScale(scale)
     tx = rk_optax.runge_kutta(flat, h, Etd(order, linear), l2=rate, preconditioner=preconditioner)
     updates, _ = jitted_first_update(tx, flat, THETA)
     exact = THETA * np.exp(-h * rate * (1 if scale is None else scale))
@@ -123,7 +114,7 @@ def test_etdrk2_is_cox_and_matthews_formula(x64):
 @pytest.mark.parametrize("solver", [RosenbrockEuler("diagonal"), Ros2("diagonal")], ids=["RosenbrockEuler", "ROS2"])
 def test_linearly_implicit_methods_divide_by_one_plus_their_diagonal(solver, x64):
     h, scale, w = 0.7, np.array([0.3, 2.0, 7.0]), THETA
-    tx = rk_optax.runge_kutta(separable, h, solver, preconditioner=diagonal_preconditioner(scale))
+    tx = rk_optax.runge_kutta(separable, h, solver, preconditioner=FixedScale(scale))
     updates, state = jitted_first_update(tx, separable, w)
     rate = scale * CURVATURE * np.cosh(w)
 

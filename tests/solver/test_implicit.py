@@ -9,10 +9,10 @@ import optax
 import pytest
 import scipy.integrate
 from nodepy.runge_kutta_method import loadRKM
-from training import Evaluations, assert_close, assert_same, first_update, trajectory, types
+from training import Evaluations, FixedScale, assert_close, assert_same, first_update, trajectory, types
 
 import rk_optax
-from rk_optax import IMPLICIT_TABLEAUS, ButcherTableau, Explicit, Implicit, Preconditioner, Reason, VectorField
+from rk_optax import IMPLICIT_TABLEAUS, ButcherTableau, Explicit, Implicit, Reason, VectorField
 from rk_optax.solver import as_solver
 from rk_optax.solver._linear import conjugate_gradients, shifted_lanczos
 
@@ -44,16 +44,6 @@ def loss_fn(w):
 
 def quadratic(w):
     return 0.5 * w @ jnp.asarray(MATRIX) @ w
-
-
-def diagonal_preconditioner(scale):
-    """P = `scale`, whatever the gradient is."""
-    return Preconditioner(
-        lambda params: (),
-        lambda g, state, params, problem: ((), state, rk_optax.Cost()),
-        lambda g, _: jax.tree.map(jnp.multiply, g, scale),
-        diagonal=lambda _: scale,
-    )
 
 
 def direct_step(tableau, matrix, theta, h):
@@ -178,7 +168,7 @@ def hand_made(loss):
     [("backward_euler", None), ("radau3", None), *((name, np.array([0.3, 2.0, 0.7])) for name in IMPLICIT_TABLEAUS)],
 )
 def test_a_step_on_a_quadratic_is_the_direct_solve_with_a_diagonal_preconditioner_too(name, scale, x64):
-    preconditioner = None if scale is None else diagonal_preconditioner(jnp.asarray(scale))
+    preconditioner = None if scale is None else FixedScale(jnp.asarray(scale))
     tx = rk_optax.runge_kutta(quadratic, 0.8, tight(name), preconditioner=preconditioner)
     updates, state = jax.jit(functools.partial(first_update, tx, quadratic))(THETA)
     matrix = MATRIX if scale is None else scale[:, None] * MATRIX

@@ -10,6 +10,7 @@ import pytest
 import scipy.integrate
 from conftest import network, network_loss
 from jax.flatten_util import ravel_pytree
+from training import FixedScale
 
 import rk_optax
 from rk_optax import LeastSquares, ModelLoss, Reason, ResidualEuler, Ros2, RosenbrockEuler, VectorField
@@ -85,13 +86,7 @@ def bound(loss, solver, params=THETA, l2=None):
 
 def scaled_by(diagonal):
     """A preconditioner with this P, a flat vector in the order of THETA."""
-    scale = flat()[1](jnp.asarray(diagonal))
-    return rk_optax.Preconditioner(
-        init=lambda params: (),
-        update=lambda k1, state, params, problem: (scale, state, rk_optax.Cost()),
-        apply=lambda gradient, frozen: jax.tree.map(jnp.multiply, gradient, frozen),
-        diagonal=lambda frozen: frozen,
-    )
+    return FixedScale(flat()[1](jnp.asarray(diagonal)))
 
 
 P = np.array([0.5, 2.0, 0.1, 3.0])

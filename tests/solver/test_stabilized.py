@@ -449,7 +449,7 @@ def test_a_refusal_for_too_long_a_step_shortens_it_at_once_to_what_the_stages_ca
     _, states = updates(rk_optax.runge_kutta(loss, rk_optax.descent_control(1e4), solver), loss, theta, 2)
     assert [bool(s.accepted) for s in states] == [False, True]
     longest = solver.real_stability_interval(10) / float(states[0].solver.spectral_radius)
-    assert float(states[0].rule.step_size) == pytest.approx(0.95 * longest, rel=1e-5)
+    assert float(states[0].rule.next_step_size) == pytest.approx(0.95 * longest, rel=1e-5)
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf], ids=["NaN", "inf"])
