@@ -63,8 +63,7 @@ def inner(x: PyTree, y: PyTree) -> jax.Array:
     Squares of numbers below 1e-19 or above 1e19 are beyond float32: use `norm`, or `unit` first.
     """
     products = [
-        jnp.sum(_wide(jnp.real(jnp.conj(a) * b)))
-        for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
+        jnp.sum(_wide(jnp.real(jnp.conj(a) * b))) for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
     ]
     return _reduced(jnp.add, products)
 
@@ -93,7 +92,8 @@ def norm(tree: PyTree) -> jax.Array:
 
     def divided() -> jax.Array:
         size = magnitude(tree)
-        reduced = scale(1 / size, tree)
+        # Without the barrier XLA takes the factors of constant leaves together, and their square is what overflows.
+        reduced = jax.lax.optimization_barrier(scale(1 / size, tree))
         return size.astype(square.dtype) * root(inner(reduced, reduced))
 
     square = inner(tree, tree)
@@ -105,7 +105,8 @@ def norm(tree: PyTree) -> jax.Array:
 def unit(tree: PyTree) -> tuple[PyTree, jax.Array]:
     """`tree` divided by its norm, 0 where that is 0, and the norm."""
     size = norm(tree)
-    return scale(ratio(jnp.ones_like(size), size), tree), size
+    # The barrier as in `norm`, for the squares that will be formed of it.
+    return jax.lax.optimization_barrier(scale(ratio(jnp.ones_like(size), size), tree)), size
 
 
 def ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rk_optax import _checks, _tree
-from rk_optax.field import Capability, VectorField
+from rk_optax.field import Capability, Linear, VectorField
 from rk_optax.solver._base import Cost, Quantity, Solver, Step, check_offers
 from rk_optax.solver._linear import conjugate_gradients, shifted_lanczos
 from rk_optax.tableau import ButcherTableau
@@ -54,6 +54,7 @@ class _Correction(NamedTuple):
     products: jax.Array
     left: jax.Array  # relative residual of the linear system
     sound: jax.Array  # bool: no negative curvature was met
+    noise: jax.Array  # what rounding of the positions does to the residual; 0 where that was not asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +66,9 @@ class Implicit(Solver):
     with one Hessian, at the centre of the stages: the eigenvalues μ of a turn the system into (I + hμP∇²L) y = b, which
     is complex, but a shift of a symmetric one. The unknowns are the d_i: positions would lose the digits of a tiny h,
     and the k_i of a stiff field cancel. A stage has converged where its residual, or the last correction of a
-    well-solved linear system, is within `tolerance` of d in the norm of P^(−1), or hd below eight roundings of θ; on a
-    convex loss that bounds the error.
+    well-solved linear system, is within `tolerance` of d in the norm of P^(−1), or below eight times what rounding of θ
+    does: to each number of θ − hd, and to the field, for which one Hessian product is spent where the residual has
+    stopped to fall. On a convex loss that bounds the error.
 
     A step whose stages do not converge is refused (NOT_SOLVED), and at a fixed h it will be refused again: shorten h,
     or let `rk_optax.descent_control()` do so. On a loss that is not convex the equations of a long step may have
@@ -197,13 +199,14 @@ class Implicit(Solver):
             known = _tree.add_scaled(_combined(row, ds), first, k1)
 
             def residual(d: PyTree) -> PyTree:
-                k = field(_moved(params, h, d), i + len(self.tableau.a) - len(a))
+                k = field(_tree.add_scaled(params, -h, d), i + len(self.tableau.a) - len(a))
                 return jax.tree.map(jnp.subtract, d, _tree.add_scaled(known, own, k))
 
-            def correct(d: PyTree, defect: PyTree) -> _Correction:
-                product = field.hessian(_moved(params, h, d))
+            def correct(d: PyTree, defect: PyTree, stalled: jax.Array) -> _Correction:
+                product = field.hessian(_tree.add_scaled(params, -h, d))
                 found = conjugate_gradients(product, h * own, defect, field.scale, **self._linear_limits)
-                return _Correction(found.x, found.iterations, found.residual, ~found.negative)
+                noise, spent = _noise(product, params, field.scale, stalled)
+                return _Correction(found.x, found.iterations + spent, found.residual, ~found.negative, own * noise)
 
             defect = _tree.scale(-1, _tree.add_scaled(known, own, k1))
             d, solved = self._newton(defect, residual, correct, params, h, field.scale)
@@ -221,11 +224,11 @@ class Implicit(Solver):
         dtype = jnp.promote_types(_tree.default_float(), jnp.complex64)
 
         def residual(ds: PyTree) -> PyTree:
-            ks = jax.lax.map(lambda place: field(place, 0), _moved(params, h, ds))
+            ks = jax.lax.map(lambda d: field(_tree.add_scaled(params, -h, d), 0), ds)
             return jax.tree.map(jnp.subtract, ds, _mixed(a, ks))
 
-        def correct(ds: PyTree, defect: PyTree) -> _Correction:
-            product = field.hessian(_moved(params, h, _combined(np.full(len(a), 1 / len(a)), ds)))
+        def correct(ds: PyTree, defect: PyTree, stalled: jax.Array) -> _Correction:
+            product = field.hessian(_tree.add_scaled(params, -h, _combined(np.full(len(a), 1 / len(a)), ds)))
             change, products, left = jax.tree.map(jnp.zeros_like, ds), jnp.zeros([], jnp.int32), jnp.zeros([])
             for e in np.flatnonzero(np.imag(eigenvalues) >= 0):
                 c = jnp.asarray(h, dtype) * eigenvalues[e]
@@ -238,7 +241,8 @@ class Implicit(Solver):
                     change = jax.tree.map(jnp.add, change, _mixed(part, y))
                 products += jnp.sum(found.iterations, dtype=jnp.int32)
                 left += jnp.max(found.residual)
-            return _Correction(change, products, left, jnp.ones([], bool))
+            noise, spent = _noise(product, params, field.scale, stalled)
+            return _Correction(change, products + spent, left, jnp.ones([], bool), np.linalg.norm(a) * noise)
 
         defect = _tree.scale(-1, _mixed(a, _stacked(k1, len(a))))
         return self._newton(defect, residual, correct, params, h, field.scale)
@@ -247,7 +251,7 @@ class Implicit(Solver):
         self,
         defect: PyTree,
         residual: Callable[[PyTree], PyTree],
-        correct: Callable[[PyTree, PyTree], _Correction],
+        correct: Callable[[PyTree, PyTree, jax.Array], _Correction],
         params: PyTree,
         h: Any,
         scale: PyTree | None,
@@ -256,51 +260,80 @@ class Implicit(Solver):
 
         From θ, that is, where the residual is known: h·k of an earlier stage may lead anywhere on a stiff loss.
         """
-        # The inverse of I + haP∇²L of a convex loss shrinks what is measured in this norm.
-        root = None if scale is None else jax.tree.map(jnp.sqrt, scale)
 
         def size(x: PyTree) -> jax.Array:
-            return _tree.norm(x if root is None else jax.tree.map(jnp.divide, x, root))
+            # The inverse of I + haP∇²L of a convex loss shrinks what is measured in this norm.
+            return _tree.norm(_over_root(x, scale))
 
         rounding = _tree.unit_roundoff(defect)
         tolerance = max(self.tolerance, 32 * rounding)
         # Near a minimum d is as small as the rounding of the field. What θ − hd cannot show need not be solved for.
-        invisible = 8 * rounding * _tree.ratio(size(params), jnp.asarray(h))
+        reach = 8 * rounding * _tree.ratio(jnp.ones([]), jnp.asarray(h))
 
-        def iterate(carry: tuple[PyTree, PyTree, _Solved]) -> tuple[PyTree, PyTree, _Solved]:
-            d, defect, before = carry
-            correction = correct(d, defect)
-            left = correction.left * size(defect)
+        def visible(x: PyTree) -> PyTree:
+            def beyond(leaf: jax.Array, theta: jax.Array) -> jax.Array:
+                # A stage more than θ has axes, where the stages are stacked.
+                theta = jnp.abs(theta).reshape((1,) * (leaf.ndim - theta.ndim) + theta.shape)
+                return jnp.maximum(jnp.abs(leaf) - reach.astype(theta.dtype) * theta, 0)
+
+            return jax.tree.map(beyond, x, params)
+
+        def iterate(carry: Any) -> Any:
+            d, defect, before, stalled = carry
+            old = size(defect)
+            correction = correct(d, defect, stalled)
             d = jax.tree.map(jnp.subtract, d, correction.change)
             defect = residual(d)
-            wanted = tolerance * size(d) + invisible
+            new, length = size(defect), size(d)
+            wanted = tolerance * length + 8 * correction.noise
             # Rounding in a stiff field keeps the residual up. A small correction then says the same, if well solved.
-            settled = correction.sound & (size(correction.change) + left <= wanted)
-            relative = _tree.ratio(size(defect), size(d)).astype(before.residual.dtype)
-            return (
-                d,
-                defect,
-                _Solved(
-                    before.iterations + 1,
-                    before.linear_iterations + correction.products,
-                    relative,
-                    (size(defect) <= wanted) | (settled & jnp.isfinite(relative)),
-                ),
+            settled = correction.sound & (size(visible(correction.change)) + correction.left * old <= wanted)
+            relative = _tree.ratio(new, length).astype(before.residual.dtype)
+            solved = _Solved(
+                before.iterations + 1,
+                before.linear_iterations + correction.products,
+                relative,
+                (size(visible(defect)) <= wanted) | (settled & jnp.isfinite(relative)),
             )
+            return d, defect, solved, new > 0.1 * old
 
-        def go_on(carry: tuple[PyTree, PyTree, _Solved]) -> jax.Array:
+        def go_on(carry: Any) -> jax.Array:
             solved = carry[2]
             return ~solved.converged & (solved.iterations < self.max_iterations) & jnp.isfinite(solved.residual)
 
         # NaN in k1 is no residual, and is not solved.
         known = _nothing_solved()._replace(converged=size(defect) == 0)
         start = jax.tree.map(jnp.zeros_like, defect)
-        d, _, solved = jax.lax.while_loop(go_on, iterate, (start, defect, known))
+        d, _, solved, _ = jax.lax.while_loop(go_on, iterate, (start, defect, known, jnp.zeros([], bool)))
         return d, solved
 
     @property
     def _linear_limits(self) -> dict[str, Any]:
         return {"tolerance": 0.1 * self.tolerance, "max_iterations": self.max_linear_iterations}
+
+
+def _over_root(x: PyTree, scale: PyTree | None) -> PyTree:
+    """P^(−1/2) x, for one tree or stacked ones."""
+    if scale is None:
+        return x
+
+    def divided(leaf: jax.Array, p: jax.Array) -> jax.Array:
+        return leaf / jnp.sqrt(p).reshape((1,) * (leaf.ndim - p.ndim) + p.shape)
+
+    return jax.tree.map(divided, x, scale)
+
+
+def _noise(product: Linear, params: PyTree, scale: PyTree | None, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """‖P^(1/2)Hz‖ for z = ±uθ, u the rounding: of the field, where θ is rounded. And the products spent."""
+
+    def measure() -> jax.Array:
+        signs = _tree.random_signs(jax.random.key(0), params)
+        rounded = _tree.scale(_tree.unit_roundoff(params), jax.tree.map(jnp.multiply, signs, params))
+        change = product(rounded)
+        return _tree.norm(change if scale is None else jax.tree.map(lambda x, p: jnp.sqrt(p) * x, change, scale))
+
+    nothing = jnp.zeros([], jax.eval_shape(measure).dtype)
+    return jax.lax.cond(wanted, measure, lambda: nothing), wanted.astype(jnp.int32)
 
 
 def _nothing_solved() -> _Solved:
@@ -321,11 +354,6 @@ def _combined(row: Any, xs: PyTree) -> PyTree:
 def _mixed(matrix: np.ndarray, xs: PyTree) -> PyTree:
     """Σ_j matrix_ij x_j for each i, stacked."""
     return jax.tree.map(lambda *rows: jnp.stack(rows), *(_combined(row, xs) for row in matrix))
-
-
-def _moved(params: PyTree, h: Any, offset: PyTree) -> PyTree:
-    """θ − h·offset, for one offset or stacked ones."""
-    return jax.tree.map(lambda theta, d: theta - jnp.asarray(h, _tree.real_dtype(d)) * d, params, offset)
 
 
 _ALEXANDER = "R. Alexander, SIAM J. Numer. Anal. 14 (1977) 1006-1021"

@@ -25,10 +25,10 @@ _USUAL_DAMPING = {"rkc1": 0.05, "rkc2": 2 / 13, "rkl1": 0.0, "rkl2": 0.0}
 class StabilizedState(NamedTuple):
     """State of a `Stabilized` solver that chooses its stages."""
 
-    spectral_radius: jax.Array  # shape=(), float: ρ, the latest estimate, safety factor included; NaN before the first
+    spectral_radius: jax.Array  # shape=(), float: ρ, the latest estimate, safety factor included; 0 before the first
     stages: jax.Array  # shape=(), int32: stages of the latest step
-    age: jax.Array  # shape=(), int32: steps since ρ was estimated
-    eigenvector: PyTree  # like params: where the power method starts the next time
+    age: jax.Array  # shape=(), int32: steps since ρ was estimated; `estimate_every` where an estimate is due
+    eigenvector: PyTree  # like params, of length 1: where the power method starts the next time; 0 before the first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Stabilized(Solver):
     gradient, whatever s is; the loss is traced once, whatever s is.
 
     With `stages="auto"` the spectral radius ρ of the field's Jacobian is estimated by the nonlinear power method of the
-    RKC code, one gradient an iteration, at the first step, then every `estimate_every` steps and after a refused step;
+    RKC code, one gradient an iteration and one to find how long a difference can be, at the first step, then every
+    `estimate_every` steps and after a refused step;
     s is the least number for which h·ρ is stable. An h that needs more than `max_stages` is refused (NOT_SOLVED). An
     estimate can be too low, so use a learning rate that checks each step, such as `rk_optax.descent_control()`.
 
@@ -114,9 +115,9 @@ class Stabilized(Solver):
         if self.stages != "auto":
             return ()
         return StabilizedState(
-            jnp.full([], jnp.nan, _tree.default_float()),
+            jnp.zeros([], _tree.default_float()),
             jnp.zeros([], jnp.int32),
-            jnp.zeros([], jnp.int32),
+            jnp.full([], self.estimate_every, jnp.int32),
             jax.tree.map(jnp.zeros_like, params),
         )
 
@@ -150,7 +151,7 @@ class Stabilized(Solver):
         due = ~jnp.isfinite(state.spectral_radius) | (state.age >= self.estimate_every)
         radius, eigenvector, spent = jax.lax.cond(
             due,
-            lambda: self._estimate(field, params, k1, state),
+            lambda: self._estimate(field, params, k1, h, state),
             lambda: (state.spectral_radius, state.eigenvector, jnp.zeros([], jnp.int32)),
         )
         choices, intervals, tables = _all_coefficients(self.family, self.max_stages, self._damping)
@@ -179,37 +180,58 @@ class Stabilized(Solver):
         )
 
     def _estimate(
-        self, field: VectorField, params: PyTree, k1: PyTree, state: StabilizedState
+        self, field: VectorField, params: PyTree, k1: PyTree, h: Any, state: StabilizedState
     ) -> tuple[jax.Array, PyTree, jax.Array]:
-        """ρ by the nonlinear power method: v ← (g(θ + v) − g(θ))/‖v‖, scaled to a length that can be differenced."""
+        """ρ by the nonlinear power method, v ← (g(θ + εv) − g(θ))/ε with ‖v‖ = 1, one gradient an iteration.
+
+        ε is as long as g can resolve: ε·ρ is √u of what rounding to u acts on, ‖k1‖ and the ‖Hz‖ of a z = ±θ, for
+        which one gradient more is spent. So no length is absolute, none mixes leaves of different size, and one that
+        the field does not see has no part in it.
+        """
         dtype = state.spectral_radius.dtype
         roundoff = math.sqrt(max(_tree.unit_roundoff(params), field.rounding))
-        length = roundoff * (1 + _tree.norm(params))
 
-        def scaled(v: PyTree) -> PyTree:
-            return _tree.scale(_tree.ratio(length, _tree.norm(v)), v)
+        def change_along(v: PyTree) -> PyTree:
+            return jax.tree.map(jnp.subtract, field(jax.tree.map(jnp.add, params, v), 0), k1)
+
+        signs = _tree.random_signs(jax.random.key(0), params)
+        step = _tree.scale(roundoff, jax.tree.map(jnp.multiply, signs, params))
+        change = change_along(step)
+        response = _tree.norm(change) + roundoff * _tree.norm(k1)
+        # A ρ to begin with. One too large costs an iteration; one too small would leave the place where H is sought.
+        by_leaf = [
+            _tree.ratio(_tree.norm(c), _tree.norm(s)).astype(response.dtype)
+            for c, s in zip(jax.tree.leaves(change), jax.tree.leaves(step), strict=True)
+        ]
+        first = functools.reduce(jnp.maximum, by_leaf, jnp.zeros([], response.dtype))
+        first = jnp.where(first > 0, first, _tree.ratio(jnp.ones_like(first), jnp.asarray(h, first.dtype)))
+        known = jnp.isfinite(state.spectral_radius) & (state.spectral_radius > 0)
+        first = jnp.where(known, state.spectral_radius.astype(first.dtype), first)
 
         def iterate(carry: Any) -> Any:
-            v, radius, _, i = carry
-            change = jax.tree.map(jnp.subtract, field(jax.tree.map(jnp.add, params, v), 0), k1)
-            new = (_tree.norm(change) / length).astype(dtype)
+            v, scale, radius, _, i = carry
+            length = _tree.ratio(response, scale)
+            length = jnp.where(length > 0, length, roundoff)  # θ, g and h are 0, and nothing has a length
+            change, size = _tree.unit(change_along(_tree.scale(length, v)))
+            new = (size / length).astype(dtype)
             # A change that is zero or not finite has no direction: keep the old one.
             usable = jnp.isfinite(new) & (new > 0)
-            return _tree.select(usable, scaled(change), v), new, radius, i + 1
+            scale = jnp.where(usable, new.astype(scale.dtype), scale)
+            return _tree.select(usable, change, v), scale, new, radius, i + 1
 
         def go_on(carry: Any) -> jax.Array:
-            _, new, old, i = carry
+            *_, new, old, i = carry
             settled = (jnp.abs(new - old) <= 0.01 * new) & (i >= 2)
             return (i < self.power_iterations) & ~settled & (jnp.isfinite(new) | (i == 0))
 
         start = _tree.select(
             _tree.norm(state.eigenvector) > 0, _tree.cast_like(state.eigenvector, params), _spread(k1, params)
         )
-        nothing = jnp.full([], jnp.inf, dtype)
-        v, radius, _, spent = jax.lax.while_loop(
-            go_on, iterate, (scaled(start), nothing, nothing, jnp.zeros([], jnp.int32))
+        nothing = jnp.zeros([], dtype)
+        v, _, radius, _, spent = jax.lax.while_loop(
+            go_on, iterate, (_tree.unit(start)[0], first, nothing, nothing, jnp.zeros([], jnp.int32))
         )
-        return self.safety * radius, _tree.cast_like(v, state.eigenvector), spent
+        return self.safety * radius, _tree.cast_like(v, state.eigenvector), spent + 1
 
 
 def _spread(k1: PyTree, params: PyTree) -> PyTree:
@@ -219,13 +241,8 @@ def _spread(k1: PyTree, params: PyTree) -> PyTree:
     noise = [
         jax.random.normal(jax.random.key(i), jnp.shape(leaf), _tree.real_dtype(leaf)) for i, leaf in enumerate(leaves)
     ]
-    total = _tree.norm(noise)
-    return structure.unflatten(
-        [
-            leaf + (jnp.where(size > 0, 0.1 * size, 1) / total).astype(n.dtype) * n
-            for leaf, n in zip(leaves, noise, strict=True)
-        ]
-    )
+    factor = _tree.ratio(jnp.where(size > 0, 0.1 * size, 1), _tree.norm(noise))
+    return structure.unflatten([leaf + factor.astype(n.dtype) * n for leaf, n in zip(leaves, noise, strict=True)])
 
 
 def _recurrence(field: VectorField, params: PyTree, k1: PyTree, h: Any, table: jax.Array, stages: Any) -> PyTree:
