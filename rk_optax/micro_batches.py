@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rk_optax import _checks, _tree
-from rk_optax.problem import Linear, Objective, Problem
+from rk_optax.field import Linear, Objective, VectorField
 
 PyTree = Any
 
@@ -102,8 +102,8 @@ class MicroBatches:
 
 
 @dataclasses.dataclass(frozen=True)
-class _StreamedProblem(Problem):
-    """A problem on a data set in pieces: its products are not linearised, which would keep every micro-batch."""
+class _StreamedField(VectorField):
+    """A field on a data set in pieces: its products are not linearised, which would keep every micro-batch."""
 
     curve: Callable[[PyTree, PyTree], PyTree] | None = None
 
@@ -127,8 +127,8 @@ def bind(
     part: _tree.Partition,
     stage_dtype: Any,
     batches: MicroBatches,
-) -> Problem:
-    """The problem on all of `data`, each evaluation a mean over micro-batches where `batches` cuts them."""
+) -> VectorField:
+    """The field on all of `data`, each evaluation a mean over micro-batches where `batches` cuts them."""
     count = batches.rows(data)
     whole = objective.bind(data, params, part, stage_dtype)
     if count is None or batches.size is None or count <= batches.size:
@@ -144,8 +144,8 @@ def bind(
         return mean
 
     gradient = None if whole.gradient is None else over(lambda p, theta: p.gradient(theta))
-    return _StreamedProblem(
-        field=over(lambda p, theta, stage: p(theta, stage)),
+    return _StreamedField(
+        evaluate=over(lambda p, theta, stage: p(theta, stage)),
         objective=None if whole.objective is None else over(lambda p, theta: p.loss(theta)),
         smooth_field=gradient,
         gradient=gradient,

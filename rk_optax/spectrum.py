@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from rk_optax import _checks, _lanczos, _tree
+from rk_optax.field import Linear, Objective, promote
 from rk_optax.micro_batches import MicroBatches, bind
-from rk_optax.problem import Linear, Objective, promote
 
 PyTree = Any
 Matrix = Literal["hessian", "gauss_newton"]
@@ -86,9 +86,9 @@ class _Setting:
         """The matrix as a function, and what it acts on."""
         params = jax.tree.map(jnp.asarray, params)
         part = _tree.partition(None, params)
-        problem = bind(self.objective(), data, params, part, self.stage_dtype, self.batches)
+        field = bind(self.objective(), data, params, part, self.stage_dtype, self.batches)
         theta = promote(params, self.stage_dtype)
-        return problem.hessian(theta) if self.matrix == "hessian" else problem.gauss_newton(theta), theta
+        return field.hessian(theta) if self.matrix == "hessian" else field.gauss_newton(theta), theta
 
 
 def matrix_product(
