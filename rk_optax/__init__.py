@@ -30,6 +30,7 @@ from rk_optax.alias import (
 )
 from rk_optax.control import descent_control, error_control, trust_ratio_control
 from rk_optax.field import SmoothField, VectorField
+from rk_optax.gradient_flow import Flow, FlowResult, FlowState, gradient_flow
 from rk_optax.preconditioner import (
     Preconditioner,
     precondition_by,
@@ -70,6 +71,9 @@ __all__ = [
     "DiagonalCurvature",
     "Etd",
     "Explicit",
+    "Flow",
+    "FlowResult",
+    "FlowState",
     "Implicit",
     "LeastSquares",
     "ModelLoss",
@@ -99,6 +103,7 @@ __all__ = [
     "euler",
     "first_stage_batch",
     "gauss4",
+    "gradient_flow",
     "heun",
     "implicit_midpoint",
     "inject_hyperparams",
