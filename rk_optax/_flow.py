@@ -184,8 +184,8 @@ class _Flow:
         h, rule_state, cost = rule.propose(state.attempts, state.rule, self.field, params, k1)
         remaining = (self.inputs.offsets[-1] - state.elapsed) + state.lost
         h = jnp.asarray(h, dtype)
-        # A step that would end a rounding error before the last time ends on it.
-        last = h * (1 + 64 * jnp.finfo(dtype).eps) >= remaining
+        # A step that would end a rounding error of time before the last time ends on it.
+        last = h + jnp.finfo(dtype).eps * self.inputs.offsets[-1] >= remaining
         h = jnp.where(last, remaining, h)
         step = setting.solver.step(self.field, params, k1, h, state.solver, wants=self.wants)
         h, step, rule_state, choice_cost = rule.choose(rule_state, self.field, params, k1, h, step)
@@ -255,7 +255,7 @@ class _Flow:
         else:
             refused = jnp.where(accepted, FlowResult.RUNNING, FlowResult.REFUSED)
         result = jnp.where(over & (refused == FlowResult.RUNNING), FlowResult.BUDGET, refused)
-        result = jnp.where(state.elapsed >= end, FlowResult.REACHED_END, result)
+        result = jnp.where((end - state.elapsed) + state.lost <= 0, FlowResult.REACHED_END, result)
         return jnp.where(state.result != FlowResult.RUNNING, state.result, result).astype(jnp.int32)
 
     # --- stop conditions ---

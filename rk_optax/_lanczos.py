@@ -44,10 +44,24 @@ def real_dtype(like: PyTree) -> np.dtype:
 
 
 def random_vector(key: jax.Array, like: PyTree) -> PyTree:
-    """Independent normal numbers."""
+    """Random signs for every real unknown: a complex number has two."""
+    real, imaginary = (_tree.random_signs(k, like) for k in jax.random.split(key))
+    return jax.tree.map(lambda a, b: a + 1j * b if jnp.iscomplexobj(a) else a, real, imaginary)
+
+
+def _another(seed: jax.Array, like: PyTree) -> PyTree:
+    """Signs that depend on `seed`: any vector will do, and the usual random numbers take long to compile."""
+
+    def signs(leaf: int, x: jax.Array) -> jax.Array:
+        mixed = jnp.arange(x.size, dtype=jnp.uint32) + jnp.asarray(seed + 7919 * leaf, jnp.uint32) * np.uint32(
+            0x9E3779B9
+        )
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # the finaliser of MurmurHash3
+            mixed = (mixed ^ (mixed >> shift)) * np.uint32(factor)
+        return (1.0 - 2.0 * (mixed >> 31)).reshape(x.shape).astype(x.dtype)
+
     leaves, treedef = jax.tree.flatten(like)
-    keys = jax.random.split(key, max(len(leaves), 1))
-    return treedef.unflatten([jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=False)])
+    return treedef.unflatten([signs(i, x) for i, x in enumerate(leaves)])
 
 
 def combined(basis: PyTree, weights: jax.Array) -> PyTree:
@@ -60,7 +74,7 @@ def combined(basis: PyTree, weights: jax.Array) -> PyTree:
     return jax.tree.map(of, basis)
 
 
-def extend(product: Product, krylov: Krylov, first: int | jax.Array, key: jax.Array) -> Krylov:
+def extend(product: Product, krylov: Krylov, first: int | jax.Array, seed: int | jax.Array = 0) -> Krylov:
     """Fills rows `first` + 1 to m of the basis and columns `first` to m − 1 of T; costs m − `first` products.
 
     Each new vector is made orthogonal to all earlier ones twice, after which it is so to rounding.
@@ -91,7 +105,7 @@ def extend(product: Product, krylov: Krylov, first: int | jax.Array, key: jax.Ar
         beta = _tree.norm(w).astype(dtype)
         # Where the space is invariant, nothing is left but rounding: go on from anywhere else, uncoupled.
         ended = beta <= 10 * jnp.finfo(dtype).eps * before
-        w = jax.lax.cond(ended, lambda: orthogonal(basis, random_vector(jax.random.fold_in(key, j), w))[0], lambda: w)
+        w = jax.lax.cond(ended, lambda: orthogonal(basis, _another(seed + j, w))[0], lambda: w)
         w = _tree.scale(_tree.ratio(jnp.ones([]), _tree.norm(w)), w)
         basis = jax.tree.map(lambda rows, x: rows.at[j + 1].set(x), basis, w)
         h = h[:size]
@@ -117,7 +131,6 @@ def eigenpairs(
     size: int,
     tolerance: float,
     max_products: int,
-    key: jax.Array,
 ) -> Pairs:
     """The `top` largest and the `bottom` smallest eigenvalues of a symmetric operator, with their vectors.
 
@@ -132,7 +145,7 @@ def eigenpairs(
 
     def cycle(carry: Any) -> Any:
         krylov, first, products, _, _ = carry
-        krylov = extend(product, krylov, first, jax.random.fold_in(key, products))
+        krylov = extend(product, krylov, first, products)
         values, vectors = jnp.linalg.eigh(krylov.projected)
         residuals = jnp.abs(krylov.coupling * vectors[-1])[kept]
         # A residual of the size of rounding is as good as it gets.

@@ -154,14 +154,14 @@ def gradient_flow(
             raise TypeError(f"params have a leaf of dtype {leaf.dtype}, which has no gradient; mask it with False.")
     needs = method.needs | rule.needs
     watches_loss = min_loss is not None or "loss" in _names(save)
-    objective = (
+    objective: tuple[tuple[str, Any], ...] = (
         ("loss_fn", loss_fn),
         ("grad_fn", grad_fn),
         ("has_aux", has_aux),
         ("argnames", None if argnames is None else tuple(argnames)),
         ("needs", needs | {"loss"} if watches_loss else needs),
     )
-    Objective(**dict(objective))
+    Objective(**dict[str, Any](objective))
     cut = MicroBatches.of(batches, batch_argnames)
     data = {} if data is None else dict(data)
     cut.rows(data)
@@ -197,12 +197,11 @@ def gradient_flow(
     if progress is None:
         return _flow(setting, inputs, advance(setting, inputs, state, jnp.asarray(_UNBOUNDED)))
     calls = 100 if steps_per_call is None else _checks.count(steps_per_call, "steps_per_call")
-    while True:
-        state = advance(setting, inputs, state, state.attempts + calls)
-        flow = _flow(setting, inputs, state)
+    flow = _flow(setting, inputs, state)
+    while int(flow.result) == FlowResult.RUNNING:
+        flow = _flow(setting, inputs, advance(setting, inputs, flow.state, flow.state.attempts + calls))
         progress(flow)
-        if int(state.result) != FlowResult.RUNNING:
-            return flow
+    return flow
 
 
 def _flow(setting: Setting, inputs: Inputs, state: FlowState) -> Flow:
@@ -232,14 +231,14 @@ def _rule(method: Solver, rtol: float | None, atol: float | None, step_size: Lea
         rule = as_rule(step_size)
         rule.check(method)
         return rule
-    rtol = _checks.number(_RTOL if rtol is None else rtol, "rtol", "positive")
-    atol = _checks.number(_ATOL if atol is None else atol, "atol", "positive")
+    relative = _checks.number(_RTOL if rtol is None else rtol, "rtol", "positive")
+    absolute = _checks.number(_ATOL if atol is None else atol, "atol", "positive")
     if "error" not in method.offers:
         raise ValueError(
             f"rtol and atol need an error estimate, and this solver ({method}) has none. Pass step_size=, a fixed h or "
             "a rule such as rk_optax.descent_control(), or use a solver that has one, such as 'tsit5' or 'sdirk3'."
         )
-    return error_control(rtol, atol, initial_step_size=1.0, min_step_size=1e-30)
+    return error_control(relative, absolute, initial_step_size=1.0, min_step_size=1e-30)
 
 
 def _times(ts: ArrayLike, direction: str | None) -> tuple[jax.Array, jax.Array, bool]:

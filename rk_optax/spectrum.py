@@ -212,9 +212,7 @@ def _eigenpairs(
     product, theta = setting.product(params, data)
     k, bottom, size, tolerance, max_products = limits
     vector = _lanczos.random_vector(key, theta) if start is None else _tree.cast_like(start, theta)
-    pairs = _lanczos.eigenpairs(
-        product, vector, k, bottom, size=size, tolerance=tolerance, max_products=max_products, key=key
-    )
+    pairs = _lanczos.eigenpairs(product, vector, k, bottom, size=size, tolerance=tolerance, max_products=max_products)
     return Eigenpairs(*pairs)
 
 
@@ -293,17 +291,11 @@ def _density(setting: _Setting, sizes: tuple[int, int], params: PyTree, data: An
     probes, steps = sizes
 
     def quadrature(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        krylov = _lanczos.extend(product, _lanczos.start(_signs(key, theta), steps), 0, key)
+        krylov = _lanczos.extend(product, _lanczos.start(_lanczos.random_vector(key, theta), steps), 0)
         nodes, vectors = jnp.linalg.eigh(krylov.projected)
         return nodes, vectors[0] ** 2 / probes
 
     return Density(*jax.lax.map(quadrature, jax.random.split(key, probes)))
-
-
-def _signs(key: jax.Array, like: PyTree) -> PyTree:
-    """Random signs for every real unknown: a complex number has two."""
-    real, imaginary = (_tree.random_signs(k, like) for k in jax.random.split(key))
-    return jax.tree.map(lambda a, b: a + 1j * b if jnp.iscomplexobj(a) else a, real, imaginary)
 
 
 def power_step(product: Product, vector: PyTree) -> tuple[jax.Array, PyTree]:

@@ -71,7 +71,7 @@ class Explicit(Solver):
             "last_stage": tableau.first_same_as_last,
             "dense": tableau.interpolant is not None,
         }
-        return super().offers | {quantity for quantity, offered in more.items() if offered}
+        return super().offers.union(quantity for quantity, offered in more.items() if offered)
 
     def step(
         self,
@@ -103,7 +103,7 @@ class Explicit(Solver):
             change = _distance(_stage(ks, 0), _stage(ks, 1)) if want_change else None
             if "last_stage" in wants:
                 quantities["last_stage"] = _stage(ks, len(kept) - 1)
-            if "dense" in wants:
+            if "dense" in wants and tableau.interpolant is not None:
                 quantities["dense"] = functools.partial(_interpolated, tableau.interpolant, ks)
         else:
             (direction, *errors), change = _chained_stages(field, params, k1, h, a, weights, want_change)
@@ -151,7 +151,7 @@ def _chained_stages(
 def _stored_stages(field: VectorField, params: PyTree, k1: PyTree, h: Any, a: np.ndarray) -> PyTree:
     """The stages k_1 to k_s, where later ones need several earlier ones: each leaf with a leading axis of length s."""
     s = len(a)
-    rows = [functools.partial(_combined, row, used=tuple(np.flatnonzero(row)) if row.any() else (0,)) for row in a[1:]]
+    rows = [functools.partial(_combined, row, used=np.flatnonzero(row).tolist() or [0]) for row in a[1:]]
 
     def stage(ks: PyTree, i: jax.Array) -> tuple[PyTree, None]:
         k = field(_moved(params, h, jax.lax.switch(i - 1, rows, ks)), i)
