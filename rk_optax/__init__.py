@@ -28,6 +28,7 @@ from rk_optax.alias import (
     trapezoid,
     tsit5,
 )
+from rk_optax.central_flow import CentralFlow, CentralFlowState, implicit_gradient_regularization, principal_flow
 from rk_optax.control import descent_control, error_control, trust_ratio_control
 from rk_optax.field import SmoothField, VectorField
 from rk_optax.gradient_flow import Flow, FlowResult, FlowState, gradient_flow
@@ -66,6 +67,8 @@ __all__ = [
     "TABLEAUS",
     "Attempt",
     "ButcherTableau",
+    "CentralFlow",
+    "CentralFlowState",
     "Choice",
     "Cost",
     "DiagonalCurvature",
@@ -105,6 +108,7 @@ __all__ = [
     "gauss4",
     "gradient_flow",
     "heun",
+    "implicit_gradient_regularization",
     "implicit_midpoint",
     "inject_hyperparams",
     "kutta3",
@@ -114,6 +118,7 @@ __all__ = [
     "precondition_by_adam",
     "precondition_by_hutchinson",
     "precondition_by_rms",
+    "principal_flow",
     "radau3",
     "ralston",
     "residual_euler",

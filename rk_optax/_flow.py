@@ -18,8 +18,9 @@ import jax.numpy as jnp
 
 from rk_optax import _tree
 from rk_optax.control import ErrorControl
-from rk_optax.field import Objective, VectorField, promote
+from rk_optax.field import Objective, VectorField
 from rk_optax.micro_batches import MicroBatches, bind
+from rk_optax.parameter_view import ParameterView
 from rk_optax.solver import Cost, Solver
 from rk_optax.step_size import Attempt, Reason, StepSizeRule
 
@@ -105,6 +106,7 @@ class Setting:
     backward: bool
     save: Any  # a name, a function, or a tuple of pairs (name, one of these)
     event: Callable[[jax.Array, PyTree], jax.Array] | None
+    modify: Callable[[VectorField], VectorField] | None
     batches: MicroBatches
     part: _tree.Partition
     stage_dtype: Any
@@ -115,25 +117,15 @@ class _Flow:
 
     def __init__(self, setting: Setting, inputs: Inputs):
         self.setting, self.inputs = setting, inputs
-        part = setting.part
-        self.loss_field = bind(
-            Objective(**dict(setting.objective)),
-            inputs.data,
-            inputs.params,
-            part,
-            setting.stage_dtype,
-            setting.batches,
-        )
-        field = self.loss_field
+        self.view = ParameterView(inputs.params, setting.part, setting.stage_dtype)
+        self.loss_field = bind(Objective(**dict(setting.objective)), inputs.data, self.view, setting.batches)
+        field = self.loss_field if setting.modify is None else setting.modify(self.loss_field)
         if inputs.scale is not None:
             scale = inputs.scale
             field = field.preconditioned(lambda g: jax.tree.map(jnp.multiply, scale, g), scale)
         self.field = _reversed(field) if setting.backward else field
         self.wants = setting.rule.wants | (setting.solver.offers & {"last_stage", "dense"})
         self.stops = _stops(setting, inputs.limits)
-
-    def whole(self, params: PyTree) -> PyTree:
-        return self.setting.part.merge(params, promote(self.inputs.params, self.setting.stage_dtype))
 
     def time(self, elapsed: jax.Array) -> jax.Array:
         first = self.inputs.times[0]
@@ -143,7 +135,7 @@ class _Flow:
 
     def start(self) -> FlowState:
         setting, n = self.setting, len(self.inputs.offsets)
-        params = promote(setting.part.moving(self.inputs.params), setting.stage_dtype)
+        params = self.view.theta
         k1 = self.field(params)
         cost = Cost().plus(Cost(gradients=1))
         rule = setting.rule.init()
@@ -332,14 +324,14 @@ class _Flow:
         def of(what: Any) -> PyTree:
             nonlocal spent
             if what == "params":
-                return self.whole(params)
+                return self.view.whole(params)
             if what == "loss":
                 spent = spent._replace(losses=spent.losses + 1)
                 return self.loss_field.loss(params)
             if what == "gradient_norm":
                 spent = spent._replace(gradients=spent.gradients + 1)
                 return _tree.norm(self.loss_field(params))
-            return what(self.time(elapsed), self.whole(params))
+            return what(self.time(elapsed), self.view.whole(params))
 
         save = self.setting.save
         values = {name: of(what) for name, what in save} if isinstance(save, tuple) else of(save)
@@ -390,7 +382,7 @@ def _stops(setting: Setting, limits: dict[str, Any]) -> list[_Stop]:
     stops = []
     event = setting.event
     if event is not None:
-        stops.append(_Stop(FlowResult.EVENT, lambda flow, t, p, k: event(flow.time(t), flow.whole(p)), False))
+        stops.append(_Stop(FlowResult.EVENT, lambda flow, t, p, k: event(flow.time(t), flow.view.whole(p)), False))
     if "min_loss" in limits:
         stops.append(_Stop(FlowResult.LOSS, lambda flow, t, p, k: flow.loss_field.loss(p) - limits["min_loss"], True))
     if "min_gradient_norm" in limits:

@@ -106,7 +106,7 @@ def extend(product: Product, krylov: Krylov, first: int | jax.Array, seed: int |
         # Where the space is invariant, nothing is left but rounding: go on from anywhere else, uncoupled.
         ended = beta <= 10 * jnp.finfo(dtype).eps * before
         w = jax.lax.cond(ended, lambda: orthogonal(basis, _another(seed + j, w))[0], lambda: w)
-        w = _tree.scale(_tree.ratio(jnp.ones([]), _tree.norm(w)), w)
+        w = _tree.unit(w)[0]
         basis = jax.tree.map(lambda rows, x: rows.at[j + 1].set(x), basis, w)
         h = h[:size]
         return Krylov(basis, projected.at[:, j].set(h).at[j, :].set(h), jnp.where(ended, 0, beta))
@@ -117,8 +117,7 @@ def extend(product: Product, krylov: Krylov, first: int | jax.Array, seed: int |
 def start(vector: PyTree, size: int) -> Krylov:
     """A basis of `size` + 1 rows whose first is `vector`, normalised, and nothing else yet."""
     dtype = real_dtype(vector)
-    unit = _tree.scale(_tree.ratio(jnp.ones([]), _tree.norm(vector)), vector)
-    basis = jax.tree.map(lambda x: jnp.zeros((size + 1, *x.shape), x.dtype).at[0].set(x), unit)
+    basis = jax.tree.map(lambda x: jnp.zeros((size + 1, *x.shape), x.dtype).at[0].set(x), _tree.unit(vector)[0])
     return Krylov(basis, jnp.zeros((size, size), dtype), jnp.zeros([], dtype))
 
 

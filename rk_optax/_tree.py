@@ -63,8 +63,7 @@ def inner(x: PyTree, y: PyTree) -> jax.Array:
     Squares of numbers below 1e-19 or above 1e19 are beyond float32: use `norm`, or `unit` first.
     """
     products = [
-        jnp.sum(_wide(jnp.real(jnp.conj(a) * b)))
-        for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
+        jnp.sum(_wide(jnp.real(jnp.conj(a) * b))) for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
     ]
     return _reduced(jnp.add, products)
 

@@ -14,8 +14,9 @@ from jax.typing import ArrayLike
 from rk_optax import _checks, _tree
 from rk_optax._flow import FlowResult, FlowState, Inputs, Setting, advance, start
 from rk_optax.control import error_control
-from rk_optax.field import Objective, check_like_params, promote
+from rk_optax.field import Objective, VectorField
 from rk_optax.micro_batches import MicroBatches
+from rk_optax.parameter_view import Mask, ParameterView, check_like_params, check_stage_dtype, promote
 from rk_optax.solver import Cost, Solver, as_solver
 from rk_optax.step_size import LearningRate, StepSizeRule, as_rule
 from rk_optax.tableau import ButcherTableau
@@ -65,7 +66,8 @@ def gradient_flow(
     batch_argnames: Sequence[str] | str | None = None,
     direction: Literal["forward", "backward"] | None = None,
     preconditioner: PyTree | None = None,
-    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+    mask: Mask = None,
+    field: Callable[[VectorField], VectorField] | None = None,
     grad_fn: Callable[..., Any] | None = None,
     has_aux: bool = False,
     argnames: Sequence[str] | None = None,
@@ -118,6 +120,8 @@ def gradient_flow(
         backward. A solver that needs residuals or a Gauss–Newton matrix goes forward only.
       preconditioner: a constant diagonal P > 0, like params or a prefix of it; by default the identity.
       mask: True for leaves that move, as for `rk_optax.runge_kutta`.
+      field: another flow than the gradient flow, as a function of its field, such as
+        `rk_optax.implicit_gradient_regularization(h)` or `rk_optax.principal_flow(h)`.
       grad_fn: `grad_fn(params, *data) -> gradient`, instead of that of the loss.
       has_aux: `loss_fn` returns `(loss, aux)`.
       argnames: names of the data arguments, for a loss whose signature cannot be read.
@@ -147,12 +151,10 @@ def gradient_flow(
             f"direction: {type(method).__name__} needs the structure of the loss, and backward in time the flow is "
             "that of −loss, which has none. Use an explicit solver, such as 'tsit5'."
         )
-    params = jax.tree.map(jnp.asarray, params)
-    part = _tree.partition(mask, params)
-    for leaf in jax.tree.leaves(part.moving(params)):
-        if not _tree.is_inexact(leaf):
-            raise TypeError(f"params have a leaf of dtype {leaf.dtype}, which has no gradient; mask it with False.")
-    needs = method.needs | rule.needs
+    check_stage_dtype(stage_dtype)
+    view = ParameterView.of(params, mask, stage_dtype)
+    params, part = view.params, view.part
+    needs = (method.needs | rule.needs) - {"diagonal_scale"}  # any preconditioner here is one
     watches_loss = min_loss is not None or "loss" in _names(save)
     objective: tuple[tuple[str, Any], ...] = (
         ("loss_fn", loss_fn),
@@ -180,6 +182,7 @@ def gradient_flow(
         backward=backward,
         save=tuple(save.items()) if isinstance(save, Mapping) else save,
         event=event,
+        modify=field,
         batches=cut,
         part=part,
         stage_dtype=stage_dtype,

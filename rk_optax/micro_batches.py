@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from rk_optax import _checks, _tree
 from rk_optax.field import Linear, Objective, VectorField
+from rk_optax.parameter_view import ParameterView
 
 PyTree = Any
 
@@ -107,11 +108,11 @@ class _StreamedField(VectorField):
 
     curve: Callable[[PyTree, PyTree], PyTree] | None = None
 
-    def hessian(self, params: PyTree) -> Linear:
+    def jacobian(self, params: PyTree) -> Linear:
         """V ↦ ∇²L v at `params`; each call costs a product."""
         gradient = self.gradient
         if gradient is None:
-            return super().hessian(params)
+            return super().jacobian(params)
         return lambda v: jax.jvp(gradient, (params,), (v,))[1]
 
     def gauss_newton(self, params: PyTree) -> Linear:
@@ -120,36 +121,26 @@ class _StreamedField(VectorField):
         return super().gauss_newton(params) if curve is None else lambda v: curve(params, v)
 
 
-def bind(
-    objective: Objective,
-    data: Mapping[str, Any],
-    params: PyTree,
-    part: _tree.Partition,
-    stage_dtype: Any,
-    batches: MicroBatches,
-) -> VectorField:
+def bind(objective: Objective, data: Mapping[str, Any], view: ParameterView, batches: MicroBatches) -> VectorField:
     """The field on all of `data`, each evaluation a mean over micro-batches where `batches` cuts them."""
     count = batches.rows(data)
-    whole = objective.bind(data, params, part, stage_dtype)
+    whole = objective.bind(data, view)
     if count is None or batches.size is None or count <= batches.size:
         return whole
 
     def over(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
         def mean(*args: Any) -> PyTree:
-            def of(piece: dict[str, Any]) -> PyTree:
-                return function(objective.bind(piece, params, part, stage_dtype), *args)
-
-            return batches.mean(of, data)
+            return batches.mean(lambda piece: function(objective.bind(piece, view), *args), data)
 
         return mean
 
-    gradient = None if whole.gradient is None else over(lambda p, theta: p.gradient(theta))
+    gradient = None if whole.gradient is None else over(lambda f, theta: f.gradient(theta))
     return _StreamedField(
-        evaluate=over(lambda p, theta, stage: p(theta, stage)),
-        objective=None if whole.objective is None else over(lambda p, theta: p.loss(theta)),
+        evaluate=over(lambda f, theta, stage: f(theta, stage)),
+        objective=None if whole.objective is None else over(lambda f, theta: f.loss(theta)),
         smooth_field=gradient,
         gradient=gradient,
         rounding=whole.rounding,
-        l2=whole.l2,
-        curve=None if whole.structure is None else over(lambda p, theta, v: p.gauss_newton(theta)(v)),
+        symmetric=whole.symmetric,
+        curve=None if whole.structure is None else over(lambda f, theta, v: f.gauss_newton(theta)(v)),
     )

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from rk_optax import _checks, _lanczos, _tree
-from rk_optax.field import Linear, Objective, promote
+from rk_optax.field import Linear, Objective
 from rk_optax.micro_batches import MicroBatches, bind
+from rk_optax.parameter_view import ParameterView, check_stage_dtype
 
 PyTree = Any
 Matrix = Literal["hessian", "gauss_newton"]
@@ -72,6 +73,7 @@ class _Setting:
     def __post_init__(self):
         if self.matrix not in ("hessian", "gauss_newton"):
             raise ValueError(f"matrix must be 'hessian' or 'gauss_newton', got {self.matrix!r}.")
+        check_stage_dtype(self.stage_dtype)
         self.objective()
 
     def objective(self) -> Objective:
@@ -79,16 +81,14 @@ class _Setting:
             self.loss_fn,
             has_aux=self.has_aux,
             argnames=self.argnames,
-            needs=frozenset({"gauss_newton" if self.matrix == "gauss_newton" else "product"}),
+            needs=frozenset({"gauss_newton"} if self.matrix == "gauss_newton" else {"product", "symmetric"}),
         )
 
     def product(self, params: PyTree, data: Mapping[str, Any]) -> tuple[Linear, PyTree]:
         """The matrix as a function, and what it acts on."""
-        params = jax.tree.map(jnp.asarray, params)
-        part = _tree.partition(None, params)
-        field = bind(self.objective(), data, params, part, self.stage_dtype, self.batches)
-        theta = promote(params, self.stage_dtype)
-        return field.hessian(theta) if self.matrix == "hessian" else field.gauss_newton(theta), theta
+        view = ParameterView.of(params, stage_dtype=self.stage_dtype)
+        field = bind(self.objective(), data, view, self.batches)
+        return field.hessian(view.theta) if self.matrix == "hessian" else field.gauss_newton(view.theta), view.theta
 
 
 def matrix_product(
@@ -319,9 +319,8 @@ def power_step(product: Product, vector: PyTree) -> tuple[jax.Array, PyTree]:
     """
     moved = product(vector)
     value = _tree.ratio(_tree.inner(vector, moved), _tree.inner(vector, vector))
-    size = _tree.norm(moved)
-    usable = jnp.isfinite(size) & (size > 0)
-    return value, _tree.select(usable, _tree.scale(_tree.ratio(jnp.ones([]), size), moved), vector)
+    unit, size = _tree.unit(moved)
+    return value, _tree.select(jnp.isfinite(size) & (size > 0), unit, vector)
 
 
 def _setting(
