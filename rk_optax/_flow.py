@@ -189,7 +189,8 @@ class _Flow:
         accepted = usable & verdict.accepted
         why = jnp.where(finite, jnp.where(step.solved, verdict.reason, Reason.NOT_SOLVED), Reason.NOT_FINITE)
         # k1 was evaluated by whoever came here; of a refused step it serves the next one too.
-        cost = cost.plus(step.cost).plus(choice_cost).plus(verdict.cost).plus(Cost(gradients=-1))
+        new_gradients = step.cost.gradients - 1
+        cost = cost.plus(step.cost._replace(gradients=new_gradients)).plus(choice_cost).plus(verdict.cost)
 
         if "last_stage" in self.wants:
             end = step.quantities["last_stage"]
