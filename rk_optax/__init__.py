@@ -28,6 +28,7 @@ from rk_optax.alias import (
     trapezoid,
     tsit5,
 )
+from rk_optax.central_flow import CentralFlow, CentralFlowState, implicit_gradient_regularization, principal_flow
 from rk_optax.control import (
     DescentControl,
     ErrorControl,
@@ -37,6 +38,7 @@ from rk_optax.control import (
     trust_ratio_control,
 )
 from rk_optax.field import SmoothField, VectorField
+from rk_optax.gradient_flow import Flow, FlowResult, FlowState, gradient_flow
 from rk_optax.learning_rate_rules import Dal, SgdG2, dal, sgd_g2
 from rk_optax.preconditioner import (
     AdagradPreconditioner,
@@ -81,6 +83,8 @@ __all__ = [
     "AdamPreconditioner",
     "Attempt",
     "ButcherTableau",
+    "CentralFlow",
+    "CentralFlowState",
     "Choice",
     "Cost",
     "Dal",
@@ -90,6 +94,9 @@ __all__ = [
     "ErrorControl",
     "Etd",
     "Explicit",
+    "Flow",
+    "FlowResult",
+    "FlowState",
     "HutchinsonPreconditioner",
     "Implicit",
     "LeastSquares",
@@ -124,7 +131,9 @@ __all__ = [
     "euler",
     "first_stage_batch",
     "gauss4",
+    "gradient_flow",
     "heun",
+    "implicit_gradient_regularization",
     "implicit_midpoint",
     "inject_hyperparams",
     "kutta3",
@@ -134,6 +143,7 @@ __all__ = [
     "precondition_by_adam",
     "precondition_by_hutchinson",
     "precondition_by_rms",
+    "principal_flow",
     "radau3",
     "ralston",
     "residual_euler",

@@ -18,6 +18,7 @@ class Published(NamedTuple):
     b_hat: list[Fraction] | None
     order_hat: int | None
     source: str
+    interpolant: list[list[Fraction]] | None = None
 
 
 def _fractions(text: str) -> list[Fraction]:
@@ -25,14 +26,42 @@ def _fractions(text: str) -> list[Fraction]:
 
 
 def _explicit(
-    order: int, c: str, a: str, b: str, source: str, b_hat: str = "", order_hat: int | None = None
+    order: int,
+    c: str,
+    a: str,
+    b: str,
+    source: str,
+    b_hat: str = "",
+    order_hat: int | None = None,
+    interpolant: list[list[Fraction]] | None = None,
 ) -> Published:
     """A method as it is printed: `a` holds the rows below the first, separated by semicolons."""
     abscissae = _fractions(c)
     rows = [[], *map(_fractions, filter(None, a.split(";")))]
     square = [row + [Fraction()] * (len(abscissae) - len(row)) for row in rows]
     embedded = _fractions(b_hat) if b_hat else None
-    return Published(square, _fractions(b), abscissae, order, embedded, order_hat, source)
+    return Published(square, _fractions(b), abscissae, order, embedded, order_hat, source, interpolant)
+
+
+def _product(*factors: str) -> list[Fraction]:
+    """The coefficients, ascending, of a product of polynomials given by theirs."""
+    total = [Fraction(1)]
+    for factor in map(_fractions, factors):
+        new = [Fraction()] * (len(total) + len(factor) - 1)
+        for i, x in enumerate(total):
+            for j, y in enumerate(factor):
+                new[i + j] += x * y
+        total = new
+    return total
+
+
+def _shampine(b: str, d: str) -> list[list[Fraction]]:
+    """The weights of σ to σ⁴ of dopri5's dense output: Hermite's cubic, and σ²(1 − σ)² d."""
+    rows = []
+    for i, (weight, extra) in enumerate(zip(_fractions(b), _fractions(d), strict=True)):
+        first, last = Fraction(i == 0), Fraction(i == 6)
+        rows.append([first, 3 * weight - 2 * first - last + extra, first + last - 2 * weight - 2 * extra, extra])
+    return rows
 
 
 _EULER = "L. Euler, Institutionum calculi integralis I (1768)"
@@ -47,6 +76,27 @@ _CASH = "J. R. Cash, A. H. Karp, ACM Trans. Math. Softw. 16 (1990) 201-222"
 _DORMAND = "J. R. Dormand, P. J. Prince, J. Comput. Appl. Math. 6 (1980) 19-26, RK5(4)7M"
 _TSITOURAS = "Ch. Tsitouras, Comput. Math. Appl. 62 (2011) 770-775, table 1"
 _PRINCE = "P. J. Prince, J. R. Dormand, J. Comput. Appl. Math. 7 (1981) 67-75, RK8(7)13M"
+
+_DOPRI5_B = "35/384 0 500/1113 125/192 -2187/6784 11/84 0"
+# Shampine, Math. Comp. 46 (1986) 135-150, as in Hairer, Nørsett and Wanner's DOPRI5.
+_DOPRI5_DENSE = _shampine(
+    _DOPRI5_B,
+    "-12715105075/11282082432 0 87487479700/32700410799 -10690763975/1880347072 701980252875/199316789632"
+    " -1453857185/822651844 69997945/29380423",
+)
+# Tsitouras (2011), as its factors are printed there; all but the first weight begin with σ².
+_TSIT5_DENSE = [
+    row[1:]
+    for row in (
+        _product("0 -1.0530884977290216", "-1.3299890189751412 1", "0.7139816917074209 -1.4364028541716351 1"),
+        _product("0 0 0.1017", "1.2949852507374631 -2.1966568338249754 1"),
+        _product("0 0 2.490627285651252793", "1.57803468208092486 -2.38535645472061657 1"),
+        _product("0 0 -16.54810288924490272", "-1.21712927295533244 1", "-0.61620406037800089 1"),
+        _product("0 0 47.37952196281928122", "-1.203071208372362603 1", "-0.658047292653547382 1"),
+        _product("0 0 -34.87065786149660974", "-1.2 1", "-0.666666666666666667 1"),
+        _product("0 0 2.5", "-1 1", "-0.6 1"),
+    )
+]
 
 _SQRT5 = Fraction(math.isqrt(5 * 10**60), 10**30)  # to thirty digits
 _RALSTON4_A = [
@@ -114,10 +164,11 @@ PUBLISHED = {
         a="1/5; 3/40 9/40; 44/45 -56/15 32/9; 19372/6561 -25360/2187 64448/6561 -212/729;"
         "9017/3168 -355/33 46732/5247 49/176 -5103/18656;"
         "35/384 0 500/1113 125/192 -2187/6784 11/84",
-        b="35/384 0 500/1113 125/192 -2187/6784 11/84 0",
+        b=_DOPRI5_B,
         b_hat="5179/57600 0 7571/16695 393/640 -92097/339200 187/2100 1/40",
         order_hat=4,
         source=_DORMAND,
+        interpolant=_DOPRI5_DENSE,
     ),
     "tsit5": _explicit(
         order=5,
@@ -134,6 +185,7 @@ PUBLISHED = {
         " -2.7077123499835255 1.8666284181705870 1/66",
         order_hat=4,
         source=_TSITOURAS,
+        interpolant=_TSIT5_DENSE,
     ),
     "dopri8": _explicit(
         order=8,

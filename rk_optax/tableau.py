@@ -45,6 +45,8 @@ class ButcherTableau:
             step is h Σ_i (b_i - b_hat_i) k_i.
         order_hat: Order of `b_hat`, or None.
         source: Where the coefficients were published.
+        interpolant: Weights within the step, shape (s, d), or None: with B_i(σ) = Σ_m interpolant[i, m] σ^(m+1),
+            y(t + σh) is approximated by y + h Σ_i B_i(σ) k_i, and B(1) = b. None: there is no published one.
 
     Raises:
         TypeError: If an argument has the wrong type; the message names it.
@@ -70,6 +72,7 @@ class ButcherTableau:
     b_hat: Array | None = None
     order_hat: int | None = None
     source: str = ""
+    interpolant: Array | None = None
 
     if TYPE_CHECKING:  # what the generated __init__ takes, before __post_init__ converts it
 
@@ -83,6 +86,7 @@ class ButcherTableau:
             b_hat: ArrayLike | Sequence[Any] | None = None,
             order_hat: int | None = None,
             source: str = "",
+            interpolant: ArrayLike | Sequence[Any] | None = None,
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -110,6 +114,12 @@ class ButcherTableau:
                 f"{self.name}: b_hat equals b, so that every error estimate would be zero; "
                 "give the weights of another method, or drop b_hat and order_hat"
             )
+        if self.interpolant is not None:
+            self._set("interpolant", self._numbers("interpolant"))
+            if self.interpolant.ndim != 2 or len(self.interpolant) != stages:
+                raise ValueError(f"{self.name}: interpolant must have a row per stage, got {self.interpolant.shape}")
+            if not np.allclose(self.interpolant.sum(axis=1), self.b, rtol=0, atol=1e-12):
+                raise ValueError(f"{self.name}: the rows of interpolant must add up to b, its value at the step's end")
         self._check_row_sums()
         self._check_order("b", "order")
         if self.b_hat is not None:
@@ -140,6 +150,15 @@ class ButcherTableau:
         True
         """
         return not np.triu(self.a).any()
+
+    @property
+    def first_same_as_last(self) -> bool:
+        """Whether the last stage is evaluated at the end of the step, and so is the next step's first (FSAL).
+
+        >>> DOPRI5.first_same_as_last, RK4.first_same_as_last
+        (True, False)
+        """
+        return self.is_explicit and self.stages > 1 and np.array_equal(self.a[-1], self.b)
 
     @property
     def effective_stages(self) -> int:

@@ -21,7 +21,7 @@ curvature: ‖k1 − k2‖/(a21 h ‖k1‖), about ‖Hg‖/‖g‖, a scalar.
 predicted_fall: of the loss, by the solver's own quadratic model, a scalar.
 path: the steps of all h from one factorisation; see `Path`.
 last_stage: the field at the end of the step, like params, where the method evaluates it there.
-dense: what interpolates the flow within the step.
+dense: the published interpolant of the step, a function σ ↦ D(σ), like params, with θ(t + σh) = θ − h·D(σ).
 """
 
 

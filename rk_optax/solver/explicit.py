@@ -60,11 +60,18 @@ class Explicit(Solver):
 
     @property
     def offers(self) -> frozenset[Quantity]:
-        """An error where the tableau has embedded weights; a curvature where a second stage is at another place."""
-        kept = self.tableau.needed_stages(with_error=False)
-        bent = len(kept) > 1 and self.tableau.a[kept[1], kept[0]] != 0
-        curvature: frozenset[Quantity] = frozenset({"curvature"}) if bent else frozenset()
-        return super().offers | curvature
+        """An error where the tableau has embedded weights; a curvature where a second stage is at another place.
+
+        The last stage where it is the next first one, and dense output where the tableau has a published one.
+        """
+        tableau = self.tableau
+        kept = tableau.needed_stages(with_error=False)
+        more: dict[Quantity, bool] = {
+            "curvature": len(kept) > 1 and bool(tableau.a[kept[1], kept[0]] != 0),
+            "last_stage": tableau.first_same_as_last,
+            "dense": tableau.interpolant is not None,
+        }
+        return super().offers.union(quantity for quantity, offered in more.items() if offered)
 
     def step(
         self,
@@ -80,16 +87,26 @@ class Explicit(Solver):
         tableau = self.tableau
         check_offers(self, wants, "This step")
         want_error = "error" in wants
-        kept = np.array(tableau.needed_stages(with_error=want_error))
+        beyond = bool(wants & {"last_stage", "dense"})
+        kept = np.arange(tableau.stages) if beyond else np.array(tableau.needed_stages(with_error=want_error))
         a, weights = tableau.a[np.ix_(kept, kept)], [tableau.b[kept]]
         if tableau.b_hat is not None and want_error:
             weights.append((tableau.b - tableau.b_hat)[kept])
 
         # Both forms evaluate stages 2 to s in one scan, so that the loss is traced and compiled once whatever s is.
-        looks_back_once = not np.tril(a, -2).any()
-        combine = _chained_stages if looks_back_once else _stored_stages
-        (direction, *errors), change = combine(field, params, k1, h, a, weights, "curvature" in wants)
+        want_change = "curvature" in wants
         quantities: dict[Quantity, Any] = {}
+        if beyond or np.tril(a, -2).any():
+            ks = _stored_stages(field, params, k1, h, a)
+            # Stages of weight 0 are in the sums too, where 0·∞ is NaN: one that is not finite must not pass unseen.
+            direction, *errors = (_combined(w, ks, range(len(kept))) for w in weights)
+            change = _distance(_stage(ks, 0), _stage(ks, 1)) if want_change else None
+            if "last_stage" in wants:
+                quantities["last_stage"] = _stage(ks, len(kept) - 1)
+            if "dense" in wants and tableau.interpolant is not None:
+                quantities["dense"] = functools.partial(_interpolated, tableau.interpolant, ks)
+        else:
+            (direction, *errors), change = _chained_stages(field, params, k1, h, a, weights, want_change)
         if want_error:
             quantities["error"] = _tree.scale(h, errors[0])
         if change is not None:
@@ -131,21 +148,10 @@ def _chained_stages(
     return sums, None if changes is None else changes[0]
 
 
-def _stored_stages(
-    field: VectorField, params: PyTree, k1: PyTree, h: Any, a: np.ndarray, weights: list[np.ndarray], want_change: bool
-) -> tuple[list[PyTree], jax.Array | None]:
-    """Σ w_i k_i for each row of weights, where later stages need several earlier ones: all are kept.
-
-    Also ‖k2 − k1‖ where that is wanted.
-    """
+def _stored_stages(field: VectorField, params: PyTree, k1: PyTree, h: Any, a: np.ndarray) -> PyTree:
+    """The stages k_1 to k_s, where later ones need several earlier ones: each leaf with a leading axis of length s."""
     s = len(a)
-
-    def combination(row: np.ndarray, ks: PyTree, used: Iterable[int]) -> PyTree:
-        # Only the stages a row uses are read. A product with the whole row reads twice as many for an eighth-order
-        # method, and a dot product would be rounded to bfloat16 or TF32 on accelerators.
-        return jax.tree.map(lambda k: sum(jnp.asarray(row[j], _tree.real_dtype(k)) * k[j] for j in used), ks)
-
-    rows = [functools.partial(combination, row, used=np.flatnonzero(row) if row.any() else [0]) for row in a[1:]]
+    rows = [functools.partial(_combined, row, used=np.flatnonzero(row).tolist() or [0]) for row in a[1:]]
 
     def stage(ks: PyTree, i: jax.Array) -> tuple[PyTree, None]:
         k = field(_moved(params, h, jax.lax.switch(i - 1, rows, ks)), i)
@@ -153,10 +159,30 @@ def _stored_stages(
         return ks, None
 
     ks = jax.tree.map(lambda k: jnp.stack([k, *[jnp.zeros_like(k)] * (s - 1)]), k1)
-    ks, _ = jax.lax.scan(stage, ks, jnp.arange(1, s))
-    # Stages of weight 0 are in the sums too, where 0·∞ is NaN: one that is not finite must not pass unseen.
-    change = _distance(*(jax.tree.map(lambda k, i=i: k[i], ks) for i in (0, 1))) if want_change else None
-    return [combination(w, ks, range(s)) for w in weights], change
+    return jax.lax.scan(stage, ks, jnp.arange(1, s))[0]
+
+
+def _combined(weights: np.ndarray, ks: PyTree, used: Iterable[int]) -> PyTree:
+    """Σ w_j k_j over the stages `used`.
+
+    Only those are read. A product with all weights reads twice as many for an eighth-order method, and a dot product
+    would be rounded to bfloat16 or TF32 on accelerators.
+    """
+    return jax.tree.map(lambda k: sum(jnp.asarray(weights[j], _tree.real_dtype(k)) * k[j] for j in used), ks)
+
+
+def _interpolated(interpolant: np.ndarray, ks: PyTree, sigma: jax.Array) -> PyTree:
+    """D(σ) of dense output, θ(t + σh) = θ − h·D(σ)."""
+    powers = jnp.asarray(sigma) ** np.arange(1, interpolant.shape[1] + 1)
+    # In the precision of σ, which is that of time; a matrix product would be rounded to bfloat16 or TF32.
+    weights = jnp.sum(jnp.asarray(interpolant, powers.dtype) * powers, axis=1)
+    return jax.tree.map(
+        lambda k: sum(weights[j].astype(_tree.real_dtype(k)) * k[j] for j in range(len(interpolant))), ks
+    )
+
+
+def _stage(ks: PyTree, i: int) -> PyTree:
+    return jax.tree.map(lambda k: k[i], ks)
 
 
 def _moved(params: PyTree, h: Any, offset: PyTree) -> PyTree:
