@@ -1,0 +1,82 @@
+"""What a block can say of its own steps: how exact they are, how stiff its layer is."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rk_optax.solver import Cost
+
+PyTree = Any
+Quantity = Literal["states", "error", "stiffness", "variation"]
+QUANTITIES: tuple[Quantity, ...] = ("states", "error", "stiffness", "variation")
+
+
+class Report(NamedTuple):
+    """What `integrate` and `local_report` return beside the features; what was not asked for is None.
+
+    `error` and `stiffness` are differentiable: a regulariser is `loss + weight * report.error.mean()`.
+
+    Attributes:
+      cost: the whole block's; `gradients` are evaluations of the layer.
+      states: the features at every time of the grid, a tree like y with a leading axis of length n + 1.
+      error: E of each step and example, shape (n, batch): the root mean square over the features of the estimated local
+        error / (atol + rtol·max(|y|, |y_next|)). An adaptive solver with these tolerances accepts where E ≤ 1.
+      stiffness: S of each step and example, shape (n, batch): ‖k_i − k_j‖/‖y_i − y_j‖ of two stages at the same time
+        where the method has such (rk4, tsit5, dopri5, dopri8), else of the first two, whose times differ. On y' = λy it
+        is |λ|; a step is stable about where h·S is at most the method's `real_stability_interval`.
+      variation: `controls.total_variation()`.
+    """
+
+    cost: Cost
+    states: PyTree = None
+    error: jax.Array | None = None
+    stiffness: jax.Array | None = None
+    variation: jax.Array | None = None
+
+
+def scaled_error(error: PyTree, before: PyTree, after: PyTree, atol: float, rtol: float) -> jax.Array:
+    """E of each example of one step: shape (batch,)."""
+    return _rms(
+        jax.tree.map(lambda e, a, b: e / (atol + rtol * jnp.maximum(jnp.abs(a), jnp.abs(b))), error, before, after)
+    )
+
+
+def stiffness(tableau: ButcherTableau | TracedTableau, ks: list[PyTree], h: Any) -> jax.Array:
+    """S of each example of one step, from its stages: shape (batch,)."""
+    later, earlier = _pair(tableau.c)
+    apart = [tableau.a_row(later, j) - tableau.a_row(earlier, j) for j in range(later)]
+    used = [(w, ks[j]) for j, w in enumerate(apart) if _may_count(w)]
+    distance = _rms(jax.tree.map(lambda *k: h * sum(w * x for (w, _), x in zip(used, k, strict=True)), *(k for _, k in used)))
+    change = _rms(jax.tree.map(jnp.subtract, ks[later], ks[earlier]))
+    nowhere = distance == 0  # at rest, or h = 0: nothing is seen of the layer
+    return jnp.where(nowhere, 0, change / jnp.where(nowhere, 1, distance))
+
+
+def _pair(c: Any) -> tuple[int, int]:
+    """The last two stages at the same time, else the first two."""
+    for later in reversed(range(1, len(c))):
+        for earlier in reversed(range(later)):
+            if all(isinstance(c[i], int | float | np.floating) for i in (later, earlier)):
+                if abs(c[later] - c[earlier]) < 1e-12:
+                    return later, earlier
+    return 1, 0
+
+
+def _may_count(weight: Any) -> bool:
+    return not isinstance(weight, int | float | np.floating) or weight != 0
+
+
+def _rms(tree: PyTree) -> jax.Array:
+    """The root mean square over all axes but the first, and over leaves; its slope is 0 where it is 0."""
+    leaves = [jnp.abs(x.reshape(x.shape[0], -1)) for x in jax.tree.leaves(tree)]
+    # Scaled before it is squared: an error of 1e-25 squares to 0 in float32.
+    size = jax.lax.stop_gradient(jnp.max(jnp.stack([x.max(axis=1) for x in leaves]), axis=0))
+    usable = jnp.isfinite(size) & (size > 0)
+    scale = jnp.where(usable, size, 1)
+    count = sum(x.shape[1] for x in leaves)
+    mean = sum((x / scale[:, None]).__pow__(2).sum(axis=1) for x in leaves) / count
+    return scale * jnp.where(mean == 0, 0, jnp.sqrt(jnp.where(mean == 0, 1, mean)))
