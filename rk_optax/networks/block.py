@@ -278,7 +278,7 @@ class Block:
             seen["error"] = scaled_error(step.quantities["error"]["y"], y, after, self.atol, self.rtol)
         if "stiffness" in self.report:
             ks = [k["y"] for k in step.quantities["stages"]]
-            seen["stiffness"] = stiffness(self.solver.tableau, ks, h)
+            seen["stiffness"] = stiffness(TracedTableau.of(self.solver.tableau), ks, h)
         return seen
 
 

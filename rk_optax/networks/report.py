@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rk_optax.solver import Cost
+from rk_optax.traced_tableau import TracedTableau
 
 PyTree = Any
 Quantity = Literal["states", "error", "stiffness", "variation"]
@@ -45,29 +46,27 @@ def scaled_error(error: PyTree, before: PyTree, after: PyTree, atol: float, rtol
     )
 
 
-def stiffness(tableau: ButcherTableau | TracedTableau, ks: list[PyTree], h: Any) -> jax.Array:
-    """S of each example of one step, from its stages: shape (batch,)."""
-    later, earlier = _pair(tableau.c)
-    apart = [tableau.a_row(later, j) - tableau.a_row(earlier, j) for j in range(later)]
-    used = [(w, ks[j]) for j, w in enumerate(apart) if _may_count(w)]
-    distance = _rms(jax.tree.map(lambda *k: h * sum(w * x for (w, _), x in zip(used, k, strict=True)), *(k for _, k in used)))
+def stiffness(method: TracedTableau, ks: Sequence[PyTree], h: Any) -> jax.Array:
+    """S of each example of one step, from all its stages: shape (batch,)."""
+    later, earlier = _pair(method.c)
+    rows = [[], *method.rows]
+    # y_i − y_j by the coefficients: the difference of the positions has no digits for a short step.
+    weights = [a - (rows[earlier][j] if j < earlier else 0) for j, a in enumerate(rows[later])]
+    apart = jax.tree.map(lambda *k: h * sum(w * x for w, x in zip(weights, k, strict=True)), *ks[:later])
     change = _rms(jax.tree.map(jnp.subtract, ks[later], ks[earlier]))
+    distance = _rms(apart)
     nowhere = distance == 0  # at rest, or h = 0: nothing is seen of the layer
     return jnp.where(nowhere, 0, change / jnp.where(nowhere, 1, distance))
 
 
-def _pair(c: Any) -> tuple[int, int]:
+def _pair(c: Sequence[Any]) -> tuple[int, int]:
     """The last two stages at the same time, else the first two."""
     for later in reversed(range(1, len(c))):
         for earlier in reversed(range(later)):
-            if all(isinstance(c[i], int | float | np.floating) for i in (later, earlier)):
-                if abs(c[later] - c[earlier]) < 1e-12:
-                    return later, earlier
+            known = all(isinstance(c[i], int | float) for i in (later, earlier))
+            if known and abs(c[later] - c[earlier]) < 1e-12:
+                return later, earlier
     return 1, 0
-
-
-def _may_count(weight: Any) -> bool:
-    return not isinstance(weight, int | float | np.floating) or weight != 0
 
 
 def _rms(tree: PyTree) -> jax.Array:
