@@ -38,6 +38,7 @@ from rk_optax.preconditioner import (
     precondition_by_hutchinson,
     precondition_by_rms,
 )
+from rk_optax.projection import project, project_to_box
 from rk_optax.solver import (
     IMPLICIT_TABLEAUS,
     Cost,
@@ -109,6 +110,8 @@ __all__ = [
     "precondition_by_adam",
     "precondition_by_hutchinson",
     "precondition_by_rms",
+    "project",
+    "project_to_box",
     "radau3",
     "ralston",
     "residual_euler",

@@ -63,6 +63,4 @@ def rk4_u3(u: Any) -> Formula:
     """Order 4, c = (0, 1, 1/2, 1), u the weight of the fourth stage."""
     one = u * 0 + 1
     a42, a43 = -1 / (12 * u), 1 / (3 * u)
-    return Formula(
-        ((one,), (one * 3 / 8, one / 8), (1 - a42 - a43, a42, a43)), (one / 6, one / 6 - u, one * 2 / 3, u)
-    )
+    return Formula(((one,), (one * 3 / 8, one / 8), (1 - a42 - a43, a42, a43)), (one / 6, one / 6 - u, one * 2 / 3, u))

@@ -32,7 +32,7 @@ def project(projection: Callable[[PyTree], PyTree]) -> optax.GradientTransformat
       ValueError: at the update, where params are not passed.
     """
 
-    def update(updates: PyTree, state: optax.EmptyState, params: PyTree | None = None) -> tuple[PyTree, Any]:
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
         if params is None:
             raise ValueError("project needs the parameters: call tx.update(grads, state, params).")
         ends = projection(optax.apply_updates(params, updates))
@@ -65,7 +65,9 @@ def project_to_box(lower: PyTree, upper: PyTree) -> optax.GradientTransformation
 
     def projection(params: PyTree) -> PyTree:
         def spread(bound: PyTree) -> PyTree:
-            return jax.tree.map(lambda b, sub: jax.tree.map(lambda p: jax.numpy.asarray(b, p.dtype), sub), bound, params)
+            return jax.tree.map(
+                lambda b, sub: jax.tree.map(lambda p: jax.numpy.asarray(b, p.dtype), sub), bound, params
+            )
 
         return optax.projections.projection_box(params, spread(lower), spread(upper))
 

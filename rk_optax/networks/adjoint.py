@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ def momentum(
     loss: Callable[[PyTree], jax.Array],
     solver: Method = "rk4",
 ) -> Momentum:
-    """p = ∂loss/∂y and H = p · y' along the depth of a block.
+    """P = ∂loss/∂y and H = p · y' along the depth of a block.
 
     Along an exact solution p' = −(∂f/∂y)ᵀp, and H is constant where the layer does not depend on t (its controls
     neither). Backpropagation keeps p · δy exactly, for every perturbation δy of a block; H drifts with the order of the
@@ -75,4 +76,4 @@ def momentum(
 
 def _energy(p: PyTree, slope: PyTree) -> jax.Array:
     products = jax.tree.map(lambda a, b: jnp.real(a * b).reshape(a.shape[0], -1).sum(axis=1), p, slope)
-    return sum(jax.tree.leaves(products))
+    return functools.reduce(jnp.add, jax.tree.leaves(products))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,7 +15,7 @@ from rk_optax import _checks, _tree
 from rk_optax.field import VectorField
 from rk_optax.networks.controls import Controls, OnStep
 from rk_optax.networks.report import QUANTITIES, Quantity, Report, scaled_error, stiffness
-from rk_optax.solver import Cost, Etd, Explicit, Solver, Stabilized, Step
+from rk_optax.solver import Cost, Explicit, Solver, Step
 from rk_optax.tableau import TABLEAUS, ButcherTableau
 from rk_optax.traced_tableau import TracedTableau
 
@@ -62,7 +63,8 @@ def integrate(
       y: the features at `grid[0]`: an array (batch, ...), or a pytree of such.
       grid: strictly monotone times t_0 to t_n; also traced, where neither order nor kinks can be checked.
       solver: a name in `rk_optax.TABLEAUS`; a tableau, also one of `families`; or a solver of features: `Explicit`,
-        `Stabilized` with fixed `stages` (parabolic layers, such as `double_sym`), `Etd("given")` for a `Semilinear` layer.
+        `Stabilized` with fixed `stages` (for parabolic layers, such as `double_sym`), `Etd(order, "given")` for a
+        `Semilinear` layer.
       remat: whether the backward pass evaluates each step anew, so that of each step only its features are stored;
         False stores all that the layer needs, at each stage.
       report: what to return beside y; "error" and "stiffness" may cost further evaluations of the layer.
@@ -124,9 +126,7 @@ def local_report(
     block = Block.of(layer, controls, grid, solver, remat=False, report=report, atol=atol, rtol=rtol)
     k = jax.random.randint(key, (), 0, len(block.grid) - 1)
     interval = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, k, keepdims=False), block.intervals)
-    y = jax.tree.map(
-        lambda x: jax.lax.dynamic_index_in_dim(jax.lax.stop_gradient(x), k, keepdims=False), states
-    )
+    y = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(jax.lax.stop_gradient(x), k, keepdims=False), states)
     _, seen, cost = block.step(interval, y)
     return Report(cost, **{name: values[None] for name, values in seen.items()})
 
@@ -174,8 +174,8 @@ class Block:
                 "Controls.constant_in_time(theta, (0,))."
             )
         _checks.count(unroll, "unroll")
-        report = (report,) if isinstance(report, str) else tuple(report)
-        unknown = sorted(set(report) - set(QUANTITIES))
+        asked = cast("tuple[Quantity, ...]", (report,) if isinstance(report, str) else tuple(report))
+        unknown = sorted(set(asked) - set(QUANTITIES))
         if unknown:
             raise ValueError(f"report must name {', '.join(QUANTITIES)}; got {unknown}.")
         if not isinstance(grid, jax.Array):
@@ -191,12 +191,10 @@ class Block:
         clock = _tree.default_float()
         pieces, on_step = controls.along(grid)
         intervals = (jnp.asarray(grid[:-1], clock), jnp.asarray(grid[1:] - grid[:-1], clock), pieces)
-        block = cls(layer, controls, grid, method, intervals, on_step, remat, report, atol, rtol, unroll)
-        for name in report:
+        block = cls(layer, controls, grid, method, intervals, on_step, remat, asked, atol, rtol, unroll)
+        for name in asked:
             if name in _WANTS and _WANTS[name] not in method.offers:
-                raise ValueError(
-                    f"report={name!r} needs a method with {_REMEDIES[name]}; {method!r} has none."
-                )
+                raise ValueError(f"report={name!r} needs a method with {_REMEDIES[name]}; {method!r} has none.")
         return block
 
     def check_kinks(self) -> None:
@@ -237,6 +235,7 @@ class Block:
     def step(self, interval: PyTree, y: PyTree) -> tuple[PyTree, dict[str, Any], Cost]:
         """One step: the features after it, what is reported of it, and its cost."""
         start, h, piece = interval
+        layer: Any = self.layer
         # The solvers know no time: a clock that runs since the step's start moves along with the features.
         params = {"clock": jnp.zeros_like(h), "y": y}
 
@@ -249,10 +248,10 @@ class Block:
 
         def decay(moving: PyTree) -> PyTree:
             theta = self.on_step(piece, moving["clock"] / h, start + moving["clock"])
-            rate = self.layer.decay(theta, start + moving["clock"])
+            rate = layer.decay(theta, start + moving["clock"])
             return {"clock": jnp.zeros_like(h), "y": _spread(rate, moving["y"])}
 
-        problem = VectorField(field, decay=decay if hasattr(self.layer, "decay") else None)
+        problem = VectorField(field, decay=decay if hasattr(layer, "decay") else None)
         step = self.solver.step(
             problem,
             params,
@@ -265,7 +264,7 @@ class Block:
         return after, self._seen(step, y, after, h), step.cost
 
     def slope(self, interval: PyTree, clock: jax.Array, y: PyTree) -> PyTree:
-        """y' at the time `clock` after the start of a step."""
+        """Y' at the time `clock` after the start of a step."""
         start, h, piece = interval
         theta = self.on_step(piece, clock / h, start + clock)
         return _like(self.layer(theta, y, start + clock), y)
@@ -278,7 +277,7 @@ class Block:
             seen["error"] = scaled_error(step.quantities["error"]["y"], y, after, self.atol, self.rtol)
         if "stiffness" in self.report:
             ks = [k["y"] for k in step.quantities["stages"]]
-            seen["stiffness"] = stiffness(TracedTableau.of(self.solver.tableau), ks, h)
+            seen["stiffness"] = stiffness(TracedTableau.of(cast(Explicit, self.solver).tableau), ks, h)
         return seen
 
 

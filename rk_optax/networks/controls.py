@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, Self
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -35,10 +36,10 @@ class Controls:
       theta: a pytree whose leaves have a leading axis of length m, one entry for each basis function.
       nodes: strictly increasing times. "linear": the m knots of θ; "constant": the m times from which θ_j holds;
         "legendre": the two ends of the interval; a matrix: the knots, one for each of its rows.
-      basis: "linear": hat functions, constant outside the nodes; "constant": piecewise constant; "legendre": the first m
-        Legendre polynomials on the interval; or a matrix (knots × m), array-like: θ at the knots is the matrix times the
-        θ_j, and linear in between. A block of Meganet with weights of its own for midpoints has the identity on a grid
-        of nodes and midpoints.
+      basis: "linear": hat functions, constant outside the nodes; "constant": piecewise constant; "legendre": the first
+        m Legendre polynomials on the interval; or a matrix (knots × m), array-like: θ at the knots is the matrix times
+        the θ_j, and linear in between. A block of Meganet with weights of its own for midpoints has the identity on a
+        grid of nodes and midpoints.
 
     Raises:
       TypeError: leaves that are not floating-point arrays.
@@ -99,14 +100,14 @@ class Controls:
         Raises:
           ValueError: a matrix whose columns do not combine to a constant.
         """
-        if isinstance(basis, str):
-            weights = np.ones(len(nodes)) if basis != "legendre" else np.eye(size)[0]
-        else:
+        weights = np.eye(size)[0] if basis == "legendre" else np.ones(len(nodes))
+        chosen: Any = basis
+        if not isinstance(basis, str):
             matrix = np.asarray(basis, np.float64)
             weights = np.linalg.lstsq(matrix, np.ones(len(matrix)), rcond=None)[0]
             if not np.allclose(matrix @ weights, 1, atol=1e-9):
                 raise ValueError("No combination of the basis matrix's columns is constant in time.")
-        return cls(jax.tree.map(lambda x: _outer(weights, jnp.asarray(x)), theta), tuple(nodes), basis)
+        return cls(jax.tree.map(lambda x: _outer(weights, jnp.asarray(x)), theta), tuple(nodes), chosen)
 
     @property
     def size(self) -> int:
@@ -126,7 +127,9 @@ class Controls:
     @property
     def order_across_kinks(self) -> float:
         """The highest order that a method keeps which steps over a kink."""
-        return {"legendre": math.inf, "constant": 1}.get(self.basis, 2) if isinstance(self.basis, str) else 2
+        if not isinstance(self.basis, str):
+            return 2
+        return {"legendre": math.inf, "constant": 1, "linear": 2}[self.basis]
 
     def at(self, t: Any) -> PyTree:
         """θ(t), for a scalar or an array of times: leaves of shape `t.shape + leaf.shape[1:]`."""
@@ -153,15 +156,19 @@ class Controls:
         """
         if isinstance(grid, jax.core.Tracer) or self.basis == "legendre" or self.kinks_inside(grid):
             return (), lambda piece, fraction, t: self.at(t)
+        if len(self.nodes) == 1:  # weights that do not move: one copy for all steps
+            return (), lambda piece, fraction, t: self.at(np.asarray(self.nodes[0]))
         grid = np.asarray(grid, np.float64)
         if self.basis == "constant":
             # At its end a step still has the value of its own piece.
             return self.at((grid[1:] + grid[:-1]) / 2), lambda piece, fraction, t: piece
         knots = self._knots if np.array_equal(grid, self.nodes) else self.at(grid)
-        ends = jax.tree.map(lambda x: (x[:-1], x[1:]), knots)
-        return ends, lambda piece, fraction, t: jax.tree.map(
-            lambda _, pair: _between(*pair, fraction), self.theta, piece
-        )
+        ends = jax.tree.map(lambda x: x[:-1], knots), jax.tree.map(lambda x: x[1:], knots)
+
+        def between(piece: PyTree, fraction: jax.Array, t: Any) -> PyTree:
+            return jax.tree.map(lambda left, right: _between(left, right, fraction), *piece)
+
+        return ends, between
 
     def kinks_inside(self, grid: Any) -> tuple[float, ...]:
         """The kinks that lie inside a step of `grid`, which is concrete and monotone."""
@@ -226,9 +233,7 @@ class Controls:
 
     def _legendre_variation(self, p: int) -> jax.Array:
         points, quadrature = np.polynomial.legendre.leggauss(4 * self.size)
-        slopes = np.stack(
-            [np.polynomial.legendre.Legendre.basis(j).deriv()(points) for j in range(self.size)], axis=1
-        )
+        slopes = np.stack([np.polynomial.legendre.Legendre.basis(j).deriv()(points) for j in range(self.size)], axis=1)
         length = self.nodes[1] - self.nodes[0]
         slopes, quadrature = slopes * 2 / length, quadrature * length / 2
 
@@ -251,16 +256,24 @@ class Controls:
         )
 
 
-def refine(tree: PyTree, nodes: Sequence[float] | int, power: int = 0) -> PyTree:
-    """`tree` with every `Controls` in it refined; see `Controls.refine`."""
-    return jax.tree.map(
-        lambda x: x.refine(nodes, power) if isinstance(x, Controls) else x,
-        tree,
-        is_leaf=lambda x: isinstance(x, Controls),
-    )
+def refine(
+    tree: PyTree, nodes: Sequence[float] | int, power: int = 0, *, old: Sequence[float] = (), basis: Any = "linear"
+) -> PyTree:
+    """`tree` with every `Controls` in it refined; see `Controls.refine`.
+
+    Args:
+      tree: parameters or a part of them.
+      nodes: the new nodes.
+      power: 0 for parameters, 1 for gradients, 2 for their squares.
+      old: the nodes of `RKBlock` modules, whose stacked parameters lie in plain trees under the key "controls".
+      basis: of those modules.
+    """
+    return _refined(tree, nodes, lambda path: power, old, basis)
 
 
-def refine_state(opt_state: PyTree, nodes: Sequence[float] | int) -> PyTree:
+def refine_state(
+    opt_state: PyTree, nodes: Sequence[float] | int, *, old: Sequence[float] = (), basis: Any = "linear"
+) -> PyTree:
     """An optimizer state for refined controls: momenta as gradients, fields named `nu` as their squares.
 
     >>> import optax
@@ -268,14 +281,32 @@ def refine_state(opt_state: PyTree, nodes: Sequence[float] | int) -> PyTree:
     >>> state = refine_state(tx.init(params), (0, 0.5, 1))
     >>> params = refine(params, (0, 0.5, 1))
     >>> updates, state = tx.update(params, state, params)
+
+    Args:
+      opt_state: of an Optax optimizer.
+      nodes: the new nodes.
+      old: as for `refine`.
+      basis: as for `refine`.
     """
+    return _refined(opt_state, nodes, lambda path: 2 if "nu" in path else 1, old, basis)
 
+
+def _refined(
+    tree: PyTree,
+    nodes: Sequence[float] | int,
+    power: Callable[[tuple[Any, ...]], int],
+    old: Sequence[float],
+    basis: Any,
+) -> PyTree:
     def of(path: tuple[Any, ...], x: Any) -> Any:
-        if not isinstance(x, Controls):
-            return x
-        return x.refine(nodes, 2 if any(getattr(key, "name", None) == "nu" for key in path) else 1)
+        names = tuple(getattr(key, "name", getattr(key, "key", None)) for key in path)
+        if isinstance(x, Controls):
+            return x.refine(nodes, power(names))
+        if old and "controls" in names:
+            return Controls(x, tuple(old), basis).refine(nodes, power(names)).theta
+        return x
 
-    return jax.tree_util.tree_map_with_path(of, opt_state, is_leaf=lambda x: isinstance(x, Controls))
+    return jax.tree_util.tree_map_with_path(of, tree, is_leaf=lambda x: isinstance(x, Controls))
 
 
 def _flatten(controls: Controls) -> tuple[Any, Any]:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -71,7 +72,7 @@ def rk4_u1(u: Scalar) -> TracedTableau:
 
 
 def rk4_u2(u: Scalar) -> TracedTableau:
-    """The methods of order 4 with c = (0, 1/2, 1/2, 1) and weights (1/6, 2/3 − u, u, 1/6): u = 1/3 is the classical one.
+    """The methods of order 4 with c = (0, 1/2, 1/2, 1) and weights (1/6, 2/3 − u, u, 1/6); u = 1/3 is classical.
 
     >>> [round(float(b), 4) for b in rk4_u2(1 / 3).b]
     [0.1667, 0.3333, 0.3333, 0.1667]

@@ -92,7 +92,7 @@ def hamiltonian_z(theta: Theta, y: jax.Array, t: Any, *, activation: Elementwise
 def hamiltonian(
     theta: Theta, state: tuple[jax.Array, jax.Array], t: Any, *, activation: Elementwise = jnp.tanh
 ) -> tuple[jax.Array, jax.Array]:
-    """y' = σ(Kz + b), z' = −σ(Kᵀy + b_out): features (y, z) that neither grow nor decay. θ: kernel, bias, bias_out.
+    """Y' = σ(Kz + b), z' = −σ(Kᵀy + b_out): features (y, z) that neither grow nor decay. θ: kernel, bias, bias_out.
 
     As a layer for `integrate`. `reversible` takes the two halves, and a backward pass that stores nothing.
 

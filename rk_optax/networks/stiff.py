@@ -51,7 +51,7 @@ class Semilinear:
     rest: Layer
 
     def __call__(self, theta: PyTree, y: PyTree, t: Any) -> PyTree:
-        """y' as a whole."""
+        """Y' as a whole."""
         return jax.tree.map(
             lambda d, x, n: n - jnp.asarray(d, _tree.real_dtype(x)) * x, self.decay(theta, t), y, self.rest(theta, y, t)
         )

@@ -146,10 +146,11 @@ def _counts(coefficient: Any) -> bool:
 
 
 def _combination(weights: Sequence[Any], ks: Sequence[PyTree]) -> PyTree:
-    """Σ w_i k_i; a stage of weight 0 is in the sum too, where 0·∞ is NaN: one that is not finite must not pass unseen."""
+    """Σ w_i k_i, stages of weight 0 included, where 0·∞ is NaN: one that is not finite must not pass unseen."""
 
     def of_leaves(*leaves: jax.Array) -> jax.Array:
-        return sum(jnp.asarray(w, _tree.real_dtype(k)) * k for w, k in zip(weights, leaves, strict=True))
+        terms = (jnp.asarray(w, _tree.real_dtype(k)) * k for w, k in zip(weights, leaves, strict=True))
+        return functools.reduce(jnp.add, terms)
 
     return jax.tree.map(of_leaves, *ks)
 

@@ -1,6 +1,7 @@
 """`integrate` against diffrax's discrete adjoint, its orders, its report, and what it refuses."""
 
 import functools
+import itertools
 
 import diffrax
 import jax
@@ -91,16 +92,19 @@ def test_steps_over_a_jump_are_refused_from_order_two_on_and_each_step_has_its_o
 def test_stabilised_blocks_have_their_order_with_moving_weights(family, expected):
     block, y = controls(), features()
     exact = integrate(layer, block, y, _refined(64), unroll=1)
-    error = lambda n: largest_difference(  # noqa: E731
-        integrate(layer, block, y, _refined(n), Stabilized(family, stages=4), unroll=1), exact
-    )
+
+    def error(n):
+        return largest_difference(
+            integrate(layer, block, y, _refined(n), Stabilized(family, stages=4), unroll=1), exact
+        )
+
     assert expected - 0.25 < order(error, (8, 16)) < expected + 0.35
     gradient = jax.grad(lambda c: integrate(layer, c, y, NODES, Stabilized(family, stages=4)).sum())(block)
     assert all(bool(jnp.any(g != 0)) for g in jax.tree.leaves(gradient))
 
 
 def _refined(n):
-    return np.concatenate([np.linspace(a, b, n + 1)[:-1] for a, b in zip(NODES, NODES[1:], strict=False)] + [[2.0]])
+    return np.concatenate([np.linspace(a, b, n + 1)[:-1] for a, b in itertools.pairwise(NODES)] + [[2.0]])
 
 
 @pytest.mark.usefixtures("x64")
@@ -141,7 +145,9 @@ def test_stiffness_is_the_rate_of_a_linear_layer(name, pair):
 @pytest.mark.usefixtures("x64")
 def test_pairs_of_stages_at_one_time_do_not_mistake_moving_weights_for_stiffness():
     driven = Controls(jnp.array([[0.0], [50.0]]), (0, 1))
-    slope = lambda theta, y, t: theta - 2 * y  # noqa: E731
+
+    def slope(theta, y, t):
+        return theta - 2 * y
 
     def seen(name):
         return integrate(slope, driven, jnp.ones((1, 1)), (0, 1), name, report=["stiffness"])[1].stiffness[0, 0]
@@ -215,14 +221,17 @@ def test_remat_loops_and_written_out_stages_change_nothing():
         return jax.jit(jax.value_and_grad(lambda c: integrate(layer, c, y, GRID, **options).sum()))(block)
 
     usual = gradient()
-    for options in (dict(remat=False), dict(unroll=1), dict(solver=Explicit(TABLEAUS["rk4"])), dict(unroll=99)):
+    for options in ({"remat": False}, {"unroll": 1}, {"solver": Explicit(TABLEAUS["rk4"])}, {"unroll": 99}):
         assert largest_difference(gradient(**options), usual) < 1e-13
 
 
 @pytest.mark.usefixtures("x64")
 def test_features_may_be_a_tree_of_any_precision_and_time_may_run_backwards():
     block, y = controls(), features()
-    pair = lambda theta, state, t: {"a": layer(theta, state["a"], t), "b": state["b"] * 0.5j}  # noqa: E731
+
+    def pair(theta, state, t):
+        return {"a": layer(theta, state["a"], t), "b": state["b"] * 0.5j}
+
     start = {"a": y.astype(np.float32), "b": jnp.ones((4, 1), np.complex128)}
     end = integrate(pair, block, start, GRID)
     assert end["a"].dtype == np.float32
@@ -250,29 +259,29 @@ def test_the_cost_counts_evaluations_of_the_layer():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (dict(solver="dopri"), ValueError, "TABLEAUS"),
-        (dict(solver=4), TypeError, "solver must be a name"),
-        (dict(solver=rk_optax.Implicit(rk_optax.IMPLICIT_TABLEAUS["gauss4"])), ValueError, "Jacobian for symmetric"),
-        (dict(solver=rk_optax.RosenbrockEuler()), ValueError, "Jacobian for symmetric"),
-        (dict(solver=Stabilized("rkc2")), ValueError, "no reverse mode"),
-        (dict(solver=Etd(2, "diagonal")), ValueError, "Etd"),
-        (dict(solver=Etd(1, "l2")), ValueError, "given"),
-        (dict(solver=Etd(2, "given")), ValueError, "Semilinear"),
-        (dict(grid=(0, 1, 1)), ValueError, "strictly monotone"),
-        (dict(grid=(0,)), ValueError, "at least two times"),
-        (dict(y=jnp.ones((2, 3), int)), TypeError, "floating-point"),
-        (dict(y=jnp.ones(()), report=["error"], solver="heun"), ValueError, "leading axis"),
-        (dict(report=["errors"]), ValueError, "report must name"),
-        (dict(report=["error"]), ValueError, "embedded error estimate"),
-        (dict(report=["stiffness"], solver="euler"), ValueError, "two explicit stages"),
-        (dict(report=["stiffness"], solver=Stabilized("rkc2", stages=5)), ValueError, "two explicit stages"),
-        (dict(layer=lambda theta, y, t: y[:, :2]), TypeError, "must be like y"),
-        (dict(layer=lambda theta, y, t: y * 1j), TypeError, "must be like y"),
-        (dict(controls={"kernel": 1}), TypeError, "constant_in_time"),
-        (dict(unroll=0), ValueError, "unroll"),
+        ({"solver": "dopri"}, ValueError, "TABLEAUS"),
+        ({"solver": 4}, TypeError, "solver must be a name"),
+        ({"solver": rk_optax.Implicit(rk_optax.IMPLICIT_TABLEAUS["gauss4"])}, ValueError, "Jacobian for symmetric"),
+        ({"solver": rk_optax.RosenbrockEuler()}, ValueError, "Jacobian for symmetric"),
+        ({"solver": Stabilized("rkc2")}, ValueError, "no reverse mode"),
+        ({"solver": Etd(2, "diagonal")}, ValueError, "Etd"),
+        ({"solver": Etd(1, "l2")}, ValueError, "given"),
+        ({"solver": Etd(2, "given")}, ValueError, "Semilinear"),
+        ({"grid": (0, 1, 1)}, ValueError, "strictly monotone"),
+        ({"grid": (0,)}, ValueError, "at least two times"),
+        ({"y": jnp.ones((2, 3), int)}, TypeError, "floating-point"),
+        ({"y": jnp.ones(()), "report": ["error"], "solver": "heun"}, ValueError, "leading axis"),
+        ({"report": ["errors"]}, ValueError, "report must name"),
+        ({"report": ["error"]}, ValueError, "embedded error estimate"),
+        ({"report": ["stiffness"], "solver": "euler"}, ValueError, "two explicit stages"),
+        ({"report": ["stiffness"], "solver": Stabilized("rkc2", stages=5)}, ValueError, "two explicit stages"),
+        ({"layer": lambda theta, y, t: y[:, :2]}, TypeError, "must be like y"),
+        ({"layer": lambda theta, y, t: y * 1j}, TypeError, "must be like y"),
+        ({"controls": {"kernel": 1}}, TypeError, "constant_in_time"),
+        ({"unroll": 0}, ValueError, "unroll"),
     ],
 )
 def test_what_cannot_work_is_refused(change, error, message):
-    arguments = dict(layer=layer, controls=controls(dtype=np.float32), y=features(dtype=np.float32), grid=NODES)
+    arguments = {"layer": layer, "controls": controls(dtype=np.float32), "y": features(dtype=np.float32), "grid": NODES}
     with pytest.raises(error, match=message):
         integrate(**(arguments | change))
