@@ -100,7 +100,7 @@ class Controls:
         Raises:
           ValueError: a matrix whose columns do not combine to a constant.
         """
-        weights = np.eye(size)[0] if basis == "legendre" else np.ones(len(nodes))
+        weights = np.eye(size)[0] if isinstance(basis, str) and basis == "legendre" else np.ones(len(nodes))
         chosen: Any = basis
         if not isinstance(basis, str):
             matrix = np.asarray(basis, np.float64)
