@@ -54,6 +54,7 @@ from rk_optax.preconditioner import (
     precondition_by_hutchinson,
     precondition_by_rms,
 )
+from rk_optax.projection import project, project_to_box
 from rk_optax.solver import (
     IMPLICIT_TABLEAUS,
     Cost,
@@ -144,6 +145,8 @@ __all__ = [
     "precondition_by_hutchinson",
     "precondition_by_rms",
     "principal_flow",
+    "project",
+    "project_to_box",
     "radau3",
     "ralston",
     "residual_euler",

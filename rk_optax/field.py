@@ -22,7 +22,7 @@ from rk_optax.structured_loss import LeastSquares, ModelLoss, Rows
 
 PyTree = Any
 Linear = Callable[[PyTree], PyTree]
-Capability = Literal["loss", "product", "symmetric", "diagonal_scale", "gauss_newton", "rows"]
+Capability = Literal["loss", "product", "symmetric", "diagonal_scale", "gauss_newton", "rows", "decay"]
 """What a solver, a rule or a preconditioner may need beside the values of a field:
 
 loss: the loss whose gradient the field is.
@@ -31,6 +31,7 @@ symmetric: that Jacobian is symmetric before preconditioning, as a Hessian is.
 diagonal_scale: the preconditioner multiplies by a positive diagonal, or there is none.
 gauss_newton: products with the generalised Gauss–Newton matrix.
 rows: residuals and the rows of their Jacobian.
+decay: the diagonal of a linear part of the field's own, as a layer of `rk_optax.networks` may have it.
 """
 
 _REMEDIES: dict[Capability, str] = {
@@ -44,6 +45,7 @@ _REMEDIES: dict[Capability, str] = {
     "gauss_newton": "pass a loss_fn whose structure is known: rk_optax.ModelLoss(model_fn, output_loss) or "
     "rk_optax.LeastSquares(residual_fn)",
     "rows": "pass a least-squares loss: rk_optax.LeastSquares(residual_fn)",
+    "decay": "it is for layers of rk_optax.networks; for a loss, Etd(linear='l2') or 'diagonal'",
 }
 
 
@@ -117,6 +119,7 @@ class VectorField:
       l2: λ of the loss's term (λ/2)‖θ‖², or None; see `decayed`.
       scale: the diagonal of the preconditioner P, like params; None for P = I or where P has none.
       symmetric: whether the field's Jacobian is symmetric before preconditioning.
+      decay: `decay(params) -> D`, real and like params, of a field D(θ)θ + N(θ) that knows its linear part; or None.
     """
 
     evaluate: Callable[[PyTree, Any], PyTree]
@@ -128,6 +131,7 @@ class VectorField:
     l2: Any = None
     scale: PyTree | None = None
     symmetric: bool = True
+    decay: Callable[[PyTree], PyTree] | None = None
 
     def __call__(self, params: PyTree, stage: int | jax.Array = 0) -> PyTree:
         """The gradient at `params`: what the flow follows downhill. `stage` may be traced. Costs one gradient."""

@@ -1,18 +1,23 @@
-"""A Flax Linen `TrainState` whose `apply_gradients` hands the loss's data on to the solver.
+"""For Flax Linen: a `TrainState` for solvers, and a block of layers that is a Runge–Kutta method of its features.
 
-The stock class calls `tx.update(grads, opt_state, params)` and nothing else, so a solver could not evaluate its
-stages. This one has the same fields, `create` and serialization, and one argument more: `data`.
+`TrainState.apply_gradients` hands the loss's data on to the solver. The stock class calls
+`tx.update(grads, opt_state, params)` and nothing else, so a solver could not evaluate its stages. This one has the same
+fields, `create` and serialization, and one argument more: `data`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
+import jax
 import optax
 
+from rk_optax.networks import Controls, integrate
+
 try:
+    import flax.linen as nn
     from flax.training import train_state
 except ImportError as error:
     raise ImportError("rk_optax.linen needs Flax: pip install 'rk-optax[flax]'") from error
@@ -98,3 +103,94 @@ class TrainState(train_state.TrainState):
         bound = self.replace(tx=optax.GradientTransformation(tx.init, update))
         stepped = super(TrainState, bound).apply_gradients(grads=grads, **kwargs)
         return stepped.replace(tx=kwargs.get("tx", self.tx))
+
+
+class RKBlock(nn.Module):
+    """A layer whose parameters move with depth, stepped by a solver: `rk_optax.networks.integrate` as a module.
+
+    The parameters are the layer's under the key "controls", stacked along a leading axis, one entry for each node.
+
+    >>> import flax.linen as nn, jax, jax.numpy as jnp
+    >>> class Layer(nn.Module):
+    ...     @nn.compact
+    ...     def __call__(self, y):
+    ...         return nn.Dropout(0.1, deterministic=False)(nn.tanh(nn.Dense(y.shape[-1])(y)))
+    >>> block = RKBlock(Layer(), nodes=(0, 1, 2))
+    >>> y, key = jnp.ones((4, 3)), jax.random.key(0)
+    >>> variables = block.init({"params": key, "dropout": key}, y)
+    >>> variables["params"]["controls"]["Dense_0"]["kernel"].shape
+    (3, 3, 3)
+    >>> block.apply(variables, y, rngs={"dropout": key}).shape
+    (4, 3)
+
+    One dropout mask is drawn for each call of the block, the same at every stage of every step: otherwise the block is
+    no method for any equation. A layer with BatchNorm is refused: a step evaluates it several times, at features that
+    are none of the network's, and each evaluation would need statistics of its own, which another grid would not have.
+
+    Attributes:
+      layer: a module that maps y to y', like y; or a pure function (theta, y, t), with `initial`.
+      nodes: of the controls, see `rk_optax.networks.Controls`.
+      grid: the times of the steps; None: the nodes.
+      solver: as for `integrate`.
+      basis: of the controls.
+      size: number of polynomials of basis "legendre".
+      initial: `initial(key) -> theta` of a pure function, such as `rk_optax.networks.initial` with its arguments set.
+      constant_in_time: whether the parameters start alike at all nodes; False: a draw for each basis function.
+      with_time: whether the module is called as `layer(y, t)`.
+      remat: as for `integrate`.
+      report: as for `integrate`; the call then returns `(y, Report)`.
+      streams: random streams that the layer draws from.
+
+    Raises:
+      ValueError: at init, a layer that keeps anything beside parameters; what `integrate` refuses.
+    """
+
+    layer: Any
+    nodes: Sequence[float]
+    grid: Sequence[float] | None = None
+    solver: Any = "rk4"
+    basis: Any = "linear"
+    size: int = 1
+    initial: Callable[[Any], Any] | None = None
+    constant_in_time: bool = True
+    with_time: bool = False
+    remat: bool = True
+    report: Sequence[Any] = ()
+    streams: Sequence[str] = ("dropout",)
+
+    @nn.compact
+    def __call__(self, y: Any, *args: Any, **kwargs: Any) -> Any:
+        """The features after the block; further arguments go to the layer."""
+        rngs = {name: self.make_rng(name) for name in self.streams if self.has_rng(name)}
+        layer = self.layer.clone(parent=None) if isinstance(self.layer, nn.Module) else self.layer
+
+        def inputs(y: Any, t: Any) -> tuple[Any, ...]:
+            return (y, t, *args) if self.with_time else (y, *args)
+
+        def first(key: Any) -> Any:
+            if self.initial is not None:
+                return self.initial(key)
+            variables = dict(layer.init({"params": key, **rngs}, *inputs(y, self.nodes[0]), **kwargs))
+            theta = variables.pop("params", {})
+            if variables:
+                raise ValueError(
+                    f"The layer of an RKBlock keeps {', '.join(variables)} beside its parameters. Every step evaluates "
+                    "it several times at different features, so that running statistics have no meaning there: use "
+                    "LayerNorm, GroupNorm or rk_optax.networks.tv_norm instead of BatchNorm, or norm outside the block."
+                )
+            return theta
+
+        def stacked(key: Any) -> Any:
+            same = Controls.constant_in_time(first(key), self.nodes, self.basis, self.size).theta
+            if self.constant_in_time:
+                return same
+            return jax.vmap(first)(jax.random.split(key, jax.tree.leaves(same)[0].shape[0]))
+
+        def slope(theta: Any, y: Any, t: Any) -> Any:
+            if self.initial is not None:
+                return layer(theta, y, t)
+            return layer.apply({"params": theta}, *inputs(y, t), rngs=rngs, **kwargs)
+
+        controls = Controls(self.param("controls", stacked), tuple(self.nodes), self.basis)
+        grid = self.nodes if self.grid is None else self.grid
+        return integrate(slope, controls, y, grid, self.solver, remat=self.remat, report=self.report)

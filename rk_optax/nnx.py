@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import optax
+
+from rk_optax.networks import Controls, integrate
 
 try:
     from flax import nnx
@@ -196,6 +198,116 @@ class Optimizer(nnx.Optimizer):
                     "solver off, and say it to the Optimizer."
                 )
             raise
+
+
+class RKBlock(nnx.Module):
+    """A layer whose parameters move with depth, stepped by a solver: `rk_optax.networks.integrate` as a module.
+
+    >>> import jax.numpy as jnp, rk_optax.nnx
+    >>> from flax import nnx
+    >>> class Layer(nnx.Module):
+    ...     def __init__(self, rngs):
+    ...         self.linear, self.dropout = nnx.Linear(3, 3, rngs=rngs), nnx.Dropout(0.1, rngs=rngs)
+    ...     def __call__(self, y):
+    ...         return self.dropout(nnx.tanh(self.linear(y)))
+    >>> block = rk_optax.nnx.RKBlock(Layer, nodes=(0, 1, 2), rngs=nnx.Rngs(0))
+    >>> block.controls.linear.kernel.shape
+    (3, 3, 3)
+    >>> block(jnp.ones((4, 3))).shape
+    (4, 3)
+
+    The attribute `controls` is the layer with its parameters stacked along a leading axis. One dropout mask is drawn
+    for each call of the block, which moves each random stream by one; a layer with BatchNorm is refused. See
+    `rk_optax.linen.RKBlock` for the reasons.
+
+    Args:
+      make_layer: `make_layer(rngs) -> module`, a module that maps y to y', like y.
+      nodes: of the controls, see `rk_optax.networks.Controls`.
+      grid: the times of the steps; None: the nodes.
+      solver: as for `integrate`.
+      basis: of the controls.
+      size: number of polynomials of basis "legendre".
+      constant_in_time: whether the parameters start alike at all nodes; False: a draw for each basis function.
+      with_time: whether the module is called as `layer(y, t)`.
+      remat: as for `integrate`.
+      report: as for `integrate`; the call then returns `(y, Report)`.
+      rngs: for the initial parameters and the layer's random streams.
+
+    Raises:
+      ValueError: a layer that keeps anything beside parameters and random streams; what `integrate` refuses.
+    """
+
+    def __init__(
+        self,
+        make_layer: Callable[[nnx.Rngs], Any],
+        nodes: Sequence[float],
+        *,
+        grid: Sequence[float] | None = None,
+        solver: Any = "rk4",
+        basis: Any = "linear",
+        size: int = 1,
+        constant_in_time: bool = True,
+        with_time: bool = False,
+        remat: bool = True,
+        report: Sequence[Any] = (),
+        rngs: nnx.Rngs,
+    ):
+        self.nodes = tuple(float(t) for t in nodes)
+        self.grid = self.nodes if grid is None else tuple(float(t) for t in grid)
+        self.solver, self.with_time, self.remat, self.report = solver, with_time, remat, tuple(report)
+        layer = make_layer(rngs)
+        graphdef, theta, streams, kept = nnx.split(layer, nnx.Param, nnx.RngState, ...)
+        if jax.tree.leaves(kept):
+            kinds = sorted({type(v).__name__ for _, v in nnx.to_flat_state(nnx.state(layer)) if _keeps(v)})
+            raise ValueError(
+                f"The layer of an RKBlock keeps {', '.join(kinds)} beside its parameters. Every step evaluates it "
+                "several times at different features, so that running statistics have no meaning there: use LayerNorm, "
+                "GroupNorm or rk_optax.networks.tv_norm instead of BatchNorm, or norm outside the block."
+            )
+        stacked = Controls.constant_in_time(theta, self.nodes, basis, size)
+        self.basis: Any = stacked.basis
+        if not constant_in_time:
+            others = [nnx.state(make_layer(rngs), nnx.Param) for _ in range(stacked.size - 1)]
+            stacked = Controls(jax.tree.map(lambda *x: jax.numpy.stack(x), theta, *others), self.nodes, self.basis)
+        self.controls = nnx.merge(graphdef, stacked.theta, streams)
+
+    def __call__(self, y: Any, *args: Any, **kwargs: Any) -> Any:
+        """The features after the block; further arguments go to the layer."""
+        graphdef, theta, streams = nnx.split(self.controls, nnx.Param, nnx.RngState)
+        theta, counts = _as_pure(theta), _as_pure(streams)
+        before = _drawn_once(counts)
+        drawn = []
+
+        def slope(theta: Any, y: Any, t: Any) -> Any:
+            layer = nnx.merge(graphdef, theta, before)
+            slope = layer(y, t, *args, **kwargs) if self.with_time else layer(y, *args, **kwargs)
+            # Which streams the layer draws from, known when it is traced: a counter that was not moved is still itself.
+            after = _as_pure(nnx.state(layer, nnx.RngState))
+            drawn[:] = [
+                new is not old for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True)
+            ]
+            return slope
+
+        controls = Controls(theta, self.nodes, self.basis)
+        result = integrate(slope, controls, y, self.grid, self.solver, remat=self.remat, report=self.report)
+        moved = [x + 1 if moves else x for x, moves in zip(jax.tree.leaves(counts), drawn, strict=True)]
+        nnx.update(self.controls, jax.tree.unflatten(jax.tree.structure(streams), moved))
+        return result
+
+
+def _drawn_once(streams: Any) -> Any:
+    """Every stream as a new one, from one draw of it: whatever an evaluation draws from it, the next call's differ."""
+    if not isinstance(streams, dict):
+        return streams
+    if {"key", "count"} <= set(streams):
+        count = streams["count"]
+        return streams | {"key": jax.random.fold_in(streams["key"], count), "count": count * 0}
+    return {name: _drawn_once(value) for name, value in streams.items()}
+
+
+def _keeps(variable: Any) -> bool:
+    kind = getattr(variable, "type", type(variable))
+    return not issubclass(kind, nnx.Param | nnx.RngState)
 
 
 def _refuse_objects(data: Any) -> None:

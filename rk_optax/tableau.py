@@ -16,6 +16,7 @@ import numpy as np
 from numpy.polynomial import Polynomial
 from numpy.typing import ArrayLike
 
+from rk_optax import _families
 from rk_optax._coefficients import PUBLISHED
 from rk_optax._order_conditions import Array, missed_condition, tolerance
 
@@ -321,8 +322,7 @@ def rk2(alpha: float) -> ButcherTableau:
     """
     x = _parameter("alpha", alpha)
     member = _Member(f"rk2(alpha={float(x):.6g})", {"alpha = 0": x}, "take rk2(2/3), say")
-    weight = 1 / (2 * x)
-    return member.tableau(2, [[0, 0], [x, 0]], [1 - weight, weight], PUBLISHED["ralston"].source, [1, 0])
+    return member.tableau(2, _families.rk2(x), PUBLISHED["ralston"].source, [1, 0])
 
 
 def rk3(u: float, v: float) -> ButcherTableau:
@@ -351,11 +351,7 @@ def rk3(u: float, v: float) -> ButcherTableau:
         {"u = 0": x, "v = 0": y, "u = v": y - x, "u = 2/3": 2 - 3 * x},
         "take rk3(1/2, 3/4), say",
     )
-    b2 = (3 * y - 2) / (6 * x * (y - x))
-    b3 = (2 - 3 * x) / (6 * y * (y - x))
-    a32 = y * (y - x) / (x * (2 - 3 * x))
-    a = [[0, 0, 0], [x, 0, 0], [y - a32, a32, 0]]
-    return member.tableau(3, a, [1 - b2 - b3, b2, b3], PUBLISHED["kutta3"].source)
+    return member.tableau(3, _families.rk3(x, y), PUBLISHED["kutta3"].source)
 
 
 def rk4_family(u: float, v: float) -> ButcherTableau:
@@ -386,14 +382,7 @@ def rk4_family(u: float, v: float) -> ButcherTableau:
         | {"u = 1/2": 1 - 2 * x, "6uv - 4(u + v) + 3 = 0": d},
         "take rk4_family(1/3, 2/3), say, or RK4 for the classical method u = v = 1/2",
     )
-    b2 = (2 * y - 1) / (12 * x * (y - x) * (1 - x))
-    b3 = (1 - 2 * x) / (12 * y * (y - x) * (1 - y))
-    b4 = d / (12 * (1 - x) * (1 - y))
-    a32 = y * (y - x) / (2 * x * (1 - 2 * x))
-    a42 = (1 - x) * (x + y - 1 - (2 * y - 1) ** 2) / (2 * x * (y - x) * d)
-    a43 = (1 - 2 * x) * (1 - x) * (1 - y) / (y * (y - x) * d)
-    a = [[0, 0, 0, 0], [x, 0, 0, 0], [y - a32, a32, 0, 0], [1 - a42 - a43, a42, a43, 0]]
-    return member.tableau(4, a, [1 - b2 - b3 - b4, b2, b3, b4], PUBLISHED["rk4"].source)
+    return member.tableau(4, _families.rk4(x, y), PUBLISHED["rk4"].source)
 
 
 def _parameter(label: str, value: Any) -> Fraction:
@@ -427,11 +416,12 @@ class _Member:
     def tableau(
         self,
         order: int,
-        a: list[list[Any]],
-        b: list[Any],
+        formula: _families.Formula,
         source: str,
         b_hat: list[int] | None = None,
     ) -> ButcherTableau:
+        b = list(formula.b)
+        a = [[*row, *[0] * (len(b) - len(row))] for row in ((), *formula.a)]
         largest = max(abs(x) for x in (*b, *(x for row in a for x in row)))
         if largest > _LARGEST_COEFFICIENT:
             raise ValueError(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from rk_optax.field import Capability, VectorField
 
 PyTree = Any
-Quantity = Literal["error", "curvature", "predicted_fall", "path", "last_stage", "dense"]
+Quantity = Literal["error", "curvature", "predicted_fall", "path", "last_stage", "dense", "stages"]
 """What a solver can return of a step beside its direction, where a step-size rule wants it:
 
 error: estimate of the local error, like params and in its units (those of θ, not of g*).
@@ -22,6 +22,7 @@ predicted_fall: of the loss, by the solver's own quadratic model, a scalar.
 path: the steps of all h from one factorisation; see `Path`.
 last_stage: the field at the end of the step, like params, where the method evaluates it there.
 dense: the published interpolant of the step, a function σ ↦ D(σ), like params, with θ(t + σh) = θ − h·D(σ).
+stages: k_1 to k_s, a tuple of trees like params, of all of a tableau's stages.
 """
 
 
@@ -128,6 +129,7 @@ _ABOUT: dict[Quantity, tuple[str, str]] = {
     "path": ("the steps of all h from one factorisation", "Use it with residual_euler or rosenbrock_euler"),
     "last_stage": ("the field at the end of the step", "Use a solver whose last stage is the next first one"),
     "dense": ("dense output", "Use an explicit solver"),
+    "stages": ("the stages of an explicit method of at least two", "Use a tableau, such as 'heun' or 'rk4'"),
 }
 
 

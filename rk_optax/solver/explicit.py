@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from rk_optax import _tree
 from rk_optax.field import VectorField
 from rk_optax.solver._base import Cost, Quantity, Solver, Step, check_offers
 from rk_optax.tableau import ButcherTableau
+from rk_optax.traced_tableau import TracedTableau
 
 PyTree = Any
 
@@ -26,19 +27,24 @@ class Explicit(Solver):
     A step costs one gradient for each stage that the weights use (`tableau.effective_stages`; with an error
     estimate, also those that only b_hat uses), k1 included. Memory beside params: all stages, or one stage and the
     weighted sum where each stage looks back only to the one before it (RK4, midpoint, Heun, Ralston).
+    Where "stages" are wanted all of the tableau's are evaluated and returned.
 
     Args:
-      tableau: an explicit Butcher tableau.
+      tableau: an explicit Butcher tableau, or a `TracedTableau`, whose coefficients are inputs of the computation.
+      unroll: whether to write the stages out, one after the other, instead of looping over them: faster where a
+        gradient takes microseconds, slower to compile (s times the loss), and all stages are kept. Traced
+        coefficients are always written out.
 
     Raises:
-      TypeError: `tableau` is not a ButcherTableau.
+      TypeError: `tableau` is no tableau.
       ValueError: the tableau is not explicit.
     """
 
-    tableau: ButcherTableau
+    tableau: ButcherTableau | TracedTableau
+    unroll: bool = False
 
     def __post_init__(self):
-        if not isinstance(self.tableau, ButcherTableau):
+        if not isinstance(self.tableau, ButcherTableau | TracedTableau):
             raise TypeError(f"tableau must be a ButcherTableau, got {type(self.tableau).__name__}.")
         if not self.tableau.is_explicit:
             raise ValueError(
@@ -53,6 +59,11 @@ class Explicit(Solver):
         return self.tableau.effective_stages
 
     @property
+    def order(self) -> int:
+        """Order of a step."""
+        return self.tableau.order
+
+    @property
     def error_order(self) -> int | None:
         """The lower of the orders of the two methods, where the tableau has two."""
         order = self.tableau.order_hat
@@ -62,14 +73,17 @@ class Explicit(Solver):
     def offers(self) -> frozenset[Quantity]:
         """An error where the tableau has embedded weights; a curvature where a second stage is at another place.
 
-        The last stage where it is the next first one, and dense output where the tableau has a published one.
+        The last stage where it is the next first one, dense output where the tableau has a published one, and all stages
+        where there are several.
         """
         tableau = self.tableau
-        kept = tableau.needed_stages(with_error=False)
+        method = TracedTableau.of(tableau, tableau.needed_stages(with_error=False))
+        fixed = tableau if isinstance(tableau, ButcherTableau) else None
         more: dict[Quantity, bool] = {
-            "curvature": len(kept) > 1 and bool(tableau.a[kept[1], kept[0]] != 0),
-            "last_stage": tableau.first_same_as_last,
-            "dense": tableau.interpolant is not None,
+            "curvature": method.stages > 1 and _counts(method.rows[0][0]),
+            "last_stage": fixed is not None and fixed.first_same_as_last,
+            "dense": fixed is not None and fixed.interpolant is not None,
+            "stages": tableau.stages > 1,
         }
         return super().offers.union(quantity for quantity, offered in more.items() if offered)
 
@@ -86,6 +100,8 @@ class Explicit(Solver):
         """One step; see `Solver.step`. `h` may be zero or traced."""
         tableau = self.tableau
         check_offers(self, wants, "This step")
+        if self.unroll or "stages" in wants or isinstance(tableau, TracedTableau):
+            return self._written_out(field, params, k1, h, state, wants)
         want_error = "error" in wants
         beyond = bool(wants & {"last_stage", "dense"})
         kept = np.arange(tableau.stages) if beyond else np.array(tableau.needed_stages(with_error=want_error))
@@ -117,6 +133,48 @@ class Explicit(Solver):
             quantities=quantities,
             state=state,
         )
+
+    def _written_out(
+        self, field: VectorField, params: PyTree, k1: PyTree, h: Any, state: PyTree, wants: frozenset[Quantity]
+    ) -> Step:
+        """A step without a loop over its stages."""
+        needed = self.tableau.needed_stages(with_error="error" in wants)
+        method = TracedTableau.of(self.tableau, None if wants & {"stages", "last_stage", "dense"} else needed)
+        ks = [k1]
+        for i, row in enumerate(method.rows, start=1):
+            used = [j for j, a in enumerate(row) if _counts(a)] or [0]
+            offset = _combination([row[j] for j in used], [ks[j] for j in used])
+            ks.append(field(_moved(params, h, offset), i))
+        quantities: dict[Quantity, Any] = {}
+        if "stages" in wants:
+            quantities["stages"] = tuple(ks)
+        if "last_stage" in wants:
+            quantities["last_stage"] = ks[-1]
+        if "dense" in wants and isinstance(self.tableau, ButcherTableau) and self.tableau.interpolant is not None:
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ks)
+            quantities["dense"] = functools.partial(_interpolated, self.tableau.interpolant, stacked)
+        if "error" in wants:
+            assert method.b_hat is not None  # for the type checker: the solver offers no error otherwise
+            weights = [b - b_hat for b, b_hat in zip(method.b, method.b_hat, strict=True)]
+            quantities["error"] = _tree.scale(h, _combination(weights, ks))
+        if "curvature" in wants:
+            quantities["curvature"] = _distance(ks[0], ks[1]) / (jnp.abs(method.rows[0][0]) * h * _tree.norm(k1))
+        return Step(_combination(method.b, ks), Cost(gradients=len(ks)), quantities=quantities, state=state)
+
+
+def _counts(coefficient: Any) -> bool:
+    """Whether a coefficient may differ from 0; a traced one may."""
+    return not isinstance(coefficient, int | float) or coefficient != 0
+
+
+def _combination(weights: Sequence[Any], ks: Sequence[PyTree]) -> PyTree:
+    """Σ w_i k_i, stages of weight 0 included, where 0·∞ is NaN: one that is not finite must not pass unseen."""
+
+    def of_leaves(*leaves: jax.Array) -> jax.Array:
+        terms = (jnp.asarray(w, _tree.real_dtype(k)) * k for w, k in zip(weights, leaves, strict=True))
+        return functools.reduce(jnp.add, terms)
+
+    return jax.tree.map(of_leaves, *ks)
 
 
 def _chained_stages(

@@ -15,7 +15,7 @@ from rk_optax.solver._base import Cost, Quantity, Solver, Step, check_offers
 from rk_optax.solver._diagonal import DiagonalCurvature
 
 PyTree = Any
-Linear = Literal["l2", "diagonal"] | DiagonalCurvature
+Linear = Literal["l2", "diagonal", "given"] | DiagonalCurvature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Etd(Solver):
     Args:
       order: 1 (ETD1) or 2 (ETDRK2).
       linear: D. "l2": the field's own `l2`, so that this decay is exact; "diagonal" or a `DiagonalCurvature`: an
-        estimate of the Hessian's diagonal, l2 included.
+        estimate of the Hessian's diagonal, l2 included; "given": the field's own, which a layer of `rk_optax.networks`
+        has (`Semilinear`) and a loss has not.
 
     Raises:
       ValueError: an argument out of its range; at construction of the optimizer, a `grad_fn` without a loss for an
@@ -47,13 +48,14 @@ class Etd(Solver):
     def __post_init__(self):
         if self.order not in (1, 2) or isinstance(self.order, bool):
             raise ValueError(f"order must be 1 or 2, got {self.order!r}.")
-        if self.linear not in ("l2", "diagonal") and not isinstance(self.linear, DiagonalCurvature):
-            raise ValueError(f"linear must be 'l2', 'diagonal' or a DiagonalCurvature, got {self.linear!r}.")
+        if self.linear not in ("l2", "diagonal", "given") and not isinstance(self.linear, DiagonalCurvature):
+            raise ValueError(f"linear must be 'l2', 'diagonal', 'given' or a DiagonalCurvature, got {self.linear!r}.")
 
     @property
     def needs(self) -> frozenset[Capability]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """PD is to be diagonal; a Hessian product where the curvature is estimated."""
-        return frozenset({"diagonal_scale"}) if self._estimator is None else frozenset({"diagonal_scale", "product"})
+        """PD is to be diagonal; a Hessian product where the curvature is estimated, or D the field's own."""
+        beside: dict[Any, frozenset[Capability]] = {"l2": frozenset(), "given": frozenset({"decay"})}
+        return frozenset({"diagonal_scale"}) | beside.get(self.linear, frozenset({"product"}))
 
     @property
     def gradients_per_step(self) -> int:
@@ -83,6 +85,9 @@ class Etd(Solver):
         check_offers(self, wants, "This step")
         if self._estimator is not None:
             rate, state, cost = self._estimator.update(field, params, state)
+        elif self.linear == "given":
+            assert field.decay is not None  # for the type checker: whoever builds the field saw to it
+            rate, cost = field.decay(params), Cost()
         else:
             if field.l2 is None:
                 raise ValueError("Etd(linear='l2') integrates the optimizer's l2 exactly, and there is none: pass l2=.")

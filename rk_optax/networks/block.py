@@ -1,0 +1,324 @@
+"""A network whose depth is the time of an ordinary differential equation, stepped by the package's own solvers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from rk_optax import _checks, _tree
+from rk_optax.field import VectorField
+from rk_optax.networks.controls import Controls, OnStep
+from rk_optax.networks.report import QUANTITIES, Quantity, Report, scaled_error, stiffness
+from rk_optax.solver import Cost, Explicit, Solver, Step
+from rk_optax.tableau import TABLEAUS, ButcherTableau
+from rk_optax.traced_tableau import TracedTableau
+
+PyTree = Any
+Layer = Callable[[PyTree, PyTree, Any], PyTree]
+Method = str | Solver | ButcherTableau | TracedTableau
+
+_WANTS: dict[Quantity, Any] = {"error": "error", "stiffness": "stages"}  # what the solver is asked for
+_REMEDIES = {
+    "error": "an embedded error estimate, such as 'heun', 'bogacki_shampine', 'tsit5' or Stabilized('rkc2', stages=5)",
+    "stiffness": "at least two explicit stages",
+}
+
+
+def integrate(
+    layer: Layer,
+    controls: Controls,
+    y: PyTree,
+    grid: Any,
+    solver: Method = "rk4",
+    *,
+    remat: bool = True,
+    report: Sequence[Quantity] = (),
+    atol: float = 1e-6,
+    rtol: float = 1e-6,
+    allow_kinks: bool = False,
+    unroll: int | None = None,
+) -> Any:
+    """The features at the end of y' = layer(θ(t), y, t), by one step of a solver for each interval of the grid.
+
+    A residual network y + f(θ_k, y) is "euler" on the grid 0, 1, 2, ... . Gradients are those of the discrete network,
+    with respect to whatever the arguments hold: controls, features, grid, a tableau's coefficients.
+
+    >>> from rk_optax.networks import Controls, initial, integrate, single
+    >>> theta = initial(jax.random.key(0), single, channels=3)
+    >>> controls = Controls.constant_in_time(theta, nodes=(0, 1, 2))
+    >>> y, report = integrate(single, controls, jnp.ones((5, 3)), (0, 0.5, 1, 2), report=["states"])
+    >>> y.shape, report.states.shape, int(report.cost.gradients)
+    ((5, 3), (4, 5, 3), 12)
+
+    Args:
+      layer: a pure function `layer(theta, y, t)` that returns y', like y. One dropout mask for the whole block is one
+        key that the layer closes over.
+      controls: θ(t).
+      y: the features at `grid[0]`: an array (batch, ...), or a pytree of such.
+      grid: strictly monotone times t_0 to t_n; also traced, where neither order nor kinks can be checked.
+      solver: a name in `rk_optax.TABLEAUS`; a tableau, also one of `families`; or a solver of features: `Explicit`,
+        `Stabilized` with fixed `stages` (for parabolic layers, such as `double_sym`), `Etd(order, "given")` for a
+        `Semilinear` layer.
+      remat: whether the backward pass evaluates each step anew, so that of each step only its features are stored;
+        False stores all that the layer needs, at each stage, and costs a quarter less time.
+      report: what to return beside y; "error" and "stiffness" may cost further evaluations of the layer.
+      atol: absolute tolerance that scales the reported error.
+      rtol: relative tolerance likewise.
+      allow_kinks: whether to accept a grid that steps over a kink of θ with a method whose order is lost there.
+      unroll: steps that are compiled side by side rather than in a loop; None: 1 with remat, whose repeated evaluations
+        XLA may merge again with the first ones in unrolled code, which saves nothing, and 4 without.
+
+    Returns:
+      y at `grid[-1]`; with a report, `(y, Report)`.
+
+    Raises:
+      TypeError: features that are not floating-point arrays, or a layer whose result is not like y.
+      ValueError: a solver that a network cannot use, a grid that is not monotone or steps over a kink, or a quantity
+        that the solver does not offer.
+    """
+    block = Block.of(layer, controls, grid, solver, remat=remat, report=report, atol=atol, rtol=rtol, unroll=unroll)
+    if not allow_kinks:
+        block.check_kinks()
+    y, steps = block.run(y)
+    return (y, steps) if report else y
+
+
+def local_report(
+    layer: Layer,
+    controls: Controls,
+    states: PyTree,
+    grid: Any,
+    key: jax.Array,
+    solver: Method = "rk4",
+    *,
+    report: Sequence[Quantity] = ("error",),
+    atol: float = 1e-6,
+    rtol: float = 1e-6,
+) -> Report:
+    """The report of one step drawn at random: a regulariser at the price of one step, whatever the depth.
+
+    The step starts from a stored state and the gradient stops there, as in locally regularised neural ODEs; it reaches
+    θ through this one step. The mean over the draws is the mean over the steps.
+
+    Args:
+      layer: as for `integrate`.
+      controls: as for `integrate`.
+      states: the features at the times of the grid, as `integrate(..., report=["states"])` gives them.
+      grid: as for `integrate`.
+      key: of the draw.
+      solver: as for `integrate`.
+      report: any of "error" and "stiffness".
+      atol: as for `integrate`.
+      rtol: as for `integrate`.
+
+    Raises:
+      ValueError: as for `integrate`, or another quantity.
+
+    Source: Pal et al., "Locally Regularized Neural Differential Equations", ICML 2023 (arXiv 2303.02262).
+    """
+    if not set(report) <= {"error", "stiffness"}:
+        raise ValueError(f"local_report has 'error' and 'stiffness', got {tuple(report)!r}.")
+    block = Block.of(layer, controls, grid, solver, remat=False, report=report, atol=atol, rtol=rtol)
+    k = jax.random.randint(key, (), 0, len(block.grid) - 1)
+    interval = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, k, keepdims=False), block.intervals)
+    y = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(jax.lax.stop_gradient(x), k, keepdims=False), states)
+    _, seen, cost = block.step(interval, y)
+    return Report(cost, **{name: values[None] for name, values in seen.items()})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Block:
+    """A layer under controls on a grid: what `integrate` and its like share.
+
+    Attributes:
+      intervals: (start, h, piece of the controls) of each step, stacked.
+    """
+
+    layer: Layer
+    controls: Controls
+    grid: Any
+    solver: Solver
+    intervals: PyTree
+    on_step: OnStep
+    remat: bool
+    report: tuple[Quantity, ...]
+    atol: float
+    rtol: float
+    unroll: int
+
+    @classmethod
+    def of(
+        cls,
+        layer: Layer,
+        controls: Controls,
+        grid: Any,
+        solver: Method,
+        *,
+        remat: bool = True,
+        report: Sequence[Quantity] = (),
+        atol: float = 1e-6,
+        rtol: float = 1e-6,
+        unroll: int | None = None,
+    ) -> Block:
+        """A block of checked arguments."""
+        if not callable(layer):
+            raise TypeError(f"layer must be a function of (theta, y, t), got {layer!r}.")
+        if not isinstance(controls, Controls):
+            raise TypeError(
+                f"controls must be Controls, got {type(controls).__name__}; weights that do not move with depth are "
+                "Controls.constant_in_time(theta, (0,))."
+            )
+        unroll = (1 if remat else 4) if unroll is None else _checks.count(unroll, "unroll")
+        asked = cast("tuple[Quantity, ...]", (report,) if isinstance(report, str) else tuple(report))
+        unknown = sorted(set(asked) - set(QUANTITIES))
+        if unknown:
+            raise ValueError(f"report must name {', '.join(QUANTITIES)}; got {unknown}.")
+        if not isinstance(grid, jax.Array):
+            grid = np.asarray(grid, np.float64)
+        if grid.ndim != 1 or len(grid) < 2:
+            raise ValueError(f"grid must be at least two times, got shape {grid.shape}.")
+        if not isinstance(grid, jax.core.Tracer):
+            grid = np.asarray(grid, np.float64)
+            h = np.diff(grid)
+            if not np.isfinite(h).all() or not ((h > 0).all() or (h < 0).all()):
+                raise ValueError(f"grid must be finite and strictly monotone, got {grid.tolist()}.")
+        method = _solver_of_features(solver, layer)
+        clock = _tree.default_float()
+        pieces, on_step = controls.along(grid)
+        intervals = (jnp.asarray(grid[:-1], clock), jnp.asarray(grid[1:] - grid[:-1], clock), pieces)
+        block = cls(layer, controls, grid, method, intervals, on_step, remat, asked, atol, rtol, unroll)
+        for name in asked:
+            if name in _WANTS and _WANTS[name] not in method.offers:
+                raise ValueError(f"report={name!r} needs a method with {_REMEDIES[name]}; {method!r} has none.")
+        return block
+
+    def check_kinks(self) -> None:
+        """Raises a ValueError where a step over a kink of θ costs the method its order."""
+        order = getattr(self.solver, "order", None)
+        keeps = self.controls.order_across_kinks
+        if isinstance(self.grid, jax.Array) or (order is not None and order <= keeps):
+            return
+        inside = self.controls.kinks_inside(self.grid)
+        if inside:
+            raise ValueError(
+                f"θ(t) has kinks at {', '.join(f'{t:g}' for t in inside)}, inside steps of the grid, where a method of "
+                f"order {order} has order {keeps:g} only. Add these times to the grid, or pass allow_kinks=True."
+            )
+
+    def run(self, y: PyTree) -> tuple[PyTree, Report]:
+        """All steps from y."""
+        for path, leaf in jax.tree_util.tree_leaves_with_path(y):
+            if not (hasattr(leaf, "dtype") and _tree.is_inexact(leaf)):
+                raise TypeError(f"y{jax.tree_util.keystr(path)} must be a floating-point array, got {leaf!r}.")
+            if not leaf.ndim and {"error", "stiffness"} & set(self.report):
+                raise ValueError("A report needs a batch: give y a leading axis.")
+
+        def step(y: PyTree, interval: PyTree) -> tuple[PyTree, dict[str, Any]]:
+            after, seen, cost = self.step(interval, y)
+            return after, seen | {"cost": cost}
+
+        steps = len(self.grid) - 1
+        body = jax.checkpoint(step, prevent_cse=self.unroll > 1) if self.remat else step
+        end, seen = jax.lax.scan(body, y, self.intervals, unroll=min(self.unroll, steps))
+        seen["cost"] = jax.tree.map(lambda x: x.sum(dtype=x.dtype), seen["cost"])
+        if "states" in self.report:
+            seen["states"] = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), y, seen["states"])
+        if "variation" in self.report:
+            seen["variation"] = self.controls.total_variation()
+        return end, Report(**seen)
+
+    def step(self, interval: PyTree, y: PyTree) -> tuple[PyTree, dict[str, Any], Cost]:
+        """One step: the features after it, what is reported of it, and its cost."""
+        start, h, piece = interval
+        layer: Any = self.layer
+        # The solvers know no time: a clock that runs since the step's start moves along with the features.
+        params = {"clock": jnp.zeros_like(h), "y": y}
+
+        def field(moving: PyTree, stage: Any) -> PyTree:
+            del stage
+            clock = moving["clock"]
+            slope = self.slope(interval, clock, moving["y"])
+            # A solver follows a gradient downhill.
+            return {"clock": -jnp.ones_like(clock), "y": jax.tree.map(jnp.negative, slope)}
+
+        def decay(moving: PyTree) -> PyTree:
+            theta = self.on_step(piece, moving["clock"] / h, start + moving["clock"])
+            rate = layer.decay(theta, start + moving["clock"])
+            return {"clock": jnp.zeros_like(h), "y": _spread(rate, moving["y"])}
+
+        problem = VectorField(field, decay=decay if hasattr(layer, "decay") else None)
+        step = self.solver.step(
+            problem,
+            params,
+            problem(params),
+            h,
+            self.solver.init(params),
+            wants=frozenset(_WANTS[name] for name in self.report if name in _WANTS),
+        )
+        after = _tree.add_scaled(y, -h, step.direction["y"])
+        return after, self._seen(step, y, after, h), step.cost
+
+    def slope(self, interval: PyTree, clock: jax.Array, y: PyTree) -> PyTree:
+        """Y' at the time `clock` after the start of a step."""
+        start, h, piece = interval
+        theta = self.on_step(piece, clock / h, start + clock)
+        return _like(self.layer(theta, y, start + clock), y)
+
+    def _seen(self, step: Step, y: PyTree, after: PyTree, h: Any) -> dict[str, Any]:
+        seen = {}
+        if "states" in self.report:
+            seen["states"] = after
+        if "error" in self.report:
+            seen["error"] = scaled_error(step.quantities["error"]["y"], y, after, self.atol, self.rtol)
+        if "stiffness" in self.report:
+            ks = [k["y"] for k in step.quantities["stages"]]
+            seen["stiffness"] = stiffness(TracedTableau.of(cast(Explicit, self.solver).tableau), ks, h)
+        return seen
+
+
+def _solver_of_features(method: Method, layer: Layer) -> Solver:
+    if isinstance(method, str):
+        if method not in TABLEAUS:
+            raise ValueError(
+                f"solver={method!r} is not in rk_optax.TABLEAUS ({', '.join(TABLEAUS)}); other methods are solvers: "
+                "Stabilized('rkc2', stages=5), Etd(2, 'given')."
+            )
+        method = TABLEAUS[method]
+    if isinstance(method, ButcherTableau | TracedTableau):
+        method = Explicit(method, unroll=True)
+    if not isinstance(method, Solver):
+        raise TypeError(f"solver must be a name, a tableau or a Solver, got {type(method).__name__}.")
+    if "decay" in method.needs and not hasattr(layer, "decay"):
+        raise ValueError(
+            f"{method!r} integrates a linear part exactly that the layer gives: make the layer a "
+            "rk_optax.networks.Semilinear(decay, rest)."
+        )
+    if (
+        method.needs - {"decay", "diagonal_scale"}
+        or method.gradients_per_step is None
+        or getattr(method, "linear", "") == "l2"
+    ):
+        raise ValueError(
+            f"{method!r} cannot step the features of a network: implicit and linearly implicit methods take the "
+            "field's Jacobian for symmetric, which that of a layer is not, and a loop whose length depends on the data "
+            "has no reverse mode. Use an explicit tableau, Stabilized with a number of stages, or Etd(linear='given')."
+        )
+    return method
+
+
+def _like(slope: PyTree, y: PyTree) -> PyTree:
+    """`slope` in the dtypes of y, which it has to be like."""
+    expected, got = (jax.tree.map(lambda x: (jnp.shape(x), jnp.iscomplexobj(x)), tree) for tree in (y, slope))
+    if expected != got:
+        raise TypeError(f"The layer's result must be like y in structure, shapes and realness: {got} for {expected}.")
+    return jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), slope, y)
+
+
+def _spread(rate: PyTree, y: PyTree) -> PyTree:
+    return jax.tree.map(lambda r, x: jnp.broadcast_to(jnp.asarray(r, _tree.real_dtype(x)), x.shape), rate, y)
