@@ -93,7 +93,7 @@ def test_the_table_of_tableaus_is_that_of_the_tableaus():
     for name, order, stages, gradients, interval, per_gradient, ready in rows:
         tableau = rk_optax.TABLEAUS[name]
         assert int(order.split("(")[0]) == tableau.order
-        assert ("(" in order) == (tableau.b_embedded is not None)
+        assert ("(" in order) == (tableau.b_hat is not None)
         assert (int(stages), int(gradients)) == (len(tableau.b), tableau.effective_stages)
         assert float(interval) == pytest.approx(tableau.real_stability_interval, abs=6e-4)
         assert float(per_gradient) == pytest.approx(tableau.real_stability_interval / tableau.effective_stages, abs=6e-3)
@@ -123,8 +123,8 @@ RULES = {
 SOME = {
     "two stages or more": lambda solver: solver != "euler",
     "`euler`": lambda solver: solver == "euler",
-    "with an embedded pair": lambda solver: rk_optax.TABLEAUS[solver].b_embedded is not None,
-    "order 2": lambda solver: solver.method in ("rkc2", "rkl2"),
+    "with an embedded pair": lambda solver: rk_optax.TABLEAUS[solver].b_hat is not None,
+    "order 2": lambda solver: solver.family in ("rkc2", "rkl2"),
     "`sdirk2`, `sdirk3`": lambda solver: solver in ("sdirk2", "sdirk3"),
     "`etdrk2`": lambda solver: solver.order == 2,
     "yes": lambda solver: True,
