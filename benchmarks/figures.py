@@ -72,7 +72,15 @@ def read(name: str) -> Any:
 def style(method: str, **more: Any) -> dict[str, Any]:
     """How a method looks, everywhere."""
     label, color, marker, line = STYLES[method]
-    return {"label": label, "color": color, "marker": marker, "linestyle": line, "markersize": 5, "linewidth": 1.5, **more}
+    return {
+        "label": label,
+        "color": color,
+        "marker": marker,
+        "linestyle": line,
+        "markersize": 5,
+        "linewidth": 1.5,
+        **more,
+    }
 
 
 def race_seconds(ax: Axes, problem: str) -> None:
@@ -95,7 +103,11 @@ def race_cost(ax: Axes, problem: str) -> None:
         prices = [(price["v"], price["error"] - least) for price in entrant["targets"] if price["v"] is not None]
         if prices:
             ax.loglog(*zip(*prices, strict=True), **style(entrant["entrant"], markersize=7))
-    ax.set(xlabel="cost in V (one value_and_grad), everything counted", ylabel="target reached", title=f"{TITLES[problem]}: what a target costs")
+    ax.set(
+        xlabel="cost in V (one value_and_grad), everything counted",
+        ylabel="target reached",
+        title=f"{TITLES[problem]}: what a target costs",
+    )
 
 
 def _least(race: Any) -> float:
@@ -161,7 +173,10 @@ def _races() -> dict[str, tuple[list[Panel], tuple[float, float]]]:
 
 FIGURES_TO_DRAW: dict[str, tuple[list[Panel], tuple[float, float]]] = {
     "home": (
-        [lambda ax: race_seconds(ax, "poisson"), lambda ax: mnist(ax, "gradients", ("sgd", "momentum", "adam", "rk4", "rk4_all"))],
+        [
+            lambda ax: race_seconds(ax, "poisson"),
+            lambda ax: mnist(ax, "gradients", ("sgd", "momentum", "adam", "rk4", "rk4_all")),
+        ],
         (9.5, 4.0),
     ),
     "poisson-seconds": ([lambda ax: race_seconds(ax, "poisson")], (6.0, 4.2)),

@@ -74,11 +74,17 @@ def test_the_readme_is_short_and_its_links_lead_to_files():
 def test_every_answer_of_the_guide_points_to_a_row_or_a_section_that_is_there():
     tree = CHOOSE.split('<div class="tree"')[1].split("</div>")[0]
     anchors = set(re.findall(r'<a id="([\w-]+)">', RESULTS))
-    anchors |= {re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-") for line in RESULTS.splitlines() if line[:1] == "#"}
+    anchors |= {
+        re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-")
+        for line in RESULTS.splitlines()
+        if line[:1] == "#"
+    }
     linked = re.findall(r"results\.md#([\w-]+)", tree)
     assert len(set(linked)) >= 10
     assert set(linked) <= anchors
-    assert {"L-BFGS", "Adam"} <= set(re.findall(r"L-BFGS|Adam", "".join(re.findall(r'<span class="take">(.*?)</span>', tree))))
+    assert {"L-BFGS", "Adam"} <= set(
+        re.findall(r"L-BFGS|Adam", "".join(re.findall(r'<span class="take">(.*?)</span>', tree)))
+    )
     assert {"poisson", "burgers", "gp-dual", "logistic", "digits-full-batch", "mnist-cost"} <= set(linked)
 
 
@@ -96,7 +102,9 @@ def test_the_table_of_tableaus_is_that_of_the_tableaus():
         assert ("(" in order) == (tableau.b_hat is not None)
         assert (int(stages), int(gradients)) == (len(tableau.b), tableau.effective_stages)
         assert float(interval) == pytest.approx(tableau.real_stability_interval, abs=6e-4)
-        assert float(per_gradient) == pytest.approx(tableau.real_stability_interval / tableau.effective_stages, abs=6e-3)
+        assert float(per_gradient) == pytest.approx(
+            tableau.real_stability_interval / tableau.effective_stages, abs=6e-3
+        )
         assert ready == (f"`rk_optax.{name}`" if hasattr(rk_optax, name) else f'`runge_kutta(…, "{name}")`')
 
 
@@ -131,7 +139,9 @@ SOME = {
     "**default**": lambda solver: True,
     "no": lambda solver: False,
 }
-RULE_ROWS = rows_of(CHOOSE, "## Which solver takes which rule\n\nThe rule is what stands in the place of the learning rate.\n\n")
+RULE_ROWS = rows_of(
+    CHOOSE, "## Which solver takes which rule\n\nThe rule is what stands in the place of the learning rate.\n\n"
+)
 
 
 def test_the_table_of_rules_has_a_row_for_each_rule_and_a_column_for_each_kind_of_solver():

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import html
 import importlib
 import importlib.util
@@ -37,6 +38,7 @@ def repository() -> str:
     return project["urls"]["Repository"]
 
 
+@functools.cache  # reading docstrings imports more modules, and those must not change where a name is at home
 def public_names() -> dict[str, str]:
     """Every public name, by its dotted path, and the module that defines it."""
     found: dict[str, str] = {}
@@ -102,7 +104,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
     """TeX to MathML."""
-    content = re.sub(r'<span class="arithmatex">\\\((.*?)\\\)</span>', lambda m: _mathml(m[1], "inline"), content, flags=re.S)
+    content = re.sub(
+        r'<span class="arithmatex">\\\((.*?)\\\)</span>', lambda m: _mathml(m[1], "inline"), content, flags=re.S
+    )
     return re.sub(r'<div class="arithmatex">\\\[(.*?)\\\]</div>', lambda m: _mathml(m[1], "block"), content, flags=re.S)
 
 
@@ -116,7 +120,9 @@ def _entries(names: list[str]) -> str:
 
 def _rest() -> list[str]:
     pages = (ROOT / "docs" / "api").glob("*.md")
-    modules = [module for page in pages for match in _NAMES.findall(page.read_text("utf-8")) for module in match.split()]
+    modules = [
+        module for page in pages for match in _NAMES.findall(page.read_text("utf-8")) for module in match.split()
+    ]
     return sorted(set(public_names()) - set(names_of(modules)), key=str.lower)
 
 

@@ -39,7 +39,9 @@ def rewritten(text: str, slug: str) -> str:
     for before, after in _PLACES:
         text = re.sub(f"({before}){_SLUG}({after})", lambda match: f"{match[1]}{slug}{match[2]}", text)
     # Links to files of this repository; other projects' are left alone.
-    return re.sub(rf"(https://github\.com/){_SLUG}(/blob/main/(?:RESULTS|notebooks|docs|rk_optax))", rf"\g<1>{slug}\g<2>", text)
+    return re.sub(
+        rf"(https://github\.com/){_SLUG}(/blob/main/(?:RESULTS|notebooks|docs|rk_optax))", rf"\g<1>{slug}\g<2>", text
+    )
 
 
 def main(arguments: list[str]) -> int:
