@@ -111,7 +111,7 @@ def race_cost(ax: Axes, problem: str) -> None:
 
 
 def _least(race: Any) -> float:
-    """The least loss that anybody reached, less a thousandth of its distance from the last target: no logarithm of 0."""
+    """The least loss that anybody reached, less a little, so that there is no logarithm of 0."""
     reached = min(min(entrant["final_error_range"]) for entrant in race["entrants"])
     return reached - 1e-3 * abs(race["entrants"][0]["targets"][-1]["error"] - reached)
 

@@ -180,7 +180,7 @@ def test_the_questions_name_every_reason():
     assert named == {reason.name for reason in rk_optax.Reason if reason is not rk_optax.Reason.ACCEPTED}
 
 
-# --- The repository's address, figures, the checker of links -----------------------------------------------------------
+# --- The repository's address, figures, the checker of links ---------------------------------------------------------
 
 
 def test_all_files_name_the_repository_of_pyproject():

@@ -1,4 +1,4 @@
-"""Builds the site with warnings as errors and checks it: links, anchors, nothing fetched from elsewhere, no name missing.
+"""Builds the site with warnings as errors and checks it: links, anchors, nothing from elsewhere, no name missing.
 
     python docs/tools/build.py
 

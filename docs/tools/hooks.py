@@ -1,4 +1,4 @@
-"""What MkDocs does not do by itself: files of the repository as pages, the API's names, and mathematics without a script.
+"""What MkDocs does not do by itself: files of the repository as pages, the API's names, mathematics without a script.
 
 - `{{ repository }}` in a page becomes the repository's address, which pyproject.toml holds.
 - `{{ include FILE }}` becomes that file of the repository, with its links turned to pages of the site.

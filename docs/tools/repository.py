@@ -2,7 +2,7 @@
 
     python docs/tools/repository.py
 
-For a fork: change the line in pyproject.toml, run this, commit. `--check` changes nothing and fails where a file differs.
+For a fork: change the line in pyproject.toml, run this, commit. `--check` changes nothing and fails where one differs.
 """
 
 from __future__ import annotations
