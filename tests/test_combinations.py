@@ -371,7 +371,7 @@ PAGE_MESSAGES = [
     "pass it as preconditioner=",
     "pass a loss_fn whose structure is known",
     "pass a loss_fn whose structure is known",
-    "symmetric only with a diagonal one",
+    "symmetric only with a diagonal",
     "not of one changed by momentum",
     "needs an embedded error estimate",
     "which the tableau 'rk4' does not offer",
