@@ -1,9 +1,9 @@
-"""The study of RESULTS.md from its run folders: small JSON, the figure, and the tables in Markdown.
+"""The study of RESULTS.md from its run folders: small JSON, and the tables in Markdown.
 
 for size in 16 64 1024 8192; do
     rk-optax compare configs/mnist_$size.py --data-dir DIRECTORY_OF_THE_IDX_FILES --out runs/mnist_$size
 done
-python benchmarks/mnist_study.py --runs runs    # writes benchmarks/results/mnist_*.json and mnist.png
+python benchmarks/mnist_study.py --runs runs    # writes benchmarks/results/mnist_*.json
 python benchmarks/mnist_study.py                # prints the tables from the JSON
 """
 
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = (16, 64, 1024, 8192)
@@ -31,19 +30,6 @@ NAMES = {
     "rk4_momentum": "RK4 + momentum",
     "rk4_all": "RK4 + all three",
     "rk4_split": "RK4, split batch",
-}
-# Okabe and Ito's palette; ingredients share their colour with no other and their marker with nobody.
-STYLES = {
-    "adam": ("#000000", "D", "-"),
-    "sgd": ("#E69F00", "s", "-"),
-    "momentum": ("#0072B2", "^", "-"),
-    "heun": ("#009E73", "v", "-"),
-    "rk4": ("#D55E00", "o", "-"),
-    "rk4_adagrad": ("#CC79A7", "P", "--"),
-    "rk4_dal": ("#56B4E9", "X", "--"),
-    "rk4_momentum": ("#8A6D00", "<", "--"),
-    "rk4_all": ("#7F3C8D", "*", "--"),
-    "rk4_split": ("#777777", "h", ":"),
 }
 
 
@@ -158,43 +144,6 @@ def details(size: int) -> str:
     return "\n".join(lines)
 
 
-def draw(path: Path) -> None:
-    """Accuracy at equal steps and at equal cost against the batch size, and the training loss beside it."""
-    results = {size: load(size) for size in SIZES}
-    figure = Figure(figsize=(12.5, 8.2), dpi=110, layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True, sharey="row")
-    for column, (equal, title) in zip(
-        axes.T, [("steps", "at equal steps"), ("gradients", "at equal cost (RK4: a quarter of the steps)")], strict=True
-    ):
-        for index, (name, (color, marker, line)) in enumerate(STYLES.items()):
-            rows = [
-                next(row for row in results[size]["table"] if (row["equal"], row["optimizer"]) == (equal, name))
-                for size in SIZES
-            ]
-            x = np.array(SIZES) * 1.07 ** (index - 4.5)  # side by side, not on top of one another
-            for axis, quantity, shown in zip(column, ("test_accuracy", "train_loss"), (_error, float), strict=True):
-                mean, low, high = (np.array([shown(row[quantity][k]) for row in rows]) for k in ("mean", "min", "max"))
-                bars = np.abs(np.sort([low, high], axis=0) - mean)
-                style = {"color": color, "marker": marker, "linestyle": line, "markersize": 7, "linewidth": 1.4}
-                axis.errorbar(x, mean, bars, elinewidth=1, label=NAMES[name], **style)
-        column[0].set_title(title)
-        column[1].set_xlabel("batch size, examples")
-        for axis in column:
-            axis.set_xscale("log", base=2)
-            axis.set_yscale("log")
-            axis.set_xticks(SIZES, [str(size) for size in SIZES])
-            axis.grid(which="both", alpha=0.25)
-            axis.spines[["top", "right"]].set_visible(False)
-    for axis, label in zip(axes[:, 0], ("test error, % (100 − accuracy)", "training loss, nats"), strict=True):
-        axis.set_ylabel(label)
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "235" else "")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    title = f"mean and range over {len(results[16]['config']['seeds'])} seeds"
-    figure.legend(handles, labels, loc="outside right center", title=title)
-    figure.savefig(path)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--runs", type=Path, metavar="DIR", help="folder of the runs mnist_16, mnist_64 and so on")
@@ -203,7 +152,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for run in (*SIZES, "8192_dal"):
             text = json.dumps(collect(options.runs / f"mnist_{run}"), separators=(",", ":"))
             (RESULTS / f"mnist_{run}.json").write_text(text + "\n", encoding="utf-8")
-        draw(RESULTS / "mnist.png")
     print(
         "\n\n".join([overview(), against(), at_equal_loss(), *(f"batch {size}\n\n{details(size)}" for size in SIZES)])
     )

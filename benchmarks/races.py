@@ -5,7 +5,6 @@ python benchmarks/races.py runs/poisson
 """
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,11 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def collect(folder: Path) -> None:
-    """Copies summary and figure of one race, with the configuration and versions that made them."""
+    """Copies the summary of one race, with the configuration and versions that made them."""
     run, summary = (json.loads((folder / name).read_text()) for name in ("config.json", "summary.json"))
     problem = run["config"]["problem"]
     content = {"config": run["config"], "versions": run["versions"], "device": run["device"], **summary}
     (RESULTS / f"race_{problem}.json").write_text(json.dumps(content, indent=1) + "\n")
-    shutil.copy(folder / "race.png", RESULTS / f"race_{problem}.png")
 
 
 def table(problem: str) -> str:

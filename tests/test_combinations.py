@@ -350,8 +350,8 @@ def test_what_does_not_combine_raises_and_says_why(row):
         make()
 
 
-# The README says the same, to people: each row of its table and the message that a reader gets.
-README_MESSAGES = [
+# The page "With the rest of Optax" says the same, to people: each row of its table and the message that a reader gets.
+PAGE_MESSAGES = [
     "gradient-descent step",
     "first two stages",
     "they see different batches",
@@ -371,7 +371,7 @@ README_MESSAGES = [
     "pass it as preconditioner=",
     "pass a loss_fn whose structure is known",
     "pass a loss_fn whose structure is known",
-    "symmetric only with a diagonal one",
+    "symmetric only with a diagonal",
     "not of one changed by momentum",
     "needs an embedded error estimate",
     "which the tableau 'rk4' does not offer",
@@ -380,18 +380,18 @@ README_MESSAGES = [
 ]
 
 
-def readme_rows():
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+def page_rows():
+    text = (Path(__file__).parents[1] / "docs" / "compose.md").read_text(encoding="utf-8")
     table = text.split("| This raises | because |\n|---|---|\n")[1].split("\n\n")[0]
     return [re.findall(r"`([^`]+)`", line.split(" | ")[0]) for line in table.splitlines()]
 
 
-def test_the_table_of_the_readme_has_a_message_for_every_row():
-    assert len(readme_rows()) == len(README_MESSAGES)
+def test_the_table_of_the_page_has_a_message_for_every_row():
+    assert len(page_rows()) == len(PAGE_MESSAGES)
 
 
-@pytest.mark.parametrize(("snippets", "message"), list(zip(readme_rows(), README_MESSAGES, strict=False)))
-def test_what_the_readme_says_raises_does(snippets, message):
+@pytest.mark.parametrize(("snippets", "message"), list(zip(page_rows(), PAGE_MESSAGES, strict=False)))
+def test_what_the_page_says_raises_does(snippets, message):
     w, seven = jnp.ones(3), jnp.ones((7, 3))
 
     def loss_fn(params, x):

@@ -41,7 +41,7 @@ def test_the_table_of_a_batch_size_is_in_the_text(size):
 
 
 def test_every_claim_has_its_config_and_verdict():
-    table = TEXT.split("\n\n")[2].splitlines()
+    table = next(part for part in TEXT.split("\n\n") if part.startswith("| claim")).splitlines()
     assert table[0].startswith("| claim")
     for row in table[2:]:
         claim, config, verdict, cost = (cell.strip() for cell in row.strip("|").split("|"))
@@ -49,11 +49,6 @@ def test_every_claim_has_its_config_and_verdict():
         assert cost
         assert verdict.startswith(("held", "not held", "partly held"))
         assert all((ROOT / "configs" / name.strip("` ")).is_file() for name in config.split(","))
-
-
-def test_the_figure_can_be_drawn(tmp_path):
-    STUDY["draw"](tmp_path / "mnist.png")
-    assert (tmp_path / "mnist.png").stat().st_size > 30_000
 
 
 def test_a_run_is_collected_without_its_paths(tmp_path):

@@ -1,4 +1,4 @@
-"""The recipes of the README for parameters that no framework class holds: Equinox modules and plain pytrees."""
+"""The recipes of the site for parameters that no framework class holds: Equinox modules and plain pytrees."""
 
 import dataclasses
 from collections.abc import Callable
