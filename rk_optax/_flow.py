@@ -142,7 +142,7 @@ class _Flow:
         if setting.automatic_first_step:
             assert isinstance(setting.rule, ErrorControl)  # for the type checker
             h = _first_step(self.field, params, k1, setting.rule, setting.solver.error_order or 0)
-            rule = rule._replace(step_size=h.astype(rule.step_size.dtype))
+            rule = rule._replace(next_step_size=h.astype(rule.next_step_size.dtype))
             cost = cost.plus(Cost(gradients=1))
         zero = jnp.zeros([], self.inputs.offsets.dtype)
         watched = self.watch(zero, params, k1)
@@ -242,7 +242,7 @@ class _Flow:
         end = self.inputs.offsets[-1]
         over = (state.cost.gradients >= limits["max_gradients"]) | (state.attempts >= limits["max_steps"])
         if self.setting.rule.adaptive:
-            h = getattr(state.rule, "step_size", jnp.inf)
+            h = getattr(state.rule, "next_step_size", jnp.inf)
             tiny = ~accepted & ((h <= 1e-13 * end) | (state.reason == Reason.SMALLEST_STEP))
             refused = jnp.where(tiny, FlowResult.STALLED, FlowResult.RUNNING)
         else:

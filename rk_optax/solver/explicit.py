@@ -73,8 +73,8 @@ class Explicit(Solver):
     def offers(self) -> frozenset[Quantity]:
         """An error where the tableau has embedded weights; a curvature where a second stage is at another place.
 
-        The last stage where it is the next first one, dense output where the tableau has a published one, and all stages
-        where there are several.
+        The last stage where it is the next first one, dense output where the tableau has a published one, and all
+        stages where there are several.
         """
         tableau = self.tableau
         method = TracedTableau.of(tableau, tableau.needed_stages(with_error=False))
