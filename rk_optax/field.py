@@ -6,9 +6,8 @@ of `update` are its data. Each update binds it to that update's data, as a `Vect
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 
 from rk_optax import _tree
 from rk_optax._arguments import DataFunction, read_data_function
+from rk_optax._explanations import explained, linearized
 from rk_optax.parameter_view import ParameterView, check_kinds, check_like_params
 from rk_optax.stage_batches import StageBatches
 from rk_optax.structured_loss import LeastSquares, ModelLoss, Rows
@@ -147,8 +147,7 @@ class VectorField:
         """The field's Jacobian at `params` times `vector`, on the data of stage 1. Costs one product."""
         if self.smooth_field is None:
             raise ValueError(f"This field has no Hessian-vector product: {_REMEDIES['product']}.")
-        with _causes_explained():
-            return jax.jvp(self.smooth_field, (params,), (vector,))[1]
+        return jax.jvp(self.smooth_field, (params,), (vector,))[1]
 
     def hessian(self, params: PyTree) -> Linear:
         """V ↦ ∇²L v at `params`, without preconditioner, linearised once. Costs one gradient; each call one product."""
@@ -160,18 +159,15 @@ class VectorField:
         """Like `hessian`, of a field that need not be symmetric."""
         if self.gradient is None:
             raise ValueError(f"This field has no Jacobian: {_REMEDIES['product']}.")
-        with _causes_explained():
-            return _causes_explained()(jax.linearize(self.gradient, params)[1])
+        return linearized(self.gradient, params)[1]
 
     def gauss_newton(self, params: PyTree) -> Linear:
         """V ↦ (Jᵀ(∇²output_loss)J + λI) v, without preconditioner, linearised once. Each call costs one product."""
         structure = self._structured("gauss_newton")
-        with _causes_explained():
-            outputs, push = jax.linearize(structure.outputs, params)
-            pull = jax.linear_transpose(push, params)
-            curve = jax.linearize(jax.grad(structure.of_outputs), outputs)[1]
+        outputs, push = linearized(structure.outputs, params)
+        pull = jax.linear_transpose(push, params)
+        curve = jax.linearize(jax.grad(structure.of_outputs), outputs)[1]
 
-        @_causes_explained()
         def product(v: PyTree) -> PyTree:
             # The transpose of a complex linear map is not its adjoint.
             result = jax.tree.map(jnp.conj, pull(curve(push(v)))[0])
@@ -354,7 +350,7 @@ def _offers(loss_fn: Any, grad_fn: Any) -> frozenset[Capability]:
 
 def _bound_structure(loss: ModelLoss, data: Mapping[str, Any], view: ParameterView) -> BoundStructure:
     def outputs(moving: PyTree) -> PyTree:
-        with _explained("the model of loss_fn", view, data):
+        with explained("the model of loss_fn", view, data):
             return loss.outputs(view.whole(moving), data)
 
     def of_outputs(values: PyTree) -> jax.Array:
@@ -370,71 +366,9 @@ def _bound_structure(loss: ModelLoss, data: Mapping[str, Any], view: ParameterVi
     )
 
 
-@contextlib.contextmanager
-def _explained(role: str, view: ParameterView, data: Mapping[str, Any]) -> Iterator[None]:
-    """Adds to an error in a function of the user's what the solver passed in, and what helps."""
-    try:
-        yield
-    except Exception as error:
-        if not hasattr(error, "__notes__"):  # an evaluation inside this one has done so
-            error.add_note(_situation(role, view, data))
-            _add_causes(error)
-        raise
-
-
-@contextlib.contextmanager
-def _causes_explained() -> Iterator[None]:
-    """Adds to an error of a derivative what helps; JAX raises some only when a linear map is applied."""
-    try:
-        yield
-    except Exception as error:
-        _add_causes(error)
-        raise
-
-
-def _add_causes(error: Exception) -> None:
-    for sign, remedy in _KNOWN_CAUSES.items():
-        if sign in str(error) and remedy not in getattr(error, "__notes__", ()):
-            error.add_note(remedy)
-
-
 def _evaluated(function: DataFunction, view: ParameterView, moving: PyTree, data: Mapping[str, Any]) -> Any:
-    with _explained(function.role, view, data):
+    with explained(function.role, view, data):
         return function(view.whole(moving), data)
-
-
-_KNOWN_CAUSES = {
-    "'NoneType' object is not callable": "The parameters hold None where the loss wants a function, as eqx.filter "
-    "leaves them. Split the module with eqx.partition, pass the static half as data and call eqx.combine in the loss.",
-    "'State' object": "This is a loss of an NNX model, and a solver differentiates a loss of parameters: "
-    "rk_optax.nnx.pure_loss(loss_fn), or rk_optax.nnx.Optimizer(model, partial(rk_optax.rk4, learning_rate=...), "
-    "loss_fn, wrt=nnx.Param).",
-    "(jvp) to a custom_vjp": "A Gauss–Newton product differentiates the model forwards, and a Hessian product the "
-    "gradient, where a jax.custom_vjp has no rule. curvature='hessian' needs none for a custom_vjp in the model; "
-    "without any products are the explicit tableaus, rkc, rkl, residual_euler up to max_rows, etd1(linear='l2'), "
-    "dal(estimate='difference') and dal(estimate='free'). Or write the rule with jax.custom_jvp.",
-}
-
-
-def _situation(role: str, view: ParameterView, data: Mapping[str, Any]) -> str:
-    shapes = ", ".join(f"{name}: {_shapes(value)}" for name, value in data.items()) or "no data"
-    where = f"{role} was evaluated here by the solver, for a stage, on what update was given ({shapes})."
-    own, seen = (_dtypes(tree) for tree in (view.params, view.whole(view.theta)))
-    if own == seen:
-        return where
-    return (
-        f"{where} Parameters of {own} are {seen} at a stage; stage_dtype=None keeps their own dtypes, for a loss that "
-        "insists on them."
-    )
-
-
-def _dtypes(tree: PyTree) -> str:
-    return " and ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(tree)}))
-
-
-def _shapes(value: Any) -> str:
-    leaves = jax.tree.leaves(value)
-    return ", ".join(f"{jnp.result_type(x)}{list(jnp.shape(x))}" for x in leaves[:3] if hasattr(x, "dtype")) or "static"
 
 
 def _scalar_loss(result: Any, has_aux: bool) -> jax.Array:

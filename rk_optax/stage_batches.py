@@ -57,19 +57,20 @@ class StageBatches:
     def _slice(self, x: jax.Array, name: str, stage: int | jax.Array) -> jax.Array:
         x = jnp.asarray(x)
         length = x.shape[0] if x.ndim else None
-        if self.policy == "fresh" and length != self.stages:
-            raise ValueError(
-                f"stage_batches='fresh' needs a batch per stage: data argument {name!r} must have a leading axis of "
-                f"length {self.stages}, got shape {x.shape}. Stack {self.stages} batches with jnp.stack."
-            )
-        if self.policy == "split":
-            if length is None or length % self.stages:
+        if self.policy == "fresh":
+            if length != self.stages:
                 raise ValueError(
-                    f"stage_batches='split' cuts a batch into {self.stages} equal parts, and data argument {name!r} "
-                    f"of shape {x.shape} does not divide. Use a batch size that is a multiple of {self.stages}."
+                    f"stage_batches='fresh' needs a batch per stage: data argument {name!r} must have a leading axis "
+                    f"of length {self.stages}, got shape {x.shape}. Stack {self.stages} batches with jnp.stack."
                 )
-            x = x.reshape((self.stages, length // self.stages, *x.shape[1:]))
-        return jax.lax.dynamic_index_in_dim(x, stage, keepdims=False)
+            return jax.lax.dynamic_index_in_dim(x, stage, keepdims=False)
+        if length is None or length % self.stages:
+            raise ValueError(
+                f"stage_batches='split' cuts a batch into {self.stages} equal parts, and data argument {name!r} "
+                f"of shape {x.shape} does not divide. Use a batch size that is a multiple of {self.stages}."
+            )
+        # A slice keeps the sharding of a batch over devices, which a reshape would put on the axis of the stages.
+        return jax.lax.dynamic_slice_in_dim(x, stage * (length // self.stages), length // self.stages)
 
 
 def first_stage_batch(
