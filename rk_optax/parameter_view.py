@@ -117,7 +117,9 @@ def promote(params: PyTree, stage_dtype: Any) -> PyTree:
     def cast(leaf: jax.Array) -> jax.Array:
         if not _tree.is_inexact(leaf):
             return leaf
-        return leaf.astype(jnp.promote_types(leaf.dtype, stage_dtype))
+        with jax.numpy_dtype_promotion("standard"):  # asked for, not implicit
+            dtype = jnp.promote_types(leaf.dtype, stage_dtype)
+        return leaf.astype(dtype)
 
     return jax.tree.map(cast, params)
 

@@ -14,6 +14,7 @@ import optax
 
 from rk_optax import _checks, _tree
 from rk_optax._arguments import near_miss
+from rk_optax._explanations import causes_explained
 from rk_optax.field import Capability, Objective, VectorField, check_capabilities
 from rk_optax.parameter_view import Mask, ParameterView, check_stage_dtype, refuse_masked_nodes
 from rk_optax.preconditioner import Preconditioner, no_preconditioner
@@ -159,8 +160,10 @@ class _Method:
                 "params is None: a Runge–Kutta step evaluates the loss around params, so pass them: "
                 "tx.update(grads, state, params, **data)."
             )
-        prepared = self._prepare(updates, state, ParameterView.of(params, self.mask, self.stage_dtype), extra_args)
-        attempted = self._attempt(prepared, state, extra_args)
+        view = ParameterView.of(params, self.mask, self.stage_dtype)
+        with causes_explained():
+            prepared = self._prepare(updates, state, view, extra_args)
+            attempted = self._attempt(prepared, state, extra_args)
         return self._commit(prepared, attempted, state)
 
     def _prepare(self, updates: PyTree, state: RungeKuttaState, view: ParameterView, extra_args: Any) -> _Prepared:

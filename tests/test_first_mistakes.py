@@ -1,0 +1,304 @@
+"""What a new user does wrong first: each mistake is quoted, and the message names the argument and the remedy."""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import rk_optax
+
+W, X = jnp.ones(3), jnp.zeros(3)
+
+
+def loss_fn(w, x):
+    return jnp.sum((w - x) ** 2)
+
+
+least_squares = rk_optax.LeastSquares(lambda w, x: w - x)
+
+
+def trace(tx, params=W, **data):
+    """One update, traced and neither compiled nor run."""
+    grads = jax.tree.map(jnp.ones_like, params)
+    return jax.eval_shape(lambda g, p: tx.update(g, tx.init(p), p, **data), grads, params)
+
+
+def message(error):
+    """What a user reads: the message and its notes."""
+    return "\n".join([str(error.value), *getattr(error.value, "__notes__", ())])
+
+
+# --- Keywords --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mistake", "meant"),
+    [
+        (lambda: rk_optax.residual_euler(least_squares, max_row=3), "max_rows"),
+        (lambda: rk_optax.rkc(loss_fn, stage=3), "stages"),
+        (lambda: rk_optax.ros2(least_squares, tolerence=1e-3), "tolerance"),
+        (lambda: rk_optax.etd1(loss_fn, 0.1, linaer="l2"), "linear"),
+        (lambda: rk_optax.rk4(loss_fn, 0.1, momentun=0.9), "momentum"),
+        (lambda: rk_optax.runge_kutta(loss_fn, 0.1, "heun", hasaux=True), "has_aux"),
+        (lambda: rk_optax.rk4(loss_fn, learning_rte=0.1), "learning_rate"),
+    ],
+)
+def test_a_misspelt_option_names_the_right_one_also_of_the_solver(mistake, meant):
+    with pytest.raises(TypeError, match=f"did you mean '{meant}'"):
+        mistake()
+
+
+def test_a_keyword_of_another_transformation_is_no_misspelling_of_an_argument_with_a_default():
+    tx = rk_optax.rk4(lambda w, x, mask=None: loss_fn(w, x), 0.1)
+    trace(tx, x=X, task=1)
+    with pytest.raises(TypeError, match=r"did you mean 'mask'.* pass 'mask' too"):
+        trace(tx, x=X, maks=1)
+    trace(tx, x=X, maks=1, mask=None)
+
+
+# --- after= ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lion", "rmsprop", "adagrad", "lamb", "adafactor", "sm3"])
+def test_after_a_whole_optimizer_would_ascend_and_is_refused(name):
+    with pytest.raises(ValueError, match=r"after.*the loss would rise.*optax\.scale_by_adam\(\)"):
+        rk_optax.rk4(loss_fn, 0.1, after=getattr(optax, name)(1e-3))
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        optax.scale_by_adam(),
+        optax.trace(0.9),
+        optax.chain(optax.clip(0.1), optax.add_decayed_weights(0.1)),
+        optax.add_noise(100.0, 0.5, key=jax.random.key(0)),
+        optax.set_to_zero(),
+        optax.contrib.reduce_on_plateau(),
+        optax.multi_transform({"a": optax.scale(2.0)}, {"leaf": "a"}),
+    ],
+)
+def test_after_a_transformation_that_keeps_the_direction_is_taken(after):
+    rk_optax.rk4(loss_fn, 0.1, after=after)
+
+
+def test_after_with_a_traced_rate_is_taken():
+    jax.eval_shape(lambda c: trace(rk_optax.rk4(loss_fn, 0.1, after=optax.trace(c)), x=X)[0], 0.9)
+
+
+def test_after_that_takes_a_keyword_says_where_it_goes():
+    tx = rk_optax.rk4(loss_fn, 0.1, after=optax.contrib.reduce_on_plateau())
+    with pytest.raises(TypeError) as error:
+        trace(tx, x=X)
+    assert "'value'" in message(error)
+    assert "after=" in message(error)
+    assert "tx.update(grads, state, params, value=loss, x=x)" in message(error)
+    trace(tx, x=X, value=1.0)
+
+
+# --- Layers with rates of their own ----------------------------------------------------------------------------------
+
+
+def test_multi_transform_around_a_solver_says_how_to_give_layers_rates():
+    params = {"w": W, "b": W}
+    tx = optax.multi_transform({"rk": rk_optax.rk4(loss_fn, 0.1), "sgd": optax.sgd(0.1)}, {"w": "rk", "b": "sgd"})
+    with pytest.raises(ValueError, match=r"rates of their own.*precondition_by\(optax\.multi_transform"):
+        tx.init(params)
+
+
+def test_the_way_it_says_integrates_the_flow_with_those_rates(x64):
+    rates = {"slow": 0.1, "fast": 1.0}
+    scale = optax.multi_transform({name: optax.scale(rate) for name, rate in rates.items()}, {k: k for k in rates})
+
+    def loss(p):
+        return 0.5 * (p["slow"] ** 2 + p["fast"] ** 2)
+
+    tx = rk_optax.rk4(loss, 0.5, preconditioner=rk_optax.precondition_by(scale))
+    params = {name: jnp.array(1.0) for name in rates}
+    updates, _ = tx.update(jax.grad(loss)(params), tx.init(params), params)
+    for name, rate in rates.items():
+        z = -0.5 * rate
+        np.testing.assert_allclose(1 + updates[name], 1 + z + z**2 / 2 + z**3 / 6 + z**4 / 24, rtol=1e-12)
+
+
+# --- Errors inside the loss ------------------------------------------------------------------------------------------
+
+
+def test_parameters_that_eqx_filter_has_emptied():
+    model = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))
+
+    def loss(model, x):
+        return jnp.mean(jax.vmap(model)(x) ** 2)
+
+    with pytest.raises(TypeError) as error:
+        trace(rk_optax.rk4(loss, 0.1), eqx.filter(model, eqx.is_inexact_array), x=jnp.ones((4, 3)))
+    assert "'NoneType' object is not callable" in message(error)
+    assert "eqx.partition" in message(error)
+
+
+def scanned(w, x):
+    carried, _ = jax.lax.scan(lambda c, _: (c * w, None), jnp.ones(3, jnp.bfloat16), None, length=2)
+    return loss_fn(carried.astype(jnp.float32), x)
+
+
+def convolved(w, x):
+    image = jnp.ones((1, 1, 4, 4), jnp.bfloat16)
+    return jnp.sum(jax.lax.conv(image, w.reshape(1, 1, 1, 3), (1, 1), "SAME").astype(jnp.float32)) + jnp.sum(x)
+
+
+@pytest.mark.parametrize("loss", [scanned, convolved])
+def test_a_loss_that_insists_on_the_dtype_of_the_parameters(loss):
+    with pytest.raises(TypeError) as error:
+        trace(rk_optax.rk4(loss, 0.1), W.astype(jnp.bfloat16), x=X)
+    assert "Parameters of bfloat16 are float32 at a stage; stage_dtype=None" in message(error)
+    trace(rk_optax.rk4(loss, 0.1, stage_dtype=None), W.astype(jnp.bfloat16), x=X)
+
+
+def test_a_shape_that_only_a_later_stage_meets():
+    with pytest.raises(TypeError) as error:
+        trace(rk_optax.rk4(loss_fn, 0.1), x=jnp.ones(5))
+    assert "loss_fn was evaluated here by the solver, for a stage, on what update was given (x: float32[5])" in message(
+        error
+    )
+
+
+@jax.custom_vjp
+def squares(a):
+    return a**2
+
+
+squares.defvjp(lambda a: (squares(a), a), lambda a, g: (2 * a * g,))
+opaque_model = rk_optax.ModelLoss(lambda w, x: squares(w - x), lambda values: jnp.sum(values))
+
+
+def opaque_loss(w, x):
+    return jnp.sum(squares(w - x))
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        rk_optax.rosenbrock_euler(opaque_model, 0.1),
+        rk_optax.residual_euler(rk_optax.LeastSquares(lambda w, x: squares(w - x)), 0.1, max_rows=1),
+    ],
+    ids=["gauss_newton", "residual_euler beyond max_rows"],
+)
+def test_a_custom_vjp_without_forward_mode_says_what_works(tx):
+    with pytest.raises(TypeError) as error:
+        trace(tx, x=X)
+    assert "jax.custom_vjp has no rule" in message(error)
+    assert "dal(estimate='difference')" in message(error)
+    assert "curvature='hessian'" in message(error)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        rk_optax.rosenbrock_euler(opaque_model, 0.1, curvature="hessian"),
+        rk_optax.rk4(opaque_loss, rk_optax.dal(0.1, estimate="difference")),
+        rk_optax.rk4(opaque_loss, rk_optax.dal(0.1, estimate="free")),
+        rk_optax.rkc(opaque_loss),
+        rk_optax.etd1(opaque_loss, 0.1, linear="l2", l2=1e-3),
+    ],
+)
+def test_and_what_it_says_works(tx):
+    trace(tx, x=X)
+
+
+# --- Fields that are no gradients ------------------------------------------------------------------------------------
+
+
+def rotation(z, strength=1.0):
+    """Of the game min_x max_y xy: its Jacobian is skew."""
+    return {"x": strength * z["y"], "y": -strength * z["x"]}
+
+
+def test_a_smooth_field_that_is_no_gradient_has_products_and_rk4_turns_it_as_it_should(x64):
+    z = {"x": jnp.array(1.0), "y": jnp.array(0.0)}
+    tx = rk_optax.rk4(None, rk_optax.dal(2.0), grad_fn=rk_optax.SmoothField(rotation))
+    updates, state = tx.update(rotation(z), tx.init(z), z)
+    np.testing.assert_allclose(state.rule.ratio, 1.0)
+    h = float(state.step_size)
+    np.testing.assert_allclose(1 + updates["x"], 1 - h**2 / 2 + h**4 / 24, rtol=1e-12)
+    np.testing.assert_allclose(updates["y"], h - h**3 / 6, rtol=1e-12)
+
+
+@pytest.mark.parametrize("make", [rk_optax.backward_euler, rk_optax.gauss4])
+def test_solvers_of_symmetric_systems_refuse_it_unless_it_says_that_it_is_symmetric(make):
+    with pytest.raises(ValueError, match=r"'symmetric'.*SmoothField\(grad_fn, symmetric=True\)"):
+        make(None, 0.1, grad_fn=rk_optax.SmoothField(rotation))
+    tx = make(None, 0.1, grad_fn=rk_optax.SmoothField(jax.grad(loss_fn), symmetric=True))
+    trace(tx, x=X)
+
+
+def test_a_smooth_field_is_read_for_its_data_and_its_jacobian_is_taken_at_its_data():
+    field = rk_optax.SmoothField(rotation)
+    tx = rk_optax.rk4(None, rk_optax.dal(2.0), grad_fn=field)
+    z = {"x": jnp.array(1.0), "y": jnp.array(0.0)}
+    for strength in (1.0, 3.0):
+        _, state = tx.update(rotation(z, strength), tx.init(z), z, strength=strength)
+        np.testing.assert_allclose(state.rule.ratio, strength, rtol=1e-6)
+    with pytest.raises(TypeError, match="grad_fn must be callable, got int"):
+        rk_optax.SmoothField(3)
+
+
+# --- Time ------------------------------------------------------------------------------------------------------------
+
+
+def test_time_is_the_sum_of_the_steps_that_were_taken_to_the_rounding_of_the_sum():
+    rates = jnp.array([0.1, jnp.nan, 1e-7, 0.25])
+    tx = rk_optax.euler(lambda w: jnp.sum(w**2), lambda count: rates[count % 4])
+    count = 10_000
+
+    @jax.jit
+    def run(w):
+        def step(carry, _):
+            w, state = carry
+            updates, state = tx.update(jnp.zeros_like(w), state, w)
+            return (w + updates, state), None
+
+        return jax.lax.scan(step, (w, tx.init(w)), length=4 * count)[0][1]
+
+    state = run(W)
+    exact = count * float(np.float64(np.float32(0.1)) + np.float64(np.float32(1e-7)) + 0.25)
+    # Added up without what rounding takes, float32 is wrong by 1e-5 of this sum.
+    assert abs(float(state.time) - exact) <= 2 * np.spacing(np.float32(exact))
+    assert int(state.rejected) == count
+
+
+# --- Strict promotion, split batches over devices --------------------------------------------------------------------
+
+EXPLICIT = ["euler", "rk4", "bogacki_shampine", "dopri8"]
+
+
+@pytest.mark.parametrize("name", EXPLICIT)
+def test_strict_dtype_promotion_promotes_nothing(name):
+    options = {"l2": 1e-3, "momentum": 0.9, "preconditioner": rk_optax.precondition_by_adam()}
+    with jax.numpy_dtype_promotion("strict"):
+        tx = getattr(rk_optax, name)(loss_fn, 0.1, **options)
+        updates, _ = trace(tx, W.astype(jnp.bfloat16), x=X)
+    assert updates.dtype == jnp.bfloat16
+
+
+@pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="explicit axes need jax.set_mesh")
+@pytest.mark.parametrize("axis_type", ["Explicit", "Auto"])
+def test_a_batch_over_devices_is_split_as_on_one_device(axis_type):
+    def loss(w, x):
+        return jnp.mean((x @ w) ** 2)
+
+    x = np.arange(48, dtype=np.float32).reshape(16, 3) / 48
+    tx = rk_optax.rk4(loss, 0.1, stage_batches="split", batch_argnames=["x"])
+    first = functools.partial(rk_optax.first_stage_batch, stages=4, policy="split", batch_argnames=["x"])
+
+    @jax.jit
+    def update(w, x):
+        return tx.update(jax.grad(loss)(w, **first({"x": x})), tx.init(w), w, x=x)[0]
+
+    alone = update(W, x)
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(getattr(jax.sharding.AxisType, axis_type),))
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d")))
+        np.testing.assert_allclose(update(W, spread), alone, rtol=1e-5)
