@@ -40,6 +40,12 @@ def add_scaled(x: PyTree, factor: Scalar, y: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: a + jnp.asarray(factor, real_dtype(b)) * b, x, y)
 
 
+def common_dtype(*dtypes: Any) -> np.dtype:
+    """The dtype that holds the numbers of all, also where `jax_numpy_dtype_promotion` forbids implicit ones."""
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, dtypes)
+
+
 def cast_like(tree: PyTree, like: PyTree) -> PyTree:
     """`tree` in the dtypes of `like`."""
     # A leaf of the right dtype passes as it is: a typed random key knows no astype.
@@ -117,7 +123,7 @@ def ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
 
 def _wide(x: jax.Array) -> jax.Array:
     """Sums in half precision would lose what they sum."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(common_dtype(x.dtype, jnp.float32))
 
 
 def _real_parts(x: jax.Array) -> list[jax.Array]:
@@ -126,7 +132,7 @@ def _real_parts(x: jax.Array) -> list[jax.Array]:
 
 def _reduced(combine: Callable[[jax.Array, jax.Array], jax.Array], scalars: Sequence[jax.Array]) -> jax.Array:
     """One scalar of several, in the widest of their dtypes; 0 of none."""
-    dtype = functools.reduce(jnp.promote_types, [x.dtype for x in scalars], np.dtype(np.float32))
+    dtype = common_dtype(np.dtype(np.float32), *(x.dtype for x in scalars))
     return functools.reduce(combine, [x.astype(dtype) for x in scalars], jnp.zeros([], dtype))
 
 

@@ -117,9 +117,7 @@ def promote(params: PyTree, stage_dtype: Any) -> PyTree:
     def cast(leaf: jax.Array) -> jax.Array:
         if not _tree.is_inexact(leaf):
             return leaf
-        with jax.numpy_dtype_promotion("standard"):  # asked for, not implicit
-            dtype = jnp.promote_types(leaf.dtype, stage_dtype)
-        return leaf.astype(dtype)
+        return leaf.astype(_tree.common_dtype(leaf.dtype, stage_dtype))
 
     return jax.tree.map(cast, params)
 

@@ -353,7 +353,7 @@ no_preconditioner = NoPreconditioner
 
 def _wide(x: jax.Array) -> jax.Array:
     """In float32 at least: a decay of 0.999 is 1 in bfloat16."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(_tree.common_dtype(x.dtype, jnp.float32))
 
 
 def _size(x: jax.Array) -> jax.Array:
@@ -362,7 +362,7 @@ def _size(x: jax.Array) -> jax.Array:
 
 def _correction(decay: Number, count: jax.Array, dtype: Any) -> jax.Array:
     """√(1 − decay^count), by which the root of a mean that started at 0 is too small."""
-    return jnp.sqrt(1 - jnp.asarray(decay, dtype) ** count)
+    return jnp.sqrt(1 - jax.lax.pow(jnp.asarray(decay, dtype), count))
 
 
 def _finite_or_nan(statistic: jax.Array, scale: jax.Array, like: jax.Array) -> jax.Array:

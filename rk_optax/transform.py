@@ -16,7 +16,7 @@ from rk_optax import _checks, _tree
 from rk_optax._arguments import near_miss
 from rk_optax._explanations import causes_explained
 from rk_optax.field import Capability, Objective, VectorField, check_capabilities
-from rk_optax.parameter_view import Mask, ParameterView, check_stage_dtype, refuse_masked_nodes
+from rk_optax.parameter_view import Mask, ParameterView, check_stage_dtype, promote, refuse_masked_nodes
 from rk_optax.preconditioner import Preconditioner, no_preconditioner
 from rk_optax.solver import Cost, Solver, Step, as_solver, name_of, saturating_sum
 from rk_optax.stage_batches import StageBatches
@@ -214,11 +214,12 @@ class _Method:
         )
 
     def _apply_after(self, direction: PyTree, state: PyTree, theta: PyTree, extra_args: Any) -> tuple[PyTree, PyTree]:
-        """`after` of g*, in the stage dtype; its state stays in the dtypes of params."""
+        """`after` of g*, in the stage dtype, from which only its state is cast back to what it was."""
         if self.after is None:
             return direction, state
+        state = jax.tree.map(jnp.asarray, state)
         try:
-            direction, new = self.after.update(direction, state, theta, **extra_args)
+            direction, new = self.after.update(direction, promote(state, self.stage_dtype), theta, **extra_args)
         except TypeError as error:
             if "required keyword-only argument" in str(error):  # as optax.contrib.reduce_on_plateau has one, value
                 error.add_note(
@@ -226,7 +227,7 @@ class _Method:
                     "loss's data, as in tx.update(grads, state, params, value=loss, x=x)."
                 )
             raise
-        return _tree.cast_like(direction, theta), _tree.cast_like(new, jax.tree.map(jnp.asarray, state))
+        return _tree.cast_like(direction, theta), _tree.cast_like(new, state)
 
     def _commit(
         self, prepared: _Prepared, attempted: _Attempted, state: RungeKuttaState

@@ -271,16 +271,17 @@ def test_time_is_the_sum_of_the_steps_that_were_taken_to_the_rounding_of_the_sum
 
 # --- Strict promotion, split batches over devices --------------------------------------------------------------------
 
-EXPLICIT = ["euler", "rk4", "bogacki_shampine", "dopri8"]
 
-
-@pytest.mark.parametrize("name", EXPLICIT)
-def test_strict_dtype_promotion_promotes_nothing(name):
-    options = {"l2": 1e-3, "momentum": 0.9, "preconditioner": rk_optax.precondition_by_adam()}
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", ["rk4", "dopri5", "rkc", "ros2", "sdirk2", "gauss4", "etdrk2"])
+def test_strict_dtype_promotion_stops_no_solver(name, dtype):
+    curvature = {"curvature": "hessian"} if name == "ros2" else {}
     with jax.numpy_dtype_promotion("strict"):
-        tx = getattr(rk_optax, name)(loss_fn, 0.1, **options)
-        updates, _ = trace(tx, W.astype(jnp.bfloat16), x=X)
-    assert updates.dtype == jnp.bfloat16
+        tx = getattr(rk_optax, name)(
+            loss_fn, 0.1, l2=1e-3, momentum=0.9, preconditioner=rk_optax.precondition_by_adam(), **curvature
+        )
+        updates, _ = trace(tx, W.astype(dtype), x=X)
+    assert updates.dtype == dtype
 
 
 @pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="explicit axes need jax.set_mesh")

@@ -92,7 +92,7 @@ class DiagonalCurvature:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.steps)
         # In float32 at least: a decay of 0.999 is 1 in bfloat16.
         wide = jax.tree.map(
-            lambda d, p: d.astype(jnp.promote_types(_tree.real_dtype(p), jnp.float32)), state.mean, params
+            lambda d, p: d.astype(_tree.common_dtype(_tree.real_dtype(p), jnp.float32)), state.mean, params
         )
 
         def estimate() -> tuple[PyTree, jax.Array]:
@@ -106,10 +106,10 @@ class DiagonalCurvature:
 
             new = jax.tree.map(weigh, wide, signs, product)
             finite = _tree.all_finite(new)
-            return _tree.select(finite, new, wide), state.estimates + finite
+            return _tree.select(finite, new, wide), state.estimates + finite.astype(jnp.int32)
 
         mean, estimates = jax.lax.cond(due, estimate, lambda: (wide, state.estimates))
-        known = 1 - jnp.asarray(self.decay, _tree.default_float()) ** estimates
+        known = 1 - jax.lax.pow(jnp.asarray(self.decay, _tree.default_float()), estimates)
         steps = jnp.asarray(optax.safe_increment(state.steps))
         new = DiagonalState(steps, estimates, state.key, _tree.cast_like(mean, state.mean))
         return mean, known, new, Cost(products=due.astype(jnp.int32))

@@ -103,11 +103,12 @@ def shifted_lanczos(
         w = _tree.add_scaled(times(product(times(v))), -beta, v_old)
         alpha = _tree.inner(v, w)
         w = _tree.add_scaled(w, -alpha, v)
-        below = c * beta / eta  # of L in the factors L·U of the tridiagonal matrix
-        eta = 1 + c * alpha - below * c * beta
+        off = c * beta.astype(c.dtype)
+        below = off / eta  # of L in the factors L·U of the tridiagonal matrix
+        eta = 1 + c * alpha.astype(c.dtype) - below * off
         zeta = jnp.where(i == 0, one, -below * zeta)
         # p ← (v − cβ p)/η and x ← x + ζp in complex numbers, as pairs: a leaf may be complex by itself.
-        inverse, back = 1 / eta, -c * beta / eta
+        inverse, back = 1 / eta, -off / eta
         p_re, p_im = (
             _sum((inverse.real, v), (back.real, p_re), (-back.imag, p_im)),
             _sum((inverse.imag, v), (back.imag, p_re), (back.real, p_im)),
@@ -117,7 +118,7 @@ def shifted_lanczos(
             _sum((1, im), (zeta.imag, p_re), (zeta.real, p_im)),
         )
         v_new, new = _tree.unit(w)
-        left = jnp.abs(c * zeta / eta * new).astype(first.dtype)
+        left = (jnp.abs(c * zeta / eta) * new).astype(first.dtype)
         return (re, im), (p_re, p_im), v, v_new, new, eta, zeta, i + 1, left
 
     def unsolved(left: jax.Array) -> jax.Array:

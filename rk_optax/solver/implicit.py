@@ -221,7 +221,7 @@ class Implicit(Solver):
         a = self.tableau.a
         eigenvalues, vectors = np.linalg.eig(a)
         inverse = np.linalg.inv(vectors)
-        dtype = jnp.promote_types(_tree.default_float(), jnp.complex64)
+        dtype = _tree.common_dtype(_tree.default_float(), jnp.complex64)
 
         def residual(ds: PyTree) -> PyTree:
             ks = jax.lax.map(lambda d: field(_tree.add_scaled(params, -h, d), 0), ds)

@@ -307,7 +307,7 @@ class ResidualEuler(Solver):
         residual, rows = jax.lax.optimization_barrier(field.rows(params))
         theta, unravel = jax.flatten_util.ravel_pytree(params)
         # One dtype for the linear algebra, whatever those of the leaves, of the residuals and of h are.
-        real = jnp.promote_types(jnp.finfo(jnp.result_type(theta, residual)).dtype, jnp.float32)
+        real = _tree.common_dtype(jnp.finfo(jnp.result_type(theta, residual)).dtype, jnp.float32)
         leaves = [leaf.reshape(count, -1) for leaf in jax.tree.leaves(rows)]
         matrix = jnp.concatenate([jnp.zeros((count, 0), real), *leaves], axis=1)
         residual, h = residual.astype(real), jnp.asarray(h, real)

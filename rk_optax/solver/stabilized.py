@@ -167,10 +167,10 @@ class Stabilized(Solver):
         new = StabilizedState(radius, stages, age + 1, eigenvector)
         return Step(
             direction,
-            Cost(gradients=jnp.maximum(stages, 1) + spent + want_error),
+            Cost(gradients=jnp.maximum(stages, 1) + spent + int(want_error)),
             solved=fits,
             # Stages as a continuous function of h, or a controller that compares steps takes rounding for a loss.
-            work=choices[0] * jnp.sqrt(stiffness / intervals[0]),
+            work=float(choices[0]) * jnp.sqrt(stiffness / float(intervals[0])),
             quantities=_quantities(error),
             # A ρ that is not finite, of one bad batch say, tells nothing: a controller must not take h from it.
             largest_step=jnp.where(jnp.isfinite(radius), jnp.asarray(intervals[-1], radius.dtype) / radius, jnp.inf),
