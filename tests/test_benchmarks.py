@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.latest
+
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 

@@ -14,6 +14,8 @@ from conftest import network_loss
 import rk_optax
 from rk_optax import TABLEAUS, dal, first_stage_batch, sgd_g2
 
+pytestmark = pytest.mark.latest
+
 PRECONDITIONERS = {
     "none": None,
     "adagrad": rk_optax.precondition_by_adagrad(),

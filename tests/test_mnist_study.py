@@ -10,6 +10,8 @@ import pytest
 from rk_optax.experiment.config import CompareConfig, load
 from rk_optax.experiment.plan import make_plan
 
+pytestmark = pytest.mark.latest
+
 ROOT = Path(__file__).parents[1]
 STUDY = runpy.run_path(str(ROOT / "benchmarks" / "mnist_study.py"))
 SIZES = STUDY["SIZES"]

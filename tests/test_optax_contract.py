@@ -16,6 +16,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import rk_optax
 
+pytestmark = pytest.mark.latest
+
 LEARNING_RATES = {
     "euler": 1e-3,
     "heun": 1e-3,

@@ -9,6 +9,8 @@ import pytest
 from rk_optax.experiment.config import load
 from rk_optax.experiment.race import RaceConfig
 
+pytestmark = pytest.mark.latest
+
 ROOT = Path(__file__).parents[1]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("race_*.json"))
 table = runpy.run_path(str(ROOT / "benchmarks" / "races.py"))["table"]

@@ -21,6 +21,8 @@ import rk_optax
 from rk_optax import tableau
 from rk_optax.tableau import TABLEAUS, ButcherTableau, rk2, rk3, rk4_family
 
+pytestmark = pytest.mark.latest
+
 NAMES = ["euler", "heun", "midpoint", "ralston", "kutta3", "heun3", "ralston3", "ssprk3", "bogacki_shampine"]
 NAMES += ["rk4", "rk38", "ralston4", "fehlberg45", "cash_karp", "dopri5", "tsit5", "dopri8"]
 PAIRS = [name for name in NAMES if TABLEAUS[name].b_hat is not None]

@@ -16,6 +16,8 @@ from rk_optax import IMPLICIT_TABLEAUS, ButcherTableau, Explicit, Implicit, Reas
 from rk_optax.solver import as_solver
 from rk_optax.solver._linear import conjugate_gradients, shifted_lanczos
 
+pytestmark = pytest.mark.latest
+
 named = pytest.mark.parametrize("name", IMPLICIT_TABLEAUS)
 # One method of each kind of program: a stage, an explicit one before it, several, coupled ones.
 KINDS = ["backward_euler", "trapezoid", "sdirk3", "radau3"]
