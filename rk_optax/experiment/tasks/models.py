@@ -5,6 +5,7 @@ stream `dropout` and moves whatever statistics it keeps in the collection `batch
 """
 
 from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -92,13 +93,34 @@ def _patches(images: jax.Array) -> jax.Array:
     return jnp.concatenate(shifted, axis=-1)
 
 
+class Architecture(NamedTuple):
+    """How a network is built, for so many classes, and what it takes."""
+
+    build: Callable[[ModelConfig, int], nn.Module]
+    takes: Literal["images", "text"]
+
+
+def _mlp(config: ModelConfig, classes: int) -> nn.Module:
+    return MLP(config.hidden, classes, _ACTIVATIONS[config.activation], config.dropout)
+
+
+def _cnn(config: ModelConfig, classes: int) -> nn.Module:
+    return CNN(config.hidden, classes, _ACTIVATIONS[config.activation], config.dropout)
+
+
+def _transformer(config: ModelConfig, classes: int) -> nn.Module:
+    sizes = config.width, config.blocks, config.heads
+    return Transformer(*sizes, classes, _ACTIVATIONS[config.activation], config.dropout)
+
+
+# A new network needs a line here and its name among those of ModelConfig.
+MODELS = {
+    "mlp": Architecture(_mlp, "images"),
+    "cnn": Architecture(_cnn, "images"),
+    "transformer": Architecture(_transformer, "text"),
+}
+
+
 def build_model(config: ModelConfig, classes: int) -> nn.Module:
     """The network that a configuration describes, with one logit per class."""
-    activation = _ACTIVATIONS[config.activation]
-    match config.name:
-        case "mlp":
-            return MLP(tuple(config.hidden), classes, activation, config.dropout)
-        case "cnn":
-            return CNN(tuple(config.hidden), classes, activation, config.dropout)
-        case "transformer":
-            return Transformer(config.width, config.blocks, config.heads, classes, activation, config.dropout)
+    return MODELS[config.name].build(config, classes)

@@ -5,10 +5,10 @@ import datetime
 import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import flax
 import jax
@@ -16,7 +16,10 @@ import numpy as np
 import optax
 
 import rk_optax
+from rk_optax.experiment.config import parse
 from rk_optax.experiment.errors import UsageError
+
+Config = TypeVar("Config")
 
 
 class RunFolder:
@@ -53,15 +56,10 @@ class RunFolder:
 
     def _forget_unfinished(self) -> None:
         """Drops the metrics of a piece that was interrupted: it will be done anew."""
-        if not (self.path / "config.json").is_file():
-            raise UsageError(f"{self.path} holds no run to resume: start one with --out {self.path}")
         metrics = self.path / "metrics.jsonl"
-        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
-        # A crash of the machine may have cut the last line short.
-        whole = [line for line in lines if line.endswith("}\n")]
         try:
-            kept = [line for line in whole if self._piece(json.loads(line)["piece"]).exists()]
-        except (ValueError, KeyError, TypeError) as error:
+            kept = [line for line, record in _records(metrics) if self._piece(record["piece"]).exists()]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UsageError(f"{metrics} is damaged ({error}): start afresh with --out") from error
         self._replace("metrics.jsonl", "".join(kept))
 
@@ -77,13 +75,8 @@ class RunFolder:
         self._metrics.close()
 
     def write_config(self, command: str, name: str, config: Any) -> None:
-        """Writes the resolved configuration, and what it ran on, to `config.json`.
-
-        Raises:
-            UsageError: if the folder holds a run with another configuration.
-        """
+        """Writes the resolved configuration, and what it ran on, to the `config.json` of a new run."""
         if self._resumed:
-            self._check_config(command, config)
             return
         device = jax.devices()[0]
         self.write_json(
@@ -128,19 +121,87 @@ class RunFolder:
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(self.path / name)
 
-    def _check_config(self, command: str, config: Any) -> None:
-        stored = self.path / "config.json"
-        before = _read_json(stored, "start afresh with --out")
-        if not isinstance(before, dict) or not isinstance(before.get("config"), dict) or "command" not in before:
-            raise UsageError(f"{stored} is damaged: start afresh with --out")
-        old = _flat({"command": before["command"], **before["config"]})
-        new = _flat({"command": command, **_strict(dataclasses.asdict(config))})
-        for field in [*old, *new]:
-            if old.get(field) != new.get(field):
-                raise UsageError(
-                    f"{self.path} holds a run with {field} = {old.get(field)!r}, not {new.get(field)!r}: go on with "
-                    "the same configuration, or start afresh with --out"
-                )
+
+class TrainFolder(RunFolder):
+    """A run folder whose metrics can be wound back to a checkpoint."""
+
+    def _forget_unfinished(self) -> None:
+        """Leaves the metrics alone until the checkpoint is known that they have to end with."""
+
+    def rewind(self, steps: int | None) -> dict[str, Any] | None:
+        """Drops the metrics beyond a checkpoint, with a last line that was cut short.
+
+        Args:
+            steps: those of the checkpoint, or None to drop all.
+
+        Returns:
+            The metrics at the checkpoint, or None.
+
+        Raises:
+            UsageError: if the metrics are damaged before that.
+        """
+        path = self.path / "metrics.jsonl"
+        kept, last = [], None
+        if steps is not None:
+            try:
+                for line, record in _records(path):
+                    if record["steps"] <= steps:
+                        kept.append(line)
+                        last = record
+                    if record["steps"] >= steps:
+                        break
+            except (ValueError, KeyError, TypeError, RecursionError):
+                last = None
+            if last is None or last["steps"] != steps:
+                raise UsageError(f"{path} is damaged: no metrics of step {steps}, from which the run goes on")
+        self._metrics.close()
+        self._replace("metrics.jsonl", "".join(kept))
+        self._metrics = path.open("a", encoding="utf-8", buffering=1)
+        return last
+
+
+def stored_config(path: Path, command: str, kind: type[Config]) -> Config:
+    """The configuration of the run in a folder.
+
+    Args:
+        path: the folder.
+        command: which made it.
+        kind: the dataclass of its configuration.
+
+    Raises:
+        UsageError: if there is no such run, or its `config.json` is damaged.
+    """
+    config = path / "config.json"
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path} holds no run to resume: start one with --out {path}") from None
+    except OSError as error:
+        raise UsageError(f"{config}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{config} is damaged: {error}") from error
+    if not isinstance(content, dict) or content.get("command") != command:
+        raise UsageError(f"{path} holds no run of rk-optax {command}")
+    try:
+        return parse(kind, json.dumps(content.get("config")))
+    except UsageError as error:
+        raise UsageError(f"{config} is damaged, or of another version of rk-optax: {error}") from error
+
+
+def first_difference(old: Any, new: Any) -> str | None:
+    """The first field in which two configurations differ, with both values; None if there is none."""
+    before, after = (_flat(_strict(dataclasses.asdict(config))) for config in (old, new))
+    for field in [*before, *after]:
+        if before.get(field) != after.get(field):
+            return f"{field} = {before.get(field)!r}, not {after.get(field)!r}"
+    return None
+
+
+def _records(path: Path) -> Iterator[tuple[str, Any]]:
+    """The lines of the metrics and what they say; a kill may have cut the last one short."""
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        if line.endswith(b"\n"):
+            yield line.decode(), json.loads(line)
 
 
 def _read_json(path: Path, remedy: str) -> Any:

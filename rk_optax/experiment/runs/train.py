@@ -6,18 +6,15 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
-from rk_optax.experiment.checkpoint import Checkpoints
-from rk_optax.experiment.config import TrainConfig, check_train
-from rk_optax.experiment.data import load_dataset
+from rk_optax.experiment.config import TrainConfig, checked
+from rk_optax.experiment.entrants import build_optimizer, check_slices
 from rk_optax.experiment.errors import UsageError
-from rk_optax.experiment.models import build_model
-from rk_optax.experiment.optimizers import LossFn, Make, build_optimizer
-from rk_optax.experiment.plan import check_slices
-from rk_optax.experiment.progress import Reporter
-from rk_optax.experiment.train_folder import TrainFolder
-from rk_optax.experiment.training import Point, Task, Trainer
+from rk_optax.experiment.runs.loop import Point, Trainer
+from rk_optax.experiment.runs.protocol import Reporter
+from rk_optax.experiment.store.checkpoints import Checkpoints
+from rk_optax.experiment.store.run_folder import TrainFolder
+from rk_optax.experiment.tasks.supervised import Supervised, build_task, probe_loss
 
 # Steps between two looks at Ctrl-C and at the progress bar.
 _LONGEST_CHUNK = 50
@@ -32,21 +29,27 @@ class Training:
         Raises:
             UsageError: if the configuration asks for something impossible.
         """
-        check_train(config)
-        self._config = config
+        self._config = checked(config)
         self._summary_writer = _summary_writer() if config.tensorboard else None
-        optimizer = build_optimizer("optimizer", config.optimizer.entrant())
-        check_slices("optimizer", config.optimizer.entrant(), config.data.batch_size)
-        data = load_dataset(config.data)
-        self._task = Task(build_model(config.model, data.classes), data, config.data.batch_size, config.model.l2)
-        examples = len(data.train.labels)
-        batch = config.data.batch_size or examples
-        self._per_epoch = examples // batch
+        probe, rate = probe_loss(config.model), config.optimizer.learning_rate
+        self.optimizer = build_optimizer(
+            "optimizer", config.optimizer, probe, has_rate=rate is not None, sliced=Supervised.sliced
+        )
+        check_slices("optimizer", config.optimizer, config.data.batch_size)
+        self.task = build_task(config.data, config.model, config.metrics)
+        batch = config.data.batch_size or self.task.examples
+        self._per_epoch = self.task.examples // batch
         self.steps, self._evaluate_every, self._checkpoint_every = _plan(config, self._per_epoch)
-        self._optimizer = optimizer._replace(make=_scheduled(optimizer.make, config, self.steps))
+        self.optimizer.make(probe, rate, self.steps)  # does its schedule fit?
         # All devices there are, as far as they can share a batch.
         devices = jax.devices()[: math.gcd(batch, jax.device_count())]
         self._mesh = jax.sharding.Mesh(np.array(devices), ("batch",)) if len(devices) > 1 else None
+
+    def trainer(self) -> Trainer:
+        """The compiled run."""
+        chunk = _largest_divisor(self._evaluate_every, _LONGEST_CHUNK)
+        rate, seed = self._config.optimizer.learning_rate, self._config.seed
+        return Trainer(self.task, self.optimizer, seed, rate, chunk, steps=self.steps, mesh=self._mesh)
 
     def run(self, folder: TrainFolder, report: Reporter) -> dict[str, Any]:
         """Trains from the latest checkpoint in the folder, or else from the start.
@@ -61,32 +64,33 @@ class Training:
         Raises:
             UsageError: if a checkpoint or the metrics are damaged.
         """
-        config = self._config
         report.start(self.steps)
         if self._mesh is not None:
             report.say(f"{self._mesh.size} devices share each batch")
-        report.stage("compiling")
-        chunk = _largest_divisor(self._evaluate_every, _LONGEST_CHUNK)
-        rate = config.optimizer.learning_rate
-        trainer = Trainer(self._task, self._optimizer, config.seed, rate, chunk, mesh=self._mesh)
+        report.phase("compiling")
+        trainer = self.trainer()
         with contextlib.ExitStack() as stack:
-            checkpoints = stack.enter_context(Checkpoints(folder.path / "checkpoints", config.keep_checkpoints))
-            start = checkpoints.restore(trainer)
-            record = folder.rewind(None if start is None else start.steps)
+            keep = self._config.keep_checkpoints
+            checkpoints = stack.enter_context(Checkpoints(folder.path / "checkpoints", keep))
+            start, done, losses = None, 0, []
+            restored = checkpoints.restore(trainer.layout)
+            if restored is not None:
+                done, seconds, leaves = restored
+                start = Point(done, seconds, trainer.restored(leaves))
+            record = folder.rewind(None if start is None else done)
             board = None
             if self._summary_writer is not None:
-                after = None if start is None else start.steps + 1  # what was written beyond is dropped
+                after = None if start is None else done + 1  # what was written beyond is dropped
                 board = stack.enter_context(self._summary_writer(str(folder.path / "tensorboard"), purge_step=after))
-            if start is not None:
-                report.advance(start.steps)
-            losses: list[float] = []
+            report.advance(done)
             for point in trainer.run(self.steps, start):
                 if start is not None and point.steps == start.steps:
                     continue
                 if point.steps:
                     losses.append(float(point.loss))
-                    report.stage(f"loss {losses[-1]:.4g}")
-                    report.advance(chunk)
+                    report.phase(f"loss {losses[-1]:.4g}")
+                    report.advance(point.steps - done)
+                    done = point.steps
                 if point.steps % self._evaluate_every == 0:
                     record = self._evaluate(trainer, point, losses)
                     losses = []
@@ -95,24 +99,23 @@ class Training:
                         _write(board, record)
                     # After its metrics: those beyond a checkpoint are dropped, those before it could not be had again.
                     if point.steps and (point.steps % self._checkpoint_every == 0 or point.steps == self.steps):
-                        checkpoints.save(point)
+                        checkpoints.save(point.steps, point.seconds, point.state)
         assert record is not None
         return record
 
     def _evaluate(self, trainer: Trainer, point: Point, losses: list[float]) -> dict[str, Any]:
-        validation, test = (trainer.score(point, split) for split in (self._task.data.validation, self._task.data.test))
-        return {
+        record = {
             "steps": point.steps,
             "epochs": point.steps / self._per_epoch,
-            "gradients": point.steps * self._optimizer.gradients_per_step,
+            "gradients": float(trainer.spent(point)),
             "seconds": point.seconds,
             # Over the mini-batches since the last line, as they were trained on.
             "train_loss": math.fsum(losses) / len(losses) if losses else None,
-            "validation_loss": float(validation.loss),
-            "validation_accuracy": float(validation.accuracy),
-            "test_loss": float(test.loss),
-            "test_accuracy": float(test.accuracy),
         }
+        for name in ("validation", "test"):
+            score = trainer.score(point, getattr(self.task.dataset, name))
+            record |= {f"{name}_{key}": float(value) for key, value in {"loss": score.loss, **score.metrics}.items()}
+        return record
 
 
 def _plan(config: TrainConfig, per_epoch: int) -> tuple[int, int, int]:
@@ -135,28 +138,6 @@ def _plan(config: TrainConfig, per_epoch: int) -> tuple[int, int, int]:
             f"{max(1, round(checkpoint_every / evaluate_every)) * evaluate_every}"
         )
     return steps, evaluate_every, checkpoint_every
-
-
-def _scheduled(make: Make, config: TrainConfig, steps: int) -> Make:
-    """The optimizer with its learning rate multiplied by a schedule that starts from 1 after the warm-up."""
-    warmup, kind = config.optimizer.warmup_steps, config.optimizer.schedule
-    if kind == "constant" and not warmup:
-        return make
-    if warmup >= steps:
-        raise UsageError(f"optimizer.warmup_steps = {warmup} must be less than the {steps} steps of the run")
-    schedules = {
-        "constant": lambda: optax.constant_schedule(1.0),
-        "cosine": lambda: optax.cosine_decay_schedule(1.0, steps - warmup),
-        "linear": lambda: optax.linear_schedule(1.0, 0.0, steps - warmup),
-    }
-    warm = optax.linear_schedule(0.0, 1.0, warmup)
-    factor = optax.join_schedules([warm, schedules[kind]()], [warmup])
-
-    def scheduled(loss_fn: LossFn, learning_rate: float | jax.Array) -> optax.GradientTransformationExtraArgs:
-        rate: Any = lambda count: learning_rate * factor(count)  # noqa: E731
-        return make(loss_fn, rate)
-
-    return scheduled
 
 
 def _largest_divisor(number: int, limit: int) -> int:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rk_optax.experiment.compare import Result
+from rk_optax.experiment.runs.compare import Compared
 
 
 class Spread(NamedTuple):
@@ -26,7 +26,7 @@ class Row(NamedTuple):
 
     equal: str  # what all the entrants have spent alike: "steps", "gradients" or "seconds"
     optimizer: str
-    learning_rate: float
+    learning_rate: float | None
     steps: int
     gradients: int
     seconds: float
@@ -34,38 +34,39 @@ class Row(NamedTuple):
     train_loss: Spread
 
 
-def summarize(results: Sequence[Result]) -> list[Row]:
+def summarize(results: Sequence[Compared]) -> list[Row]:
     """One row per measure of cost and entrant.
 
-    Each measure is taken as far as every entrant got. At equal seconds the row is the last point
-    of evaluation that a run reaches in that time.
+    Each measure is taken as far as every run of every entrant got, and a run is read at the last point of evaluation
+    that it reaches with that. Where the cost of a step varies, steps and gradients are means over the seeds.
     """
     measures = {
-        "steps": [result.curve.steps for result in results],
-        "gradients": [result.gradients for result in results],
-        "seconds": [result.seconds for result in results],
+        "steps": [np.broadcast_to(result.runs.steps, result.runs.gradients.shape) for result in results],
+        "gradients": [result.runs.gradients for result in results],
+        "seconds": [np.broadcast_to(result.seconds, result.runs.gradients.shape) for result in results],
     }
     rows = []
     for equal, spent in measures.items():
-        limit = min(entrant[-1] for entrant in spent)
-        for result, entrant in zip(results, spent, strict=True):
-            index = int(np.searchsorted(entrant, limit, side="right")) - 1
+        limit = min(float(runs[:, -1].min()) for runs in spent)
+        for result, runs in zip(results, spent, strict=True):
+            at = np.array([np.searchsorted(run, limit * (1 + 1e-12), side="right") - 1 for run in runs])
+            each = np.arange(len(at)), at
             rows.append(
                 Row(
                     equal,
                     result.entrant.name,
                     result.tuned.rate,
-                    int(result.curve.steps[index]),
-                    int(result.gradients[index]),
-                    float(result.seconds[index]),
-                    Spread.of(result.curve.test_accuracy[:, index]),
-                    Spread.of(result.curve.train_loss[:, index]),
+                    round(float(result.runs.steps[at].mean())),
+                    round(float(result.runs.gradients[each].mean())),
+                    float(result.seconds[at].mean()),
+                    Spread.of(result.runs.test_accuracy[each]),
+                    Spread.of(result.runs.train_loss[each]),
                 )
             )
     return rows
 
 
-def as_json(results: Sequence[Result], rows: Sequence[Row]) -> dict:
+def as_json(results: Sequence[Compared], rows: Sequence[Row]) -> dict:
     """The content of `summary.json`."""
     return {
         "spread": "minimum and maximum over the seeds",
@@ -80,12 +81,12 @@ def as_json(results: Sequence[Result], rows: Sequence[Row]) -> dict:
         "optimizers": [
             {
                 "optimizer": result.entrant.name,
-                "gradients_per_step": result.entrant.gradients_per_step,
+                "gradients_per_step": result.entrant.optimizer.gradients_per_step,
                 "learning_rate": result.tuned.rate,
                 "at_edge_of_grid": result.tuned.at_edge,
                 "trials": [
                     {"learning_rate": rate, "validation_loss": loss}
-                    for rate, loss in zip(result.entrant.rates, result.tuned.losses.tolist(), strict=True)
+                    for rate, loss in zip(result.entrant.rates, result.tuned.losses.tolist(), strict=False)
                 ],
                 "timed_seconds": result.timing.totals,
                 "compile_seconds": result.timing.compile_seconds,

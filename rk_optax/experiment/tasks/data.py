@@ -1,18 +1,18 @@
 """Data sets, their splits, and the order in which batches are drawn."""
 
 import warnings
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
-import jax
 import numpy as np
 from sklearn.datasets import fetch_openml, load_digits
 from sklearn.model_selection import train_test_split
 
-from rk_optax.experiment import idx, text
-from rk_optax.experiment.config import DataConfig
+from rk_optax.experiment.config import DataConfig, ModelConfig
 from rk_optax.experiment.errors import UsageError
-
-Array: TypeAlias = np.ndarray | jax.Array  # on the host, then on a device
+from rk_optax.experiment.tasks import idx, text
+from rk_optax.experiment.tasks.models import MODELS
+from rk_optax.experiment.tasks.task import Array
 
 
 class Split(NamedTuple):
@@ -41,13 +41,24 @@ def load_dataset(config: DataConfig) -> Dataset:
     Raises:
         UsageError: if the data cannot be had, or the split leaves too few examples, or fewer than a batch.
     """
-    train, validation, test, classes = _LOADERS[config.name](config)
+    train, validation, test, classes = DATASETS[config.name].load(config)
     if config.batch_size is not None and config.batch_size > len(train.labels):
         raise UsageError(
             f"data.batch_size = {config.batch_size} is more than the {len(train.labels)} training "
             "examples; None takes all of them"
         )
     return Dataset(train, validation, test, classes)
+
+
+def check_kind(data: DataConfig, model: ModelConfig) -> None:
+    """Checks that the network takes what the data set is made of.
+
+    Raises:
+        UsageError: if it does not.
+    """
+    takes, given = MODELS[model.name].takes, DATASETS[data.name].kind
+    if takes != given:
+        raise UsageError(f"model.name = {model.name!r} takes {takes}, and data.name = {data.name!r} is {given}")
 
 
 def batch_indices(seed: int, examples: int, batch_size: int | None, start: int, count: int) -> np.ndarray:
@@ -143,6 +154,19 @@ def _fetch(name: str) -> tuple[idx.Labelled, idx.Labelled]:
     return idx.Labelled(images[train], labels[train]), idx.Labelled(images[test], labels[test])
 
 
+class Source(NamedTuple):
+    """How a data set is had, and what its examples are."""
+
+    load: Callable[[DataConfig], Dataset]
+    kind: Literal["images", "text"]
+
+
 _OPENML = {"mnist": "mnist_784", "fashion_mnist": "Fashion-MNIST"}
 _OPENML_EXAMPLES, _OPENML_TRAINING = 70_000, 60_000  # the training part comes first
-_LOADERS = {"digits": _digits, "mnist": _mnist, "fashion_mnist": _mnist, "sums": _sums}
+# A new data set needs a line here and its name among those of DataConfig.
+DATASETS = {
+    "digits": Source(_digits, "images"),
+    "mnist": Source(_mnist, "images"),
+    "fashion_mnist": Source(_mnist, "images"),
+    "sums": Source(_sums, "text"),
+}

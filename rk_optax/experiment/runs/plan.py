@@ -5,14 +5,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rk_optax.experiment.config import CompareConfig, OptimizerConfig, check
+from rk_optax.experiment.config import CompareConfig, checked
+from rk_optax.experiment.entrants import Optimizer, build_optimizer, check_slices
 from rk_optax.experiment.errors import UsageError
-from rk_optax.experiment.optimizers import Optimizer, build_optimizer
-from rk_optax.tableau import TABLEAUS
+from rk_optax.experiment.tasks.supervised import Supervised, probe_loss
 
 
 class Entrant(NamedTuple):
-    """An optimizer of the comparison and its share of the budget."""
+    """An optimizer of the comparison and its share of the budget.
+
+    Where the cost of a step varies, a run ends after its budget of gradients, and after so many steps at most.
+    """
 
     name: str
     optimizer: Optimizer
@@ -20,12 +23,9 @@ class Entrant(NamedTuple):
     tuning_steps: int
     timed_steps: int
     timed_chunk: int  # steps from one point of a timed run to the next
-    rates: tuple[float, ...]  # the trials, lowest first
-
-    @property
-    def gradients_per_step(self) -> int:
-        """What a step costs."""
-        return self.optimizer.gradients_per_step
+    rates: tuple[float | None, ...]  # the trials, lowest first; None alone where the entrant finds its own
+    budget: float = math.inf  # gradients after which a run ends
+    tuning_budget: float = math.inf
 
 
 def make_plan(config: CompareConfig) -> tuple[Entrant, ...]:
@@ -34,23 +34,44 @@ def make_plan(config: CompareConfig) -> tuple[Entrant, ...]:
     Raises:
         UsageError: if a value is impossible or the budget cannot be spent equally.
     """
-    check(config)
-    optimizers = {name: build_optimizer(f"optimizers.{name}", entrant) for name, entrant in config.optimizers.items()}
+    checked(config)
+    probe = probe_loss(config.model)
+    optimizers = {
+        name: build_optimizer(
+            f"optimizers.{name}",
+            entrant,
+            probe,
+            has_rate=entrant.learning_rates is not None,
+            sliced=Supervised.sliced,
+        )
+        for name, entrant in config.optimizers.items()
+    }
     for name, entrant in config.optimizers.items():
         check_slices(name, entrant, config.data.batch_size)
-    steps, timed_chunks = _share(config, [optimizer.gradients_per_step for optimizer in optimizers.values()])
-    return tuple(
-        Entrant(
-            name,
-            optimizer,
-            total,
-            _tuning_steps(config, total),
-            config.timed_updates or total,
-            config.timed_updates or chunk,
-            tuple(np.geomspace(*config.optimizers[name].learning_rates, config.tuning.trials).tolist()),
+    # The most steps that a budget lasts for where the cost of a step varies.
+    steps, timed_chunks = _share(config, [optimizer.gradients_per_step or 1 for optimizer in optimizers.values()])
+    entrants = []
+    for (name, optimizer), total, chunk in zip(optimizers.items(), steps, timed_chunks, strict=True):
+        rates = config.optimizers[name].learning_rates
+        varies = optimizer.gradients_per_step is None and config.budget.gradients is not None
+        budget = float(config.budget.gradients or 0) if varies else math.inf
+        tuning_steps = _tuning_steps(config, total)
+        for length in (total, tuning_steps):
+            optimizer.make(probe, 0.1, length)  # does its schedule fit?
+        entrants.append(
+            Entrant(
+                name,
+                optimizer,
+                total,
+                tuning_steps,
+                config.timed_updates or total,
+                config.timed_updates or (config.budget.evaluate_every if varies else chunk),
+                (None,) if rates is None else tuple(np.geomspace(*rates, config.tuning.trials).tolist()),
+                budget,
+                budget * config.tuning.fraction,
+            )
         )
-        for (name, optimizer), total, chunk in zip(optimizers.items(), steps, timed_chunks, strict=True)
-    )
+    return tuple(entrants)
 
 
 def _share(config: CompareConfig, costs: list[int]) -> tuple[list[int], list[int]]:
@@ -63,7 +84,7 @@ def _share(config: CompareConfig, costs: list[int]) -> tuple[list[int], list[int
                 f"take {max(1, round(updates / every)) * every}"
             )
         return [updates] * len(costs), [every] * len(costs)
-    assert gradients is not None  # by check()
+    assert gradients is not None  # by the configuration's own check
     # The least number of gradients after which every entrant is at an evaluation point.
     unit = every * math.lcm(*costs)
     if gradients % unit:
@@ -86,17 +107,3 @@ def _tuning_steps(config: CompareConfig, steps: int) -> int:
             f"tuning.fraction = {fraction} of {steps} steps must be a multiple of budget.evaluate_every = {every}"
         )
     return tuning_steps
-
-
-def check_slices(name: str, optimizer: OptimizerConfig, batch_size: int | None) -> None:
-    """Checks that a batch can be cut into a slice per stage, if it has to be.
-
-    Raises:
-        UsageError: if it cannot.
-    """
-    stages = TABLEAUS[optimizer.factory].effective_stages if optimizer.stage_batches == "split" else 1
-    if stages > 1 and (batch_size is None or batch_size % stages):
-        raise UsageError(
-            f"data.batch_size = {batch_size} must be a multiple of {stages}, because {name} cuts a batch into a "
-            f"slice for each of its {stages} stages"
-        )

@@ -3,7 +3,7 @@
 import signal
 import threading
 from types import FrameType, TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -14,26 +14,6 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-
-
-class Reporter(Protocol):
-    """What an experiment tells while it runs; any of these may raise KeyboardInterrupt to end it."""
-
-    def start(self, work: int) -> None:
-        """Announces the total work, in gradient evaluations."""
-        ...
-
-    def stage(self, description: str) -> None:
-        """Says what is being done now."""
-        ...
-
-    def advance(self, work: int) -> None:
-        """Says that this much more of the work is done."""
-        ...
-
-    def say(self, message: str) -> None:
-        """Says something that is to stay readable."""
-        ...
 
 
 class ProgressBar:
@@ -82,16 +62,16 @@ class ProgressBar:
         if self._previous_handler is not None:
             signal.signal(signal.SIGINT, self._previous_handler)
 
-    def start(self, work: int) -> None:
-        """Announces the total work, in gradient evaluations."""
+    def start(self, work: float) -> None:
+        """Announces the total work."""
         self._progress.update(self._task, total=work)
 
-    def stage(self, description: str) -> None:
+    def phase(self, description: str) -> None:
         """Says what is being done now."""
         self._check_interrupt()
         self._progress.update(self._task, description=description)
 
-    def advance(self, work: int) -> None:
+    def advance(self, work: float) -> None:
         """Says that this much more of the work is done."""
         self._check_interrupt()
         self._progress.advance(self._task, work)
