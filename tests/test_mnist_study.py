@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rk_optax.experiment.config import CompareConfig, load
-from rk_optax.experiment.plan import make_plan
+from rk_optax.experiment.runs.plan import make_plan
 
 ROOT = Path(__file__).parents[1]
 STUDY = runpy.run_path(str(ROOT / "benchmarks" / "mnist_study.py"))

@@ -216,7 +216,7 @@ def _read(argv: Sequence[str], verb: _Verb[Config]) -> _Invocation[Config] | Non
         return _Invocation(path.name, stored_config(path, verb.name, verb.kind), path, True)
     if not argv or argv[0].startswith("-"):
         if {"-h", "--help"} & set(argv):
-            print(_HELP.format(verb=verb.name, kind=verb.kind.__name__, **verb._asdict()))
+            print(_HELP.format(**verb._asdict() | {"verb": verb.name, "kind": verb.kind.__name__}))
             return None
         example = f"rk-optax {verb.name} {verb.example}"
         raise UsageError(f"name a config file right after {verb.name}, e.g. {example}")

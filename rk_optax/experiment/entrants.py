@@ -161,7 +161,7 @@ def build_optimizer(
     if factory is None:
         close = difflib.get_close_matches(config.factory, [*OPTAX, *SOLVERS], n=1)
         raise UsageError(
-            f"{where}.factory = {config.factory!r} is neither an optimizer of Optax nor one listed by `rk-optax solvers`"
+            f"{where}.factory = {config.factory!r} is no optimizer of Optax, nor one that `rk-optax solvers` lists"
             + (f"; did you mean {close[0]!r}?" if close else "")
         )
     options: dict[str, Any] = dict(config.options)
@@ -195,9 +195,10 @@ def build_optimizer(
     except UsageError:
         raise
     except (TypeError, ValueError) as error:
-        raise UsageError(
-            f"{where}.factory = {config.factory!r}, options = {dict(config.options)!r}: {error}"
-        ) from error
+        given = f"options = {dict(config.options)!r}" if config.options else f"factory = {config.factory!r}"
+        hides = isinstance(probe, rk_optax.ModelLoss) and not isinstance(probe, rk_optax.LeastSquares)
+        remedy = " Set model.loss = 'squared_error'." if hides and "LeastSquares" in str(error) else ""
+        raise UsageError(f"{where}.{given}: {error}{remedy}") from error
     return Optimizer(make, gradients_per_step, has_rate, first_stage, cost, keeps_gradient)
 
 

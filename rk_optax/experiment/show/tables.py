@@ -65,8 +65,8 @@ def comparison_notes(config: CompareConfig, results: Sequence[Compared]) -> list
     ]
     if any(result.entrant.optimizer.gradients_per_step is None for result in results):
         notes.append(
-            "Gradients: where steps differ, a Hessian-vector product counts as two and a loss as a third of one; linear "
-            "algebra shows in the seconds alone."
+            "Gradients: where steps differ, a Hessian-vector product counts as two and a loss as a third of one; "
+            "linear algebra shows in the seconds alone."
         )
     unsteady = max(float(result.timing.totals.max() / result.timing.totals.min()) for result in results)
     if unsteady > 1.25:

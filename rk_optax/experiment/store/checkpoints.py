@@ -62,8 +62,9 @@ class Checkpoints:
     def save(self, steps: int, seconds: float, state: Any) -> None:
         """Writes a checkpoint and removes those that are too many; a kill at any moment leaves the others whole."""
         arrays = {name: np.asarray(leaf) for name, leaf in named(state).items()}
-        if steps in self._manager.all_steps():  # one that was killed before it counted
-            self._manager.delete(steps)
+        for other in self._manager.all_steps():
+            if other >= steps:  # one that was killed before it counted
+                self._manager.delete(other)
         self._manager.save(steps, args=ocp.args.StandardSave(arrays))
         folder = self._folder(steps)
         about = {"format": _FORMAT, "seconds": seconds, "layout": _layout(arrays), "files": _checksums(folder)}

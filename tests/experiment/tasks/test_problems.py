@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from rk_optax.experiment import problems
-from rk_optax.experiment.problems import PROBLEMS, VISCOSITY, burgers_solution
+from rk_optax.experiment.tasks.pinn import VISCOSITY, burgers_solution, network
+from rk_optax.experiment.tasks.problems import PROBLEMS
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -29,17 +29,17 @@ def test_burgers_solution_solves_the_equation_and_starts_where_it_should():
 
 def test_poisson_is_the_problem_as_stated():
     problem = PROBLEMS["poisson"](0)
-    x, edge = problem.data["x"], problem.data["x_boundary"]
+    x, edge = problem.source["x"], problem.source["x_boundary"]
     assert (x.shape, edge.shape) == ((900, 2), (120, 2))
     assert jnp.all(jnp.any((edge == 0) | (edge == 1), axis=1))
 
     def u(x):
-        return problems.network(problem.params, x)
+        return network(problem.params, x)
 
     laplace = jax.vmap(lambda p: jnp.trace(jax.hessian(u)(p)))(x)
     source = 5 * np.pi**2 * np.sin(np.pi * x[:, 0]) * np.sin(2 * np.pi * x[:, 1])
     expected = 0.5 * jnp.mean((laplace + source) ** 2) + 50 * jnp.mean(jax.vmap(u)(edge) ** 2)
-    np.testing.assert_allclose(problem.loss_fn(problem.params, **problem.data), expected, rtol=1e-10)
+    np.testing.assert_allclose(problem.loss_fn(problem.params, **problem.source), expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize("condition", [1e2, 1e6])
@@ -47,25 +47,25 @@ def test_the_hessian_of_the_logistic_regression_has_the_condition_number_asked_f
     problem = PROBLEMS["logistic"](0, condition=condition, examples=100, features=10)
     w = jnp.zeros(10)
     for _ in range(60):  # Newton's method again, by JAX
-        h = jax.hessian(problem.loss_fn)(w, **problem.data)
-        step = jnp.linalg.solve(h, jax.grad(problem.loss_fn)(w, **problem.data))
+        h = jax.hessian(problem.loss_fn)(w, **problem.source)
+        step = jnp.linalg.solve(h, jax.grad(problem.loss_fn)(w, **problem.source))
         w = w - step * jnp.minimum(1, jnp.maximum(3, jnp.linalg.norm(w)) / jnp.linalg.norm(step))
     assert problem.error(w) < 1e-6
-    assert np.linalg.cond(jax.hessian(problem.loss_fn)(w, **problem.data)) == pytest.approx(condition, rel=1e-3)
+    assert np.linalg.cond(jax.hessian(problem.loss_fn)(w, **problem.source)) == pytest.approx(condition, rel=1e-3)
 
 
 def test_the_gp_dual_has_its_minimum_where_the_error_is_zero():
     problem = PROBLEMS["gp_dual"](0, points=40)
-    best = jnp.linalg.solve(problem.data["matrix"], problem.data["y"])
+    best = jnp.linalg.solve(problem.source["matrix"], problem.source["y"])
     assert problem.error(best) < 1e-10
     assert problem.error(problem.params) == pytest.approx(1.0)
-    assert jnp.abs(jax.grad(problem.loss_fn)(best, **problem.data)).max() < 1e-12
+    assert jnp.abs(jax.grad(problem.loss_fn)(best, **problem.source)).max() < 1e-12
 
 
 def test_the_structured_loss_of_digits_is_cross_entropy_with_a_penalty():
     problem = PROBLEMS["digits"](0, l2=1e-2)
-    p, (x, y) = problem.params, (problem.data["x"], problem.data["y"])
+    p, (x, y) = problem.params, (problem.source["x"], problem.source["y"])
     logits = jnp.tanh(x @ p[0]["w"] + p[0]["b"]) @ p[1]["w"] + p[1]["b"]
     plain = optax.losses.softmax_cross_entropy_with_integer_labels(logits, y).mean()
     plain += 0.5 * 1e-2 * optax.tree_utils.tree_norm(p, squared=True)
-    np.testing.assert_allclose(problem.loss_fn(p, **problem.data), plain, rtol=1e-6)
+    np.testing.assert_allclose(problem.loss_fn(p, **problem.source), plain, rtol=1e-6)

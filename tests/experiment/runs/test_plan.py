@@ -5,12 +5,12 @@ import pytest
 
 from rk_optax.experiment.config import BudgetConfig, OptimizerConfig
 from rk_optax.experiment.errors import UsageError
-from rk_optax.experiment.plan import make_plan
+from rk_optax.experiment.runs.plan import make_plan
 
 
 def test_everybody_spends_the_same(smoke_config):
     plan = make_plan(smoke_config)
-    assert {e.steps * e.gradients_per_step for e in plan} == {smoke_config.budget.gradients}
+    assert {e.steps * e.optimizer.gradients_per_step for e in plan} == {smoke_config.budget.gradients}
     assert {len(e.rates) for e in plan} == {smoke_config.tuning.trials}
     steps = {e.name: e.steps for e in plan}
     assert steps["sgd"] == 2 * steps["heun"] == 4 * steps["rk4"]
@@ -27,7 +27,7 @@ def test_unit_serves_every_entrant(smoke_config):
         smoke_config, optimizers=optimizers, budget=BudgetConfig(gradients=120, evaluate_every=5)
     )
     plan = make_plan(config)
-    assert {e.timed_chunk * e.gradients_per_step for e in plan} == {5 * 12}
+    assert {e.timed_chunk * e.optimizer.gradients_per_step for e in plan} == {5 * 12}
     assert [e.steps for e in plan] == [120, 30, 40]
 
 
@@ -75,3 +75,22 @@ def test_slices_must_divide_the_batch(smoke_config, batch_size):
     )
     with pytest.raises(UsageError, match=rf"data\.batch_size = {batch_size} must be a multiple of 4, because cut"):
         make_plan(config)
+
+
+def test_methods_whose_steps_differ_end_with_their_budget(smoke_config):
+    optimizers = {"rkc": OptimizerConfig("rkc"), "backward_euler": OptimizerConfig("backward_euler", (0.1, 1.0))}
+    tuning = dataclasses.replace(smoke_config.tuning, fraction=0.5)
+    config = dataclasses.replace(smoke_config, optimizers=optimizers, tuning=tuning)
+    rkc, backward_euler = make_plan(config)
+    assert (rkc.rates, len(backward_euler.rates)) == ((None,), 3)
+    for entrant in (rkc, backward_euler):
+        assert (entrant.budget, entrant.tuning_budget, entrant.steps) == (48, 24, 48)
+    rkc, _ = make_plan(in_updates(config))
+    assert (rkc.budget, rkc.steps) == (np.inf, 40)
+
+
+def test_a_schedule_must_fit_the_tuning_runs_too(smoke_config):
+    optimizers = {"sgd": OptimizerConfig("sgd", (0.1, 1.0), warmup_steps=20)}
+    tuning = dataclasses.replace(smoke_config.tuning, fraction=0.3)
+    with pytest.raises(UsageError, match=r"optimizers\.sgd\.warmup_steps = 20 must be less than the 12 steps"):
+        make_plan(in_updates(smoke_config, optimizers=optimizers, tuning=tuning))

@@ -1,3 +1,6 @@
+import dataclasses
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,9 +9,10 @@ import pytest
 
 import rk_optax
 from rk_optax import TABLEAUS
-from rk_optax.experiment.config import OptimizerConfig
+from rk_optax.experiment.config import ModelConfig, OptimizerConfig
+from rk_optax.experiment.entrants import OPTAX, SOLVERS, build_optimizer
 from rk_optax.experiment.errors import UsageError
-from rk_optax.experiment.optimizers import build_optimizer
+from rk_optax.experiment.tasks.supervised import probe_loss
 
 
 def loss_fn(params, images, labels):
@@ -18,13 +22,18 @@ def loss_fn(params, images, labels):
 DATA = {"images": jnp.array([[1.0, 2.0], [3.0, -1.0]]), "labels": jnp.array([0.5, 1.0])}
 
 
+def build_from(config, loss=loss_fn):
+    has_rate = config.learning_rates is not None
+    return build_optimizer("optimizers.x", config, loss, has_rate=has_rate, sliced=("images", "labels"))
+
+
 def build(factory, **options):
-    return build_optimizer("optimizers.x", OptimizerConfig(factory, (0.1, 1.0), options))
+    return build_from(OptimizerConfig(factory, (0.1, 1.0), options=options))
 
 
 def one_step(optimizer, learning_rate=0.01):
     params = jnp.array([0.3, -0.2])
-    tx = optimizer.make(loss_fn, learning_rate)
+    tx = optimizer.make(loss_fn, learning_rate, None)
     grads = jax.grad(loss_fn)(params, **DATA)
     return tx.update(grads, tx.init(params), params, **DATA)
 
@@ -68,13 +77,13 @@ def test_options_reach_the_factory():
     plain, _ = one_step(build("adam"))
     changed, _ = one_step(build("adam", b1=0.0, nesterov=True))
     assert jax.tree.structure(plain) == jax.tree.structure(changed)
-    assert build("heun", momentum=0.5).make(loss_fn, 0.1).init(jnp.zeros(2)).after is not None
+    assert build("heun", momentum=0.5).make(loss_fn, 0.1, None).init(jnp.zeros(2)).after is not None
 
 
 def test_unknown_factories_suggest_a_known_one():
     with pytest.raises(UsageError, match=r"optimizers\.x\.factory = 'adm' .* did you mean 'adam'"):
         build("adm")
-    with pytest.raises(UsageError, match="neither of sgd, momentum, adam nor a solver listed by"):
+    with pytest.raises(UsageError, match=r"no optimizer of Optax, nor one that `rk-optax solvers` lists$"):
         build("qqqqqqq")
 
 
@@ -110,11 +119,11 @@ DAL = {"estimate": "free"}
     ],
 )
 def test_ingredients_are_those_of_the_library(fields, direct):
-    optimizer = build_optimizer("optimizers.x", OptimizerConfig("heun", (0.1, 1.0), {"momentum": 0.5}, **fields))
+    optimizer = build_from(OptimizerConfig("heun", (0.1, 1.0), options={"momentum": 0.5}, **fields))
     expected = rk_optax.heun(loss_fn, **{"learning_rate": 0.05, "momentum": 0.5, **direct(0.05)})
     params, plain = jnp.array([0.3, -0.2]), rk_optax.heun(loss_fn, 0.05, momentum=0.5)
     grads = jax.grad(loss_fn)(params, **optimizer.first_stage(DATA))
-    updates, state = optimizer.make(loss_fn, 0.05).update(grads, expected.init(params), params, **DATA)
+    updates, state = optimizer.make(loss_fn, 0.05, None).update(grads, expected.init(params), params, **DATA)
     np.testing.assert_allclose(updates, expected.update(grads, expected.init(params), params, **DATA)[0], rtol=1e-6)
     assert not np.allclose(updates, plain.update(grads, plain.init(params), params, **DATA)[0], rtol=1e-3)
     spent = int(state.cost.gradients) + 2 * int(state.cost.products)  # as the runner counts products
@@ -124,11 +133,13 @@ def test_ingredients_are_those_of_the_library(fields, direct):
 @pytest.mark.parametrize(("estimate", "gradients"), [("free", 4), ("difference", 5), ("product", 6)])
 def test_what_a_rule_costs_is_counted(estimate, gradients):
     config = OptimizerConfig("rk4", (0.1, 1.0), rule="dal", rule_options={"estimate": estimate})
-    assert build_optimizer("optimizers.x", config).gradients_per_step == gradients
+    assert build_from(config).gradients_per_step == gradients
+    every = dataclasses.replace(config, rule_options={"estimate": "product", "every": 2})
+    assert build_from(every).gradients_per_step is None  # what differs from step to step is read from the state
 
 
 def test_the_first_stage_of_split_batches_sees_the_first_slice():
-    optimizer = build_optimizer("optimizers.x", OptimizerConfig("heun", (0.1, 1.0), stage_batches="split"))
+    optimizer = build_from(OptimizerConfig("heun", (0.1, 1.0), stage_batches="split"))
     seen = optimizer.first_stage(DATA)
     np.testing.assert_array_equal(seen["images"], DATA["images"][:1])
     np.testing.assert_array_equal(seen["labels"], DATA["labels"][:1])
@@ -141,14 +152,82 @@ def test_the_first_stage_of_split_batches_sees_the_first_slice():
         ("adam", {"preconditioner": "adagrad"}, r"preconditioner = 'adagrad' is for solvers, and adam is Optax's"),
         ("sgd", {"rule": "dal"}, r"rule = 'dal' is for solvers"),
         ("momentum", {"stage_batches": "split"}, r"stage_batches = 'split' is for solvers"),
-        ("rk4", {"rule_options": DAL}, r"rule_options = .* is for a rule: set optimizers\.x\.rule to 'dal'"),
-        ("rk4", {"rule": "dal", "rule_options": {"every": 2}}, r"rule_options = .* must leave out every"),
+        ("rk4", {"rule_options": DAL}, r"rule_options = .* is for a rule: set optimizers\.x\.rule, to 'dal' say"),
+        ("rk4", {"rule": "descent_control"}, r"rule = 'descent_control' finds the step size: leave learning rates out"),
+        (
+            "rkc",
+            {"stage_batches": "split"},
+            r"stage_batches = 'split' needs a fixed number of stages, which rkc",
+        ),
         ("rk4", {"rule": "dal", "rule_options": {"estimate": "freee"}}, r"rule_options = .* estimate must be"),
         ("rk4", {"rule": "dal", "rule_options": {"pover": 2.0}}, r"rule_options = .*pover"),
         ("rk4", {"rule": "dal", "stage_batches": "split"}, r"stage_batches = 'split' does not go with a rule"),
-        ("euler", {"rule": "dal", "rule_options": DAL}, r"options = .* estimate='product' or 'difference'"),
+        ("euler", {"rule": "dal", "rule_options": DAL}, r"factory = 'euler': .* estimate='product' or 'difference'"),
     ],
 )
 def test_impossible_ingredients_are_refused_before_training(factory, fields, message):
     with pytest.raises(UsageError, match=rf"optimizers\.x\.{message}"):
-        build_optimizer("optimizers.x", OptimizerConfig(factory, (0.1, 1.0), **fields))
+        build_from(OptimizerConfig(factory, (0.1, 1.0), **fields))
+
+
+STRUCTURED = rk_optax.LeastSquares(lambda params, images, labels: images @ params - labels, reduction="mean")
+FIND_THEIR_OWN = ("rkc", "rkl", "rosenbrock_euler", "ros2", "residual_euler")
+STIFF = (*FIND_THEIR_OWN, "backward_euler", "sdirk2", "gauss4", "etd1", "etdrk2")
+
+
+def test_every_optimizer_of_both_libraries_is_known():
+    for name in rk_optax.__all__:
+        member = getattr(rk_optax, name)
+        if inspect.isfunction(member) and "learning_rate" in inspect.signature(member).parameters:
+            assert (name in SOLVERS) != (name in ("runge_kutta", "scale_by_rk")), name
+    assert {"sgd", "momentum", "nesterov", "adam", "adamw", "lion", "lbfgs", "adam_then_lbfgs"} <= set(OPTAX)
+    assert not OPTAX.keys() & SOLVERS.keys()  # a name means one thing
+    for name in OPTAX:
+        if name not in ("adam_then_lbfgs", "noisy_sgd", "optimistic_adam"):  # they need more, or warn
+            assert build(name)
+
+
+@pytest.mark.parametrize("factory", STIFF)
+def test_stiff_methods_count_the_work_of_every_step(factory):
+    rates = None if factory in FIND_THEIR_OWN else (0.1, 1.0)
+    optimizer = build_from(OptimizerConfig(factory, rates), STRUCTURED)
+    assert optimizer.gradients_per_step is None
+    params = jnp.array([0.3, -0.2])
+    tx = optimizer.make(STRUCTURED, 0.1, None)
+    before = tx.init(params)
+    updates, after = jax.jit(tx.update)(jax.grad(STRUCTURED)(params, **DATA), before, params, **DATA)
+    assert STRUCTURED(params + updates, **DATA) < STRUCTURED(params, **DATA)
+    assert optimizer.cost(before, after, 1) == after.cost
+    assert int(after.cost.gradients) >= 1
+
+
+def test_lbfgs_counts_its_line_search():
+    optimizer, params = build("lbfgs"), jnp.array([0.3, -0.2])
+    tx = optimizer.make(loss_fn, 1.0, None)
+    state = tx.init(params)
+    calls = []
+
+    def value_fn(params):
+        jax.debug.callback(lambda: calls.append(1))
+        return loss_fn(params, **DATA)
+
+    value, grad = jax.value_and_grad(loss_fn)(params, **DATA)
+    _, after = tx.update(grad, state, params, value=value, grad=grad, value_fn=value_fn, **DATA)
+    jax.effects_barrier()
+    assert int(optimizer.cost(state, after, 1).gradients) == len(calls) + 1
+    assert int(optimizer.cost(state, after, 0).gradients) == len(calls)
+
+
+@pytest.mark.parametrize(
+    ("factory", "rates", "message"),
+    [
+        ("backward_euler", None, r"factory = 'backward_euler' needs a learning_rate"),
+        ("adam", None, r"factory = 'adam' needs a learning_rate"),
+        ("rosenbrock_euler", None, r"factory = 'rosenbrock_euler'.* 'gauss_newton'"),
+        ("residual_euler", None, r"factory = 'residual_euler': .*LeastSquares.* Set model\.loss = 'squared_error'"),
+    ],
+)
+def test_what_a_method_needs_is_said_before_training(factory, rates, message):
+    network = probe_loss(ModelConfig())
+    with pytest.raises(UsageError, match=rf"optimizers\.x\.{message}"):
+        build_from(OptimizerConfig(factory, rates), network if factory == "residual_euler" else loss_fn)

@@ -3,9 +3,9 @@ import json
 import numpy as np
 import pytest
 
-from rk_optax.experiment.curves import read_curves
+from rk_optax.experiment.show.curves import read_curves
 
-from .helpers import run_command, strict_loads
+from ..helpers import run_command, strict_loads
 
 
 def test_a_training_run(finished):
@@ -16,7 +16,7 @@ def test_a_training_run(finished):
     assert curve.cost.tolist() == list(range(0, 49, 8))
     assert np.isnan(curve.train_loss[0])
     assert curve.train_loss[1:].tolist() == [record["train_loss"] for record in records[1:]]
-    assert curve.test_accuracy.tolist() == [record["test_accuracy"] for record in records]
+    np.testing.assert_allclose(curve.error, [100 * (1 - record["test_accuracy"]) for record in records])
     assert curve.seconds.tolist() == [record["seconds"] for record in records]
 
 
@@ -25,10 +25,10 @@ def test_a_comparison(smoke):
     assert list(curves) == [f"run, {name}" for name in smoke.config.optimizers]
     for result in smoke.results:
         curve = curves[f"run, {result.entrant.name}"]
-        np.testing.assert_allclose(curve.steps, result.curve.steps)
-        np.testing.assert_allclose(curve.cost, result.gradients)
-        np.testing.assert_allclose(curve.train_loss, result.curve.train_loss.mean(axis=0))
-        np.testing.assert_allclose(curve.test_accuracy, result.curve.test_accuracy.mean(axis=0))
+        np.testing.assert_allclose(curve.steps, result.runs.steps)
+        np.testing.assert_allclose(curve.cost, result.runs.gradients.mean(axis=0))
+        np.testing.assert_allclose(curve.train_loss, result.runs.train_loss.mean(axis=0))
+        np.testing.assert_allclose(curve.error, 100 * (1 - result.runs.test_accuracy.mean(axis=0)))
         np.testing.assert_allclose(curve.seconds, result.seconds)
 
 
@@ -47,11 +47,37 @@ def test_plot(finished, smoke, tmp_path, x):
     assert len(content) > 20_000
 
 
+def test_plot_writes_a_pdf(finished, tmp_path):
+    out = tmp_path / "figure.pdf"
+    assert run_command("plot", finished, "--out", out)[0] == 0
+    assert out.read_bytes().startswith(b"%PDF")
+
+
+def test_a_race(raced, tmp_path):
+    """`rk-optax plot` of a finished race said that it had no metrics to plot yet."""
+    _, run = raced
+    curves = {curve.label: curve for curve in read_curves(run)}
+    assert list(curves) == [f"run, {name}" for name in ("gd", "adam", "both", "rkc")]
+    pieces = [strict_loads((run / "pieces" / f"run-gd-{seed}.json").read_text()) for seed in (0, 1)]
+    curve = curves["run, gd"]
+    assert curve.error_name == "relative error, energy norm"
+    for field, name in [("steps", "steps"), ("gradients", "cost"), ("seconds", "seconds"), ("error", "error")]:
+        np.testing.assert_allclose(getattr(curve, name), np.median([piece[field] for piece in pieces], axis=0))
+    assert run_command("plot", run, "--x", "seconds", "--out", tmp_path / "race.png")[0] == 0
+    assert (tmp_path / "race.png").stat().st_size > 20_000
+
+
+def test_errors_of_different_kinds_are_not_overlaid(raced, finished, tmp_path):
+    status, _, err = run_command("plot", raced[1], finished, "--out", tmp_path / "both.png")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "cannot overlay runs that measure different errors: relative error, energy norm; test error" in err
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["nowhere"], "nowhere holds no run: config.json: No such file or directory"),
-        (["RUN", "--out", "x.pdf"], "--out x.pdf must be a PNG file: take x.png"),
+        (["RUN", "--out", "x.gif"], "--out x.gif must be a PNG, PDF or SVG file: take x.png"),
         (["RUN", "--out", "nowhere/x.png"], "--out nowhere/x.png: cannot be written: No such file or directory"),
     ],
 )
@@ -71,7 +97,8 @@ def test_damaged_metrics(run, line):
     (run / "metrics.jsonl").write_text(line + "\n")
     status, out, err = run_command("plot", run)
     assert (status, out, err.count("\n")) == (2, "", 1)
-    assert "metrics.jsonl is damaged" in err
+    assert "damaged" in err
+    assert str(run) in err
 
 
 def test_no_metrics_yet(run):

@@ -6,8 +6,15 @@ import pytest
 from rich.console import Console
 
 from rk_optax import TABLEAUS
-from rk_optax.experiment.report import comparison_notes, comparison_table, make_console, solver_table
-from rk_optax.experiment.summary import summarize
+from rk_optax.experiment.runs.summary import summarize
+from rk_optax.experiment.show.tables import (
+    comparison_notes,
+    comparison_table,
+    make_console,
+    optimizer_table,
+    race_table,
+    solver_table,
+)
 
 
 def printed(renderable, width=100):
@@ -46,9 +53,9 @@ def test_numbers_are_shown_as_mean_and_range(smoke):
 
 def test_a_diverged_seed_is_called_so(smoke):
     result = smoke.results[0]
-    loss = result.curve.train_loss.copy()
+    loss = result.runs.train_loss.copy()
     loss[0, -1] = np.nan
-    diverged = result._replace(curve=result.curve._replace(train_loss=loss))
+    diverged = result._replace(runs=result.runs._replace(train_loss=loss))
     assert "diverged" in printed(comparison_table(summarize([diverged])))
 
 
@@ -60,7 +67,7 @@ def test_notes_say_where_a_grid_was_too_narrow(smoke):
         for result in smoke.results
     ]
     assert not any("Caution" in note for note in comparison_notes(smoke.config, results))
-    results[1] = results[1]._replace(tuned=results[1].tuned._replace(at_edge="highest"))
+    results[0] = results[0]._replace(tuned=results[0].tuned._replace(at_edge="highest"))
     (caution,) = [note for note in comparison_notes(smoke.config, results) if "Caution" in note]
     assert "momentum" in caution
     assert "highest" in caution
@@ -79,7 +86,8 @@ def test_notes_say_what_was_tuned_and_timed(smoke):
     assert "3 seeds" in text
     assert "best of 3" in text
     assert "median of 9" in text
-    assert "rk4" in text
+    assert "heun" in text
+    assert "a Hessian-vector product counts as two" in text  # because of rkc
 
 
 def test_every_solver_is_listed_with_its_properties():
@@ -90,6 +98,30 @@ def test_every_solver_is_listed_with_its_properties():
     assert rows["rk4"].split()[1:6] == ["4", "4", "4", "2.785", "0.696"]
     for name, tableau in TABLEAUS.items():
         assert rows[name].rstrip().endswith(tableau.source)
+
+
+def test_every_other_optimizer_is_listed_with_what_it_needs():
+    text = printed(optimizer_table(TABLEAUS), width=200)
+    rows = {line.split()[0]: line for line in text.splitlines() if line.strip()}
+    for name in ("rkc", "rkl", "rosenbrock_euler", "ros2", "residual_euler"):
+        assert rows[name].split()[1] == "nothing"
+    for name in ("backward_euler", "sdirk3", "gauss4", "etdrk2"):
+        assert "a learning rate" in rows[name]
+    assert "no stability limit" in rows["backward_euler"]
+    assert all(name in text for name in ("lbfgs", "adamw"))
+
+
+def test_a_race_never_cuts_a_name():
+    """At 100 columns the name "adam, then lbfgs, 0.003" ended in an ellipsis."""
+    price = {"error": 1e-3, "reached": 5, "gradients": 123456.0, "v": 123456.0, "seconds": 123.45}
+    row = {"entrant": "adam, then lbfgs", "tuned": 0.003, "seeds": 5, "final_error": 1.2e-5, "seconds": 123.0}
+    row |= {"final_error_range": [1.1e-5, 2.2e-4], "targets": [price] * 3}
+    text = printed(race_table([row], "relative L2 error"))
+    assert max(map(len, text.splitlines())) <= 100
+    assert "adam, then lbfgs, 0.003" in text
+    assert "…" not in text
+    joined = "".join(line[25:] for line in text.splitlines()).replace(" ", "")
+    assert joined.count("123456") >= 1
 
 
 @pytest.mark.parametrize(("columns", "width"), [(None, 100), ("73", 73)])

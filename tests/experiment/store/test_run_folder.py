@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from rk_optax import __version__
-from rk_optax.experiment.config import DataConfig
+from rk_optax.experiment.config import CompareConfig, OptimizerConfig
 from rk_optax.experiment.errors import UsageError
-from rk_optax.experiment.run_folder import RunFolder, default_path
+from rk_optax.experiment.store.run_folder import RunFolder, first_difference, stored_config
 
-from .helpers import read_metrics, strict_loads
+from ..helpers import read_metrics, strict_loads
 
 
 def test_what_is_not_finite_becomes_null(tmp_path):
@@ -84,40 +84,34 @@ def test_resuming_keeps_what_was_finished_and_forgets_the_rest(interrupted, smok
     assert read_metrics(interrupted) == [{"piece": "first", "a": 1}, {"piece": "second", "a": 3}]
 
 
-def test_resuming_needs_the_same_config(interrupted, smoke_config):
+def test_a_stored_config_is_the_one_that_was_written(interrupted, smoke_config):
+    stored = stored_config(interrupted, "compare", CompareConfig)
+    assert stored == smoke_config
+    assert first_difference(stored, smoke_config) is None
     other = dataclasses.replace(smoke_config, budget=dataclasses.replace(smoke_config.budget, gradients=96))
-    with (
-        RunFolder(interrupted, resume=True) as folder,
-        pytest.raises(UsageError, match=r"holds a run with budget\.gradients = 48, not 96: go on with the same"),
-    ):
-        folder.write_config("compare", "smoke", other)
-    fewer = dataclasses.replace(
-        smoke_config, optimizers={k: v for k, v in smoke_config.optimizers.items() if k != "adam"}
-    )
-    with (
-        RunFolder(interrupted, resume=True) as folder,
-        pytest.raises(UsageError, match=r"optimizers\.adam\.factory = 'adam', not None"),
-    ):
-        folder.write_config("compare", "smoke", fewer)
+    assert first_difference(stored, other) == "budget.gradients = 48, not 96"
+    fewer = {name: optimizer for name, optimizer in smoke_config.optimizers.items() if name != "adam"}
+    difference = first_difference(stored, dataclasses.replace(smoke_config, optimizers=fewer))
+    assert difference == "optimizers.adam.factory = 'adam', not None"
 
 
-def test_resuming_another_command_is_refused(interrupted, smoke_config):
-    with RunFolder(interrupted, resume=True) as folder, pytest.raises(UsageError, match=r"command = 'compare', not"):
-        folder.write_config("train", "smoke", smoke_config)
+def test_resuming_another_command_is_refused(interrupted):
+    with pytest.raises(UsageError, match=r"holds no run of rk-optax train"):
+        stored_config(interrupted, "train", CompareConfig)
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "pieces/a.json"])
 def test_a_damaged_file_says_which_and_what_to_do(tmp_path, name):
     folder = tmp_path / "run"
     with RunFolder(folder) as run:
-        run.write_config("compare", "digits", DataConfig())
+        run.write_config("compare", "digits", CompareConfig({"sgd": OptimizerConfig("sgd", (0.1, 1.0))}))
         run.log("a", loss=1.0)
         run.finish("a", {"loss": 1.0})
     (folder / name).write_text('{"piece": nonsense}\n')
 
     def resume():
+        stored_config(folder, "compare", CompareConfig)
         with RunFolder(folder, resume=True) as run:
-            run.write_config("compare", "digits", DataConfig())
             run.finished("a")
 
     with pytest.raises(UsageError, match=rf"{name} is damaged"):
@@ -126,10 +120,5 @@ def test_a_damaged_file_says_which_and_what_to_do(tmp_path, name):
 
 def test_nothing_to_resume(tmp_path):
     with pytest.raises(UsageError, match=r"holds no run to resume: start one with --out"):
-        RunFolder(tmp_path / "run", resume=True)
+        stored_config(tmp_path / "run", "compare", CompareConfig)
     assert not (tmp_path / "run").exists()
-
-
-def test_default_path_has_config_and_time():
-    assert default_path("digits").parts[0] == "runs"
-    assert default_path("digits").name.startswith("digits-2")

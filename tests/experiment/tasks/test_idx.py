@@ -4,12 +4,12 @@ import itertools
 import numpy as np
 import pytest
 
-from rk_optax.experiment import data
 from rk_optax.experiment.config import DataConfig
-from rk_optax.experiment.data import load_dataset
 from rk_optax.experiment.errors import UsageError
+from rk_optax.experiment.tasks import data
+from rk_optax.experiment.tasks.data import load_dataset
 
-from .helpers import idx_bytes, write_idx
+from ..helpers import idx_bytes, write_idx
 
 TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 

@@ -11,11 +11,11 @@ import time
 
 import pytest
 
-from .helpers import TRAIN, read_metrics, run_command, without_time, write_train_config
+from ..helpers import TRAIN, read_metrics, run_command, without_time, write_train_config
 
 MAIN = "from rk_optax.experiment.cli import main; main()"
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")]
 
 
 def start(cache, *argv, devices=None):
@@ -35,13 +35,13 @@ def wait_for_lines(run, number, process):
         time.sleep(0.005)
 
 
-def test_killed_and_interrupted_runs_go_on(tmp_path, compilation_cache):
+def test_killed_and_interrupted_runs_go_on(tmp_path, compilation):
     path = write_train_config(tmp_path / "tiny.py", dataclasses.replace(TRAIN, steps=160))
     assert run_command("train", path, "--out", tmp_path / "whole")[0] == 0
     run, rng = tmp_path / "run", random.Random(0)
     # The moments are random, the whereabouts are not: in the first steps, between checkpoints, late.
     for lines, number in [(1, signal.SIGKILL), (9, signal.SIGKILL), (20, signal.SIGINT)]:
-        process = start(compilation_cache, *(["--resume", run] if run.exists() else [path, "--out", run]))
+        process = start(compilation, *(["--resume", run] if run.exists() else [path, "--out", run]))
         wait_for_lines(run, lines, process)
         time.sleep(rng.uniform(0, 0.1))
         assert process.poll() is None, process.communicate()
@@ -57,11 +57,11 @@ def test_killed_and_interrupted_runs_go_on(tmp_path, compilation_cache):
     assert without_time(read_metrics(run)) == without_time(read_metrics(tmp_path / "whole"))
 
 
-def test_another_number_of_devices(finished, run, compilation_cache):
+def test_another_number_of_devices(finished, run, compilation):
     """From one device to three and back; a batch of 63 goes on three."""
     for folder in ("20", "24"):
         shutil.rmtree(run / "checkpoints" / folder)
-    process = start(compilation_cache, "--resume", run, devices=3)
+    process = start(compilation, "--resume", run, devices=3)
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "3 devices share each batch\n"), (out, err)
     shutil.rmtree(run / "checkpoints" / "24")  # now from the checkpoint that three devices wrote

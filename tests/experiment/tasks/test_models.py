@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import pytest
 
 from rk_optax.experiment.config import ModelConfig
-from rk_optax.experiment.models import build_model
+from rk_optax.experiment.tasks.models import build_model
 
 
 @pytest.mark.parametrize("activation", ["tanh", "relu", "gelu"])

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from rk_optax.experiment.config import DataConfig
-from rk_optax.experiment.data import batch_indices, load_dataset
 from rk_optax.experiment.errors import UsageError
-from rk_optax.experiment.text import sums
+from rk_optax.experiment.tasks.data import batch_indices, load_dataset
+from rk_optax.experiment.tasks.text import sums
 
 
 def test_digits_are_split_without_loss_or_overlap():
