@@ -100,12 +100,6 @@ class _Invocation(NamedTuple, Generic[Config]):
 def train(argv: Sequence[str]) -> int:
     """`rk-optax train`.
 
-    Args:
-        argv: the config file, then overrides; or --resume and a folder.
-
-    Returns:
-        The exit status.
-
     Raises:
         UsageError: if the training is not possible as asked for.
         KeyboardInterrupt: with a message that says how to go on.
@@ -158,12 +152,6 @@ def race(argv: Sequence[str]) -> int:
 
 def plot(argv: Sequence[str]) -> int:
     """`rk-optax plot`.
-
-    Args:
-        argv: run folders and options.
-
-    Returns:
-        The exit status.
 
     Raises:
         UsageError: if a folder holds no run that can be drawn, or the figure cannot be written.

@@ -44,7 +44,7 @@ def _nesterov(learning_rate: Any, momentum: float = 0.9) -> optax.GradientTransf
 class AdamThenLbfgsState(NamedTuple):
     """State of `adam_then_lbfgs`."""
 
-    count: jax.Array  # steps so far
+    step: jax.Array  # how many there have been
     adam: Any
     lbfgs: Any
 
@@ -73,8 +73,8 @@ def adam_then_lbfgs(learning_rate: Any, adam_steps: int, **options: Any) -> Tran
             moves, new = lbfgs.update(updates, state.lbfgs, params, **extra)
             return moves, state.adam, new
 
-        moves, *parts = jax.lax.cond(state.count < adam_steps, with_adam, with_lbfgs)
-        return moves, AdamThenLbfgsState(state.count + 1, *parts)
+        moves, *parts = jax.lax.cond(state.step < adam_steps, with_adam, with_lbfgs)
+        return moves, AdamThenLbfgsState(state.step + 1, *parts)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -112,10 +112,7 @@ DAL = {"estimate": "free"}
         ({"preconditioner": "adam"}, lambda h: {"preconditioner": rk_optax.precondition_by_adam()}),
         ({"rule": "dal"}, lambda h: {"learning_rate": rk_optax.dal(h)}),
         ({"rule": "dal", "rule_options": DAL}, lambda h: {"learning_rate": rk_optax.dal(h, estimate="free")}),
-        (
-            {"stage_batches": "split"},
-            lambda h: {"stage_batches": "split", "batch_argnames": ("images", "labels")},
-        ),
+        ({"stage_batches": "split"}, lambda h: {"stage_batches": "split", "batch_argnames": ("images", "labels")}),
     ],
 )
 def test_ingredients_are_those_of_the_library(fields, direct):
@@ -154,11 +151,7 @@ def test_the_first_stage_of_split_batches_sees_the_first_slice():
         ("momentum", {"stage_batches": "split"}, r"stage_batches = 'split' is for solvers"),
         ("rk4", {"rule_options": DAL}, r"rule_options = .* is for a rule: set optimizers\.x\.rule, to 'dal' say"),
         ("rk4", {"rule": "descent_control"}, r"rule = 'descent_control' finds the step size: leave learning rates out"),
-        (
-            "rkc",
-            {"stage_batches": "split"},
-            r"stage_batches = 'split' needs a fixed number of stages, which rkc",
-        ),
+        ("rkc", {"stage_batches": "split"}, r"stage_batches = 'split' needs a fixed number of stages, which rkc"),
         ("rk4", {"rule": "dal", "rule_options": {"estimate": "freee"}}, r"rule_options = .* estimate must be"),
         ("rk4", {"rule": "dal", "rule_options": {"pover": 2.0}}, r"rule_options = .*pover"),
         ("rk4", {"rule": "dal", "stage_batches": "split"}, r"stage_batches = 'split' does not go with a rule"),

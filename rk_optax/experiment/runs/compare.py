@@ -90,20 +90,15 @@ class Comparison:
 
         Tuning and training of each entrant, and the timing of all, are pieces that a resumed folder may hold already.
 
-        Args:
-            folder: where metrics and finished pieces go.
-            report: hears about progress.
-
-        Returns:
-            What was found out about each entrant, in the order of the configuration.
-
         Raises:
             UsageError: if an entrant diverges at every learning rate.
         """
         entrants = self.entrants
         self._folder, self._report = folder, report
         do = functools.partial(piece, folder, report)
-        report.start(sum(map(self._tuning_work, entrants)) + sum(map(self._training_work, entrants)) + self._timing_work)
+        report.start(
+            sum(map(self._tuning_work, entrants)) + sum(map(self._training_work, entrants)) + self._timing_work
+        )
         tuned = []
         for entrant in entrants:
             tune = functools.partial(self._tune, entrant)
@@ -131,41 +126,32 @@ class Comparison:
         if not entrant.optimizer.takes_rate:
             return Tuned(None, np.array([]), None)._asdict()
         self._report.phase(f"tuning {entrant.name}")
-        seeds, rates = self._config.tuning.seeds, entrant.rates
-        trainer = self._grid(entrant, seeds, rates, entrant.tuning_steps)
-        totals, counts, before = {"loss": 0.0, "accuracy": 0.0}, 0.0, np.zeros(())
-        whole = min(entrant.tuning_budget, entrant.tuning_steps * (entrant.optimizer.gradients_per_step or np.inf))
-        for point, spent in self._points(trainer, entrant, entrant.tuning_steps, entrant.tuning_budget):
+        seeds, rates, steps = self._config.tuning.seeds, entrant.rates, entrant.tuning_steps
+        trainer = self._grid(entrant, seeds, rates, steps)
+        loss, accuracy, looks, before = np.zeros((4, len(seeds), len(rates)))
+        whole = min(entrant.tuning_budget, steps * (entrant.optimizer.gradients_per_step or np.inf))
+        for point, spent in self._points(trainer, entrant, steps, entrant.tuning_budget):
             # A rate at the edge of stability can end well between two spikes, so that the last point alone would
             # choose it. A run that has spent its budget while others go on is not looked at any more.
-            late = spent > whole / 2 if np.isfinite(whole) else np.full(spent.shape, 2 * point.steps > entrant.tuning_steps)
-            late = late & (before < whole)
+            late = (spent > whole / 2 if whole < np.inf else 2 * point.steps > steps) & (before < whole)
             before = spent
             if late.any():
                 score = trainer.score(point, self._task.dataset.validation)
-                for name, values in (("loss", score.loss), ("accuracy", score.accuracy)):
-                    totals[name] = totals[name] + np.where(late, values, 0)
-                counts = counts + late
-        loss, accuracy = totals["loss"] / counts, totals["accuracy"] / counts
-        for (row, trial), validation_loss in np.ndenumerate(loss):
-            self._log(
-                "tune",
-                entrant,
-                rates[trial],
-                seeds[row],
-                point.steps,
-                float(before[row, trial]),
-                trial=trial,
-                validation_loss=validation_loss,
-                validation_accuracy=accuracy[row, trial],
-            )
+                loss, accuracy = loss + np.where(late, score.loss, 0), accuracy + np.where(late, score.accuracy, 0)
+                looks = looks + late
+        loss, accuracy = loss / looks, accuracy / looks
+        for row, trial in np.ndindex(loss.shape):
+            measured = {"validation_loss": loss[row, trial], "validation_accuracy": accuracy[row, trial]}
+            about = "tune", entrant, rates[trial], seeds[row], steps, before[row, trial]
+            self._log(*about, trial=trial, **measured)
         remedy = f"lower optimizers.{entrant.name}.learning_rates"
-        best = choose(entrant.name, loss.mean(axis=0), remedy)
+        choice = choose(entrant.name, loss.mean(axis=0), remedy)
+        diverged = f" ({choice.diverged} diverged)" if choice.diverged else ""
         self._report.say(
-            f"tuned {entrant.name}: learning rate {rates[best.index]:.3g}, the best of {len(rates)} "
-            f"from {rates[0]:.3g} to {rates[-1]:.3g}" + (f" ({best.diverged} diverged)" if best.diverged else "")
+            f"tuned {entrant.name}: learning rate {rates[choice.best]:.3g}, the best of {len(rates)} "
+            f"from {rates[0]:.3g} to {rates[-1]:.3g}{diverged}"
         )
-        return Tuned(rates[best.index], best.losses, best.at_edge)._asdict()
+        return Tuned(rates[choice.best], choice.losses, choice.at_edge)._asdict()
 
     def _train(self, entrant: Entrant, rate: float | None) -> dict[str, Any]:
         """Trains on every seed at the tuned rate."""
@@ -174,86 +160,64 @@ class Comparison:
         trainer = self._grid(entrant, seeds, [rate], entrant.steps)
         columns: list[tuple[Any, ...]] = []
         for point, spent in self._points(trainer, entrant, entrant.steps, entrant.budget):
-            loss = trainer.score(point, self._scored).loss[:, 0]
-            accuracy = trainer.score(point, self._task.dataset.test).accuracy[:, 0]
+            loss, accuracy = (values[:, 0] for values in self._measure(trainer, point))
             columns.append((point.steps, spent[:, 0], loss, accuracy))
             for row, seed in enumerate(seeds):
                 measured = {"train_loss": loss[row], "test_accuracy": accuracy[row]}
-                self._log("compare", entrant, rate, seed, point.steps, float(spent[row, 0]), **measured)
+                self._log("compare", entrant, rate, seed, point.steps, spent[row, 0], **measured)
         steps, *curves = zip(*columns, strict=True)
         return Runs(np.array(steps), *(np.stack(curve, axis=-1) for curve in curves))._asdict()
 
     def _time(self, rates: Sequence[float | None]) -> list[dict[str, Any]]:
         """Times every entrant, one run at a time and nothing else meanwhile."""
-        seed = self._config.seeds[0]
-        trainers = []
+        seed, timed = self._config.seeds[0], []
         for entrant, rate in zip(self.entrants, rates, strict=True):
             self._report.phase(f"compiling {entrant.name}")
-            trainers.append(
-                Trainer(self._task, entrant.optimizer, seed, rate, entrant.timed_chunk, steps=entrant.steps)
-            )
-        timed = list(zip(self.entrants, rates, trainers, strict=True))
-        seconds: dict[str, list[list[float]]] = {entrant.name: [] for entrant in self.entrants}
-        steps: dict[str, list[int]] = {}
+            trainer = Trainer(self._task, entrant.optimizer, seed, rate, entrant.timed_chunk, steps=entrant.steps)
+            timed.append((entrant, rate, trainer, []))
         for repeat in range(self._config.timed_runs):
-            for entrant, rate, trainer in in_turns(timed, repeat):
+            for entrant, rate, trainer, runs in in_turns(timed, repeat):
                 self._report.phase(f"timing {entrant.name}")
-                points = []
+                runs.append([])
                 for point, spent in self._points(trainer, entrant, entrant.timed_steps, entrant.budget):
-                    points.append((point.steps, point.seconds))
-                    self._log(
-                        "time",
-                        entrant,
-                        rate,
-                        seed,
-                        point.steps,
-                        float(spent),
-                        repeat=repeat,
-                        seconds=point.seconds,
-                        train_loss=trainer.score(point, self._scored).loss,
-                        test_accuracy=trainer.score(point, self._task.dataset.test).accuracy,
-                    )
-                steps[entrant.name] = [step for step, _ in points]
-                seconds[entrant.name].append([second for _, second in points])
+                    runs[-1].append((point.steps, point.seconds))
+                    loss, accuracy = self._measure(trainer, point)
+                    measured = {"seconds": point.seconds, "train_loss": loss, "test_accuracy": accuracy}
+                    self._log("time", entrant, rate, seed, point.steps, spent, repeat=repeat, **measured)
         timings = []
-        for entrant, _, trainer in timed:
-            runs = np.array(seconds[entrant.name])
-            median = np.median(runs, axis=0)
-            timing = Timing(np.array(steps[entrant.name]), median, runs[:, -1], trainer.compile_seconds)
+        for _, _, trainer, runs in timed:
+            steps, seconds = np.moveaxis(np.array(runs, float), -1, 0)
+            timing = Timing(steps[0], np.median(seconds, axis=0), seconds[:, -1], trainer.compile_seconds)
             timings.append(timing._asdict())
         return timings
+
+    def _measure(self, trainer: Trainer, point: Point) -> tuple[np.ndarray, np.ndarray]:
+        """Training loss and test accuracy."""
+        return trainer.score(point, self._scored).loss, trainer.score(point, self._task.dataset.test).accuracy
 
     def _grid(self, entrant: Entrant, seeds: tuple[int, ...], rates: Sequence[float | None], steps: int) -> Trainer:
         every, vectorized = self._config.budget.evaluate_every, self._config.vectorized
         return Trainer(self._task, entrant.optimizer, seeds, rates, every, steps=steps, vectorized=vectorized)
 
-    def _points(
-        self, trainer: Trainer, entrant: Entrant, steps: int, budget: float
-    ) -> Iterator[tuple[Point, np.ndarray]]:
+    def _points(self, trainer: Trainer, entrant: Entrant, steps: int, budget: float) -> Iterator[tuple[Point, Any]]:
         """The points of a training, reported as progress, with the gradients spent by each run."""
         done = 0.0
         for point in trainer.run(steps):
             spent = trainer.spent(point)
-            each = np.minimum(spent, budget) if budget < np.inf else np.full_like(spent, _work(entrant, point.steps, budget))
-            self._report.advance(float(each.sum()) - done)
-            done = float(each.sum())
+            each = np.minimum(spent, budget) if budget < np.inf else _work(entrant, point.steps, budget)
+            now = float(np.broadcast_to(each, spent.shape).sum())
+            self._report.advance(now - done)
+            done = now
             yield point, spent
             if np.min(spent) >= budget:
                 return
 
     def _log(
-        self, phase: str, entrant: Entrant, rate: Any, seed: int, steps: int, gradients: float, **measured: Any
+        self, phase: str, entrant: Entrant, rate: Any, seed: int, steps: int, gradients: Any, **measured: Any
     ) -> None:
-        self._folder.log(
-            phase if phase == "time" else f"{phase}-{entrant.name}",
-            phase=phase,
-            optimizer=entrant.name,
-            seed=seed,
-            learning_rate=rate,
-            steps=steps,
-            gradients=gradients,
-            **measured,
-        )
+        piece = phase if phase == "time" else f"{phase}-{entrant.name}"
+        about = {"phase": phase, "optimizer": entrant.name, "seed": seed, "learning_rate": rate}
+        self._folder.log(piece, **about, steps=steps, gradients=float(gradients), **measured)
 
 
 def _work(entrant: Entrant, steps: int, budget: float) -> float:

@@ -43,7 +43,7 @@ class Trainer:
         task: Task,
         optimizer: Optimizer,
         seeds: int | Sequence[int],
-        rates: float | None | Sequence[float | None],
+        rates: float | Sequence[float | None] | None,
         chunk: int,
         *,
         steps: int | None = None,
@@ -149,7 +149,7 @@ class Trainer:
         gradient = jax.value_and_grad(task.loss_and_statistics, has_aux=True)
         reuses = optimizer.keeps_gradient and task.constant
 
-        def step(state: RunState, batch: jax.Array) -> tuple[RunState, jax.Array]:
+        def step(state: RunState, batch: jax.Array) -> tuple[RunState, Any]:
             dropout_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
             data = task.data(source, batch, state.statistics, jax.random.key_data(dropout_key))
 

@@ -38,11 +38,7 @@ def make_plan(config: CompareConfig) -> tuple[Entrant, ...]:
     probe = probe_loss(config.model)
     optimizers = {
         name: build_optimizer(
-            f"optimizers.{name}",
-            entrant,
-            probe,
-            has_rate=entrant.learning_rates is not None,
-            sliced=Supervised.sliced,
+            f"optimizers.{name}", entrant, probe, has_rate=entrant.learning_rates is not None, sliced=Supervised.sliced
         )
         for name, entrant in config.optimizers.items()
     }

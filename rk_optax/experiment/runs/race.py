@@ -74,13 +74,6 @@ class Race:
     def run(self, folder: RunFolder, report: Reporter) -> list[Raced]:
         """Tunes and runs every entrant on every seed; pieces that a resumed folder holds are taken from there.
 
-        Args:
-            folder: where finished pieces go.
-            report: hears about progress.
-
-        Returns:
-            The runs of each entrant, in the order of the configuration.
-
         Raises:
             UsageError: if an entrant diverges with every value of its tuned argument.
         """
@@ -93,8 +86,10 @@ class Race:
             if trials[name]:
                 report.phase(f"tuning {name}")
                 tune = functools.partial(self._piece, folder, report, name, config.tuning_seed)
-                losses = [tune(v, f"tune-{name}-{i}", config.tuning_fraction).loss[-1] for i, v in enumerate(entrant.trials)]
-                values[name] = entrant.trials[choose(name, losses, f"change entrants.{name}.trials").index]
+                losses = [
+                    tune(v, f"tune-{name}-{i}", config.tuning_fraction).loss[-1] for i, v in enumerate(entrant.trials)
+                ]
+                values[name] = entrant.trials[choose(name, losses, f"change entrants.{name}.trials").best]
                 tried = ", ".join(map("{:g}".format, entrant.trials))
                 report.say(f"tuned {name}: {entrant.tunes} {values[name]:g} of {tried}")
         runs: dict[str, list[RaceRun]] = {name: [] for name in entrants}
@@ -133,9 +128,7 @@ class Race:
         return RaceRun(*columns, v_seconds=min(v_seconds, _time_gradient(problem)))
 
 
-def _build(
-    name: str, config: EntrantConfig, problem: FullBatch, value: float | None
-) -> tuple[Optimizer, float | None]:
+def _build(name: str, config: EntrantConfig, problem: FullBatch, value: float | None) -> tuple[Optimizer, float | None]:
     """The entrant `name` with its tuned argument at `value`, and its learning rate."""
     rate = value if config.tunes == "learning_rate" else None
     if value is not None and rate is None:

@@ -71,11 +71,7 @@ def as_json(results: Sequence[Compared], rows: Sequence[Row]) -> dict:
     return {
         "spread": "minimum and maximum over the seeds",
         "table": [
-            row._asdict()
-            | {
-                "test_accuracy": row.test_accuracy._asdict(),
-                "train_loss": row.train_loss._asdict(),
-            }
+            row._asdict() | {"test_accuracy": row.test_accuracy._asdict(), "train_loss": row.train_loss._asdict()}
             for row in rows
         ],
         "optimizers": [

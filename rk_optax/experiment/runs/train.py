@@ -54,13 +54,6 @@ class Training:
     def run(self, folder: TrainFolder, report: Reporter) -> dict[str, Any]:
         """Trains from the latest checkpoint in the folder, or else from the start.
 
-        Args:
-            folder: where metrics and checkpoints go; what it holds beyond the checkpoint is dropped.
-            report: hears about progress.
-
-        Returns:
-            The last line of the metrics.
-
         Raises:
             UsageError: if a checkpoint or the metrics are damaged.
         """

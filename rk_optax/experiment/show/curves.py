@@ -30,9 +30,6 @@ class Curve(NamedTuple):
 def read_curves(path: Path) -> list[Curve]:
     """The curve of a training run, or the curves of a comparison or a race, each averaged over its seeds.
 
-    Args:
-        path: the folder.
-
     Raises:
         UsageError: if it holds no run with metrics, or a damaged one.
     """
@@ -86,7 +83,7 @@ def _race(path: Path, config: _Record) -> list[Curve]:
             piece = _object(_text(run, path), run)
             fields = ("steps", "gradients", "seconds", "loss", "error")
             points = zip(*(piece[field] for field in fields), strict=True)
-            records += [dict(zip(fields, point, strict=True)) for point in points]
+            records.extend(dict(zip(fields, point, strict=True)) for point in points)
         whole = _means(records, "gradients", "seconds", "loss", "error", average=np.median, least=len(runs))
         steps, (cost, seconds, loss, error) = whole
         curves.append(Curve(f"{path.name}, {entrant}", steps, cost, seconds, loss, error, name))

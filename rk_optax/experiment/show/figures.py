@@ -18,11 +18,7 @@ from rk_optax.experiment.show.race_summary import on_grid
 COLORS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
-AXES = {
-    "steps": "steps",
-    "cost": "cost, gradient evaluations",
-    "seconds": "training time, s (without compilation)",
-}
+AXES = {"steps": "steps", "cost": "cost, gradient evaluations", "seconds": "training time, s (without compilation)"}
 
 
 class _Line(NamedTuple):
@@ -38,10 +34,6 @@ def plot_comparison(results: Sequence[Compared], path: Path) -> None:
 
     Lines are means over the seeds, bands reach from the lowest to the highest seed, and dotted
     lines mark where the table compares: the least that an entrant has spent in all.
-
-    Args:
-        results: what the comparison returned.
-        path: a PNG file.
     """
     figure = Figure(figsize=(12, 7), dpi=120, layout="constrained")
     axes = figure.subplots(2, 3, sharex="col", sharey="row")
@@ -70,13 +62,7 @@ def plot_comparison(results: Sequence[Compared], path: Path) -> None:
 
 
 def plot_race(results: Sequence[Raced], error_name: str, path: Path) -> None:
-    """Error against seconds and against gradients: the median over the seeds, and their range as a band.
-
-    Args:
-        results: what the race returned.
-        error_name: what is on the vertical axis.
-        path: a PNG file.
-    """
+    """Error against seconds and against gradients: the median over the seeds, and their range as a band."""
     figure = Figure(figsize=(11, 5), dpi=120, layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     labels = {"seconds": AXES["seconds"], "gradients": "gradient evaluations (products and Jacobian rows not counted)"}
@@ -93,11 +79,6 @@ def plot_race(results: Sequence[Raced], error_name: str, path: Path) -> None:
 
 def plot_curves(curves: Sequence[Curve], x: str, path: Path) -> None:
     """Draws training loss and error of several runs against steps, cost or seconds.
-
-    Args:
-        curves: the runs.
-        x: a key of `AXES`.
-        path: a PNG file.
 
     Raises:
         UsageError: if their errors are not of one kind.

@@ -5,7 +5,6 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn, Self
 
 import absl.logging
@@ -51,12 +50,7 @@ class Checkpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._manager.close()
 
     def save(self, steps: int, seconds: float, state: Any) -> None:
@@ -73,9 +67,6 @@ class Checkpoints:
 
     def restore(self, like: Any) -> tuple[int, float, Any] | None:
         """Steps, seconds and host arrays of the latest checkpoint; None if there is no checkpoint.
-
-        Args:
-            like: a state of the layout that is expected.
 
         Raises:
             UsageError: if the checkpoint is damaged, or of another layout.

@@ -7,7 +7,6 @@ import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import flax
@@ -31,10 +30,6 @@ class RunFolder:
 
     def __init__(self, path: Path, *, resume: bool = False):
         """Creates the folder, or opens that of a run that is to go on.
-
-        Args:
-            path: the folder.
-            resume: whether it holds a run already.
 
         Raises:
             UsageError: if it holds something, or nothing to resume, or cannot be written.
@@ -66,12 +61,7 @@ class RunFolder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._metrics.close()
 
     def write_config(self, command: str, name: str, config: Any) -> None:
@@ -131,12 +121,6 @@ class TrainFolder(RunFolder):
     def rewind(self, steps: int | None) -> dict[str, Any] | None:
         """Drops the metrics beyond a checkpoint, with a last line that was cut short.
 
-        Args:
-            steps: those of the checkpoint, or None to drop all.
-
-        Returns:
-            The metrics at the checkpoint, or None.
-
         Raises:
             UsageError: if the metrics are damaged before that.
         """
@@ -162,11 +146,6 @@ class TrainFolder(RunFolder):
 
 def stored_config(path: Path, command: str, kind: type[Config]) -> Config:
     """The configuration of the run in a folder.
-
-    Args:
-        path: the folder.
-        command: which made it.
-        kind: the dataclass of its configuration.
 
     Raises:
         UsageError: if there is no such run, or its `config.json` is damaged.

@@ -66,9 +66,6 @@ def batch_indices(seed: int, examples: int, batch_size: int | None, start: int, 
 
     Every epoch is a fresh permutation without its remainder. The order depends on nothing but
     the arguments, so every entrant sees the same one and a run can continue at any step.
-
-    Returns:
-        An int32 array (count, batch_size).
     """
     batch_size = batch_size or examples
     if batch_size == examples:  # the order within a batch does not matter

@@ -24,13 +24,6 @@ class Labelled(NamedTuple):
 def read_directory(directory: Path) -> tuple[Labelled, Labelled]:
     """Reads the four files of a data set, each of them plain or gzipped.
 
-    Args:
-        directory: holds `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, `t10k-images-idx3-ubyte` and
-            `t10k-labels-idx1-ubyte`, with or without `.gz`.
-
-    Returns:
-        The training and the test part.
-
     Raises:
         UsageError: if a file is missing or damaged, or does not go with the others.
     """
@@ -47,13 +40,6 @@ def read_directory(directory: Path) -> tuple[Labelled, Labelled]:
 
 def read(path: Path, dimensions: int) -> np.ndarray:
     """Reads one IDX file of unsigned bytes, gzipped or not, whatever its name.
-
-    Args:
-        path: the file.
-        dimensions: how many the array must have.
-
-    Returns:
-        A read-only uint8 array.
 
     Raises:
         UsageError: if the file cannot be read or is not such a file from the first byte to the last.

@@ -13,11 +13,7 @@ import jax.numpy as jnp
 
 from rk_optax.experiment.config import ModelConfig
 
-_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "tanh": nn.tanh,
-    "relu": nn.relu,
-    "gelu": nn.gelu,
-}
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"tanh": nn.tanh, "relu": nn.relu, "gelu": nn.gelu}
 
 
 class MLP(nn.Module):

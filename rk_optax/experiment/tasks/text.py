@@ -7,7 +7,7 @@ import numpy as np
 # fmt: off
 _SMALL = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
-    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"
 )
 # fmt: on
 _TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
@@ -40,21 +40,7 @@ def in_words(number: int) -> str:
 
 
 def windows(lines: list[str], alphabet: str, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts a text into examples for next-character prediction, without its remainder.
-
-    Args:
-        lines: the text.
-        alphabet: its characters; a token is an index into it.
-        length: characters of an example.
-
-    Returns:
-        Tokens (example, position) and, at each position, the token that comes next; both int32.
-
-    >>> windows(["abcab"], "abc", 2)
-    (array([[0, 1],
-           [2, 0]], dtype=int32), array([[1, 2],
-           [0, 1]], dtype=int32))
-    """
+    """Cuts a text into examples for next-character prediction, without its remainder."""
     index = {character: token for token, character in enumerate(alphabet)}
     tokens = np.array([index[character] for line in lines for character in line], np.int32)
     examples = (len(tokens) - 1) // length

@@ -153,12 +153,7 @@ def test_wrong_types_inside_an_entrant(config_file, entrant, message):
         ("model", "hidden", (8, 0), r"model\.hidden\.1 = 0: must be greater than 0"),
         ("model", "l2", -1.0, r"model\.l2"),
         ("model", "l2", float("inf"), r"model\.l2"),
-        (
-            "budget",
-            "gradients",
-            None,
-            r"budget: gradients, updates = \(None, None\) must be one number and one",
-        ),
+        ("budget", "gradients", None, r"budget: gradients, updates = \(None, None\) must be one number and one"),
         ("budget", "updates", 40, r"budget: gradients, updates = \(48, 40\) must be one number and one None"),
         ("budget", "updates", 0, r"budget\.updates = 0: must be greater than 0"),
         ("budget", "scored_examples", 0, r"budget\.scored_examples = 0: must be greater than 0"),
@@ -179,12 +174,7 @@ def test_wrong_types_inside_an_entrant(config_file, entrant, message):
             {"a": OptimizerConfig("sgd", (1.0, 0.1))},
             r"optimizers\.a: learning_rates = \(1\.0, 0\.1\) must have",
         ),
-        (
-            None,
-            "optimizers",
-            {"a": OptimizerConfig("sgd", (0.0, 0.1))},
-            r"a\.learning_rates\.0 = 0\.0: must be",
-        ),
+        (None, "optimizers", {"a": OptimizerConfig("sgd", (0.0, 0.1))}, r"a\.learning_rates\.0 = 0\.0: must be"),
         (
             None,
             "optimizers",

@@ -7,11 +7,11 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from rk_optax.experiment.runs.compare import Comparison, Runs, Timing, Tuned
 from rk_optax.experiment.config import BudgetConfig, ModelConfig, OptimizerConfig, TuningConfig
 from rk_optax.experiment.errors import UsageError
-from rk_optax.experiment.store.run_folder import RunFolder
+from rk_optax.experiment.runs.compare import Comparison, Runs, Timing, Tuned
 from rk_optax.experiment.runs.loop import Trainer
+from rk_optax.experiment.store.run_folder import RunFolder
 from rk_optax.experiment.tasks.supervised import build_task
 
 from ..helpers import SMOKE, Silent, read_metrics
@@ -33,7 +33,7 @@ def test_every_run_ends_at_the_same_number_of_gradients(smoke):
         elif len(spent) > 1:  # it goes on until every seed has spent the budget, and is read before that
             assert spent[-1] >= budget
     assert {key[1] for key in last} == set(smoke.config.optimizers)
-    rkc = [result for result in smoke.results if result.entrant.name == "rkc"][0].runs
+    rkc = next(result for result in smoke.results if result.entrant.name == "rkc").runs
     assert np.min(rkc.gradients[:, -1]) >= budget > np.min(rkc.gradients[:, -2])
 
 

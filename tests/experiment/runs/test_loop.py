@@ -7,11 +7,11 @@ import optax
 import pytest
 
 from rk_optax.experiment.config import DataConfig, ModelConfig, OptimizerConfig
-from rk_optax.experiment.tasks.data import batch_indices, load_dataset
-from rk_optax.experiment.tasks.models import build_model
 from rk_optax.experiment.entrants import build_optimizer
 from rk_optax.experiment.runs.loop import Trainer
 from rk_optax.experiment.tasks import supervised
+from rk_optax.experiment.tasks.data import batch_indices, load_dataset
+from rk_optax.experiment.tasks.models import build_model
 from rk_optax.experiment.tasks.problems import PROBLEMS
 from rk_optax.experiment.tasks.supervised import Supervised, build_task, probe_loss
 
@@ -184,7 +184,9 @@ def test_squared_errors_show_their_residuals(task):
     penalty = sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(params))
     expected = 0.5 * np.mean(np.sum(distance**2, axis=1)) + 0.5e-2 * penalty
     assert float(squared.loss_fn(params, images=images, labels=labels)) == pytest.approx(expected, rel=1e-5)
-    assert float(squared.loss_and_statistics(params, images=images, labels=labels)[0]) == pytest.approx(expected, rel=1e-5)
+    assert float(squared.loss_and_statistics(params, images=images, labels=labels)[0]) == pytest.approx(
+        expected, rel=1e-5
+    )
     assert squared.loss_fn.count_rows(params, {"images": images, "labels": labels}) == 320 + 650
     trainer = Trainer(squared, make("residual_euler", None, model), 0, None, 3)
     first, *_, last = (float(trainer.score(point, squared.dataset.train).loss) for point in trainer.run(6))

@@ -11,6 +11,7 @@ from rk_optax.experiment.show.race_summary import first_below, race_summary
 
 from ..helpers import RACE, race
 
+
 def test_a_race_writes_every_run_a_summary_and_a_figure(raced):
     _, run = raced
     rows = {row["entrant"]: row for row in json.loads((run / "summary.json").read_text())["entrants"]}
@@ -53,7 +54,10 @@ def test_a_resumed_race_keeps_what_was_finished_and_does_the_rest(raced, tmp_pat
         (('"points"', '"point"'), "problem_options"),
         (("seeds=(0, 1)", "seeds=(100,)"), "tuning_seed"),
         (('schedule="cosine", steps=20', 'schedule="cosine"'), "entrants.adam.schedule = 'cosine' needs steps"),
-        (('"adam", trials=(0.1,), schedule="cosine"', '"adam"'), "entrants.adam.factory = 'adam' needs a learning_rate"),
+        (
+            ('"adam", trials=(0.1,), schedule="cosine"', '"adam"'),
+            "entrants.adam.factory = 'adam' needs a learning_rate",
+        ),
         (('"rkc",', '"rkc", stage_batches="split",'), "sees all of its data at every step"),
     ],
 )
@@ -67,7 +71,9 @@ def test_what_cannot_run_says_so_in_one_line(tmp_path, capsys, change, message):
 
 def test_a_target_costs_what_the_first_point_below_it_cost():
     steps = np.array([0.0, 1, 2, 3])
-    run = RaceRun(steps, steps / 2, 4 * steps, 0 * steps, 0 * steps, 0 * steps, steps, np.array([1, 0.5, 0.05, 0.2]), 0.1)
+    run = RaceRun(
+        steps, steps / 2, 4 * steps, 0 * steps, 0 * steps, 0 * steps, steps, np.array([1, 0.5, 0.05, 0.2]), 0.1
+    )
     assert first_below(run, 0.1) == 2
     (row,) = race_summary([Raced("a", None, [run])], [0.1, 0.01])
     assert (row["targets"][0]["gradients"], row["targets"][0]["seconds"]) == (8, 1)

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from rk_optax.experiment.runs.compare import Compared, Runs, Timing, Tuned
 from rk_optax.experiment.entrants import Optimizer
+from rk_optax.experiment.runs.compare import Compared, Runs, Timing, Tuned
 from rk_optax.experiment.runs.plan import Entrant
 from rk_optax.experiment.runs.summary import Spread, as_json, summarize
 

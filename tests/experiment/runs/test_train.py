@@ -10,12 +10,12 @@ import pytest
 
 import rk_optax
 from rk_optax.experiment.config import DataConfig, ModelConfig, TrainOptimizerConfig
-from rk_optax.experiment.tasks.data import batch_indices, load_dataset
-from rk_optax.experiment.errors import UsageError
-from rk_optax.experiment.tasks.models import build_model
-from rk_optax.experiment.runs.train import Training
-from rk_optax.experiment.tasks.supervised import METRICS, probe_loss
 from rk_optax.experiment.entrants import build_optimizer
+from rk_optax.experiment.errors import UsageError
+from rk_optax.experiment.runs.train import Training
+from rk_optax.experiment.tasks.data import batch_indices, load_dataset
+from rk_optax.experiment.tasks.models import build_model
+from rk_optax.experiment.tasks.supervised import METRICS, probe_loss
 from rk_optax.linen import TrainState
 
 from ..helpers import TRAIN, read_metrics, run_command, strict_loads, without_time, write_train_config
@@ -30,7 +30,6 @@ def changed(**changes):
             value = dataclasses.replace(getattr(config, part), **{field: value})
         config = dataclasses.replace(config, **{part or field: value})
     return config
-
 
 
 def test_metrics(finished):
