@@ -94,8 +94,6 @@ _PRECONDITIONERS = {
     "rms": rk_optax.precondition_by_rms,
     "adam": rk_optax.precondition_by_adam,
 }
-# Gradients per step beside the solver's own; a Hessian-vector product takes about as long as two gradients.
-_DAL_GRADIENTS = {"free": 0, "difference": 1, "product": 2}
 _SOLVERS_ALONE = {"preconditioner": None, "rule": "constant", "rule_options": {}, "stage_batches": "same"}
 
 
@@ -176,7 +174,7 @@ def build_optimizer(
             _refuse_unless(value == default, f"{where}.{field}", value, problem)
         cost, gradients_per_step = (_lbfgs_cost, None) if keeps_gradient else (_one_gradient, 1)
     else:
-        cost, gradients_per_step = _counted, _fixed_cost(config)
+        cost, gradients_per_step = _counted, _fixed_cost(where, config)
         if config.preconditioner is not None:
             options["preconditioner"] = _PRECONDITIONERS[config.preconditioner]()
         if config.stage_batches == "split":
@@ -261,13 +259,15 @@ def _step_size(where: str, config: MethodConfig, learning_rate: Any, steps: int 
     return lambda count: learning_rate * factor(count)
 
 
-def _fixed_cost(config: MethodConfig) -> int | None:
+def _fixed_cost(where: str, config: MethodConfig) -> int | None:
     """Gradients of every step of a solver, or None where that depends on the step."""
-    options: dict[str, Any] = dict(config.rule_options)
-    if config.factory not in TABLEAUS or config.rule not in ("constant", "dal") or "every" in options:
+    if config.factory not in TABLEAUS or config.rule not in ("constant", "dal") or "every" in config.rule_options:
         return None
     own = 1 if config.stage_batches == "split" else TABLEAUS[config.factory].effective_stages
-    return own + (_DAL_GRADIENTS.get(options.get("estimate", "product"), 0) if config.rule == "dal" else 0)
+    if config.rule == "constant":
+        return own
+    estimate = _step_size(where, config, 1.0, None).cost_per_estimate
+    return own + estimate.gradients + 2 * estimate.products  # a product takes about as long as two gradients
 
 
 def _first_slice(where: str, config: MethodConfig, sliced: Sequence[str]) -> Callable[[Data], Data]:
