@@ -16,13 +16,14 @@ import jax
 import numpy as np
 
 import rk_optax
-from rk_optax.experiment.problems import Problem, logistic
+from rk_optax.experiment.tasks.full_batch import FullBatch
+from rk_optax.experiment.tasks.problems import logistic
 
 CONDITIONS = (1e2, 1e3, 1e4, 1e5, 1e6)
 TARGET = 1e-4
 
 
-def gradients_needed(problem: Problem, tx: Any, limit: int) -> int | None:
+def gradients_needed(problem: FullBatch, tx: Any, limit: int) -> int | None:
     """Gradients until the error is at the target; None where the limit comes first."""
 
     def unfinished(carry: Any) -> jax.Array:
@@ -31,7 +32,7 @@ def gradients_needed(problem: Problem, tx: Any, limit: int) -> int | None:
 
     def step(carry: Any) -> Any:
         w, state = carry
-        updates, state = tx.update(jax.grad(problem.loss_fn)(w, **problem.data), state, w, **problem.data)
+        updates, state = tx.update(jax.grad(problem.loss_fn)(w, **problem.source), state, w, **problem.source)
         return w + updates, state
 
     w, state = jax.jit(lambda carry: jax.lax.while_loop(unfinished, step, carry))(
@@ -40,18 +41,18 @@ def gradients_needed(problem: Problem, tx: Any, limit: int) -> int | None:
     return int(state.cost.gradients) if problem.error(w) <= TARGET else None
 
 
-def best_rate(problem: Problem) -> float:
+def best_rate(problem: FullBatch) -> float:
     """2/(λ_min + λ_max) of the Hessian at the optimum, which Newton's method finds."""
     w = problem.params
     newton: Callable[[Any], Any] = jax.jit(
         lambda w: jax.numpy.linalg.solve(
-            jax.hessian(problem.loss_fn)(w, **problem.data), jax.grad(problem.loss_fn)(w, **problem.data)
+            jax.hessian(problem.loss_fn)(w, **problem.source), jax.grad(problem.loss_fn)(w, **problem.source)
         )
     )
     for _ in range(100):
         step = newton(w)
         w = w - step * min(1.0, max(5.0, float(jax.numpy.linalg.norm(w))) / float(jax.numpy.linalg.norm(step)))
-    eigenvalues = np.linalg.eigvalsh(jax.hessian(problem.loss_fn)(w, **problem.data))
+    eigenvalues = np.linalg.eigvalsh(jax.hessian(problem.loss_fn)(w, **problem.source))
     return float(2 / (eigenvalues[0] + eigenvalues[-1]))
 
 

@@ -49,13 +49,15 @@ def _optimizers(batch_size: int) -> dict[str, OptimizerConfig]:
     momentum, free = {"momentum": 0.9}, {"estimate": "free"}
     return {
         "sgd": OptimizerConfig("sgd", grid(0.15, 0.4)),
-        "momentum": OptimizerConfig("momentum", grid(0.015, 0.3), momentum),
+        "momentum": OptimizerConfig("momentum", grid(0.015, 0.3), options=momentum),
         "adam": OptimizerConfig("adam", grid(0.001, 0.008)),
         "heun": OptimizerConfig("heun", grid(0.15, 0.5)),
         "rk4": OptimizerConfig("rk4", grid(0.25, 0.6)),
         "rk4_adagrad": OptimizerConfig("rk4", grid(0.3, 0.8), preconditioner="adagrad"),
         "rk4_dal": OptimizerConfig("rk4", grid(1.0, 6.0), rule="dal", rule_options=free),
-        "rk4_momentum": OptimizerConfig("rk4", grid(0.015, 0.3), momentum),
-        "rk4_all": OptimizerConfig("rk4", grid(0.03, 0.6), momentum, "adagrad", "dal", free),
+        "rk4_momentum": OptimizerConfig("rk4", grid(0.015, 0.3), options=momentum),
+        "rk4_all": OptimizerConfig(
+            "rk4", grid(0.03, 0.6), options=momentum, preconditioner="adagrad", rule="dal", rule_options=free
+        ),
         "rk4_split": OptimizerConfig("rk4", grid(0.2, 0.6), stage_batches="split"),
     }

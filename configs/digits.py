@@ -16,7 +16,7 @@ def get_config() -> CompareConfig:
         model=ModelConfig(name="mlp", hidden=(64, 64), activation="tanh", l2=1e-3),
         optimizers={
             "sgd": OptimizerConfig("sgd", learning_rates=(0.1, 3.0)),
-            "momentum": OptimizerConfig("momentum", (0.03, 0.9), {"momentum": 0.9}),
+            "momentum": OptimizerConfig("momentum", (0.03, 0.9), options={"momentum": 0.9}),
             "adam": OptimizerConfig("adam", (0.001, 0.03)),
             "heun": OptimizerConfig("heun", (0.1, 3.0)),
             "rk4": OptimizerConfig("rk4", (0.1, 3.0)),

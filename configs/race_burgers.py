@@ -1,13 +1,13 @@
 """Viscous Burgers' equation (ν = 0.01/π) by a physics-informed network: error over seconds, five seeds."""
 
-from rk_optax.experiment.race import EntrantConfig, RaceConfig
+from rk_optax.experiment.config import EntrantConfig, RaceConfig
 
 
 def get_config() -> RaceConfig:
     return RaceConfig(
         problem="burgers",
         entrants={
-            "adam": EntrantConfig("adam", trials=(3e-3, 1e-2), steps=10_000, seconds=600, chunk=250),
+            "adam": EntrantConfig("adam", trials=(3e-3, 1e-2), schedule="cosine", steps=10_000, seconds=600, chunk=250),
             "lbfgs": EntrantConfig("lbfgs", trials=(10, 50), tunes="memory_size", seconds=20, chunk=20),
             "adam, lbfgs": EntrantConfig(
                 "adam_then_lbfgs",

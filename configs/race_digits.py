@@ -1,15 +1,15 @@
 """A tanh network on scikit-learn's digits with an L2 penalty, all examples at every step: loss over seconds."""
 
-from rk_optax.experiment.race import EntrantConfig, RaceConfig
+from rk_optax.experiment.config import EntrantConfig, RaceConfig
 
 
 def get_config() -> RaceConfig:
     return RaceConfig(
         problem="digits",
         entrants={
-            "gradient_descent": EntrantConfig("gradient_descent", trials=(0.3, 1.0), seconds=4, chunk=50),
+            "gradient_descent": EntrantConfig("sgd", trials=(0.3, 1.0), seconds=4, chunk=50),
             "nesterov": EntrantConfig("nesterov", trials=(0.1, 0.3), seconds=4, chunk=50),
-            "adam": EntrantConfig("adam", trials=(3e-3, 1e-2), steps=2_000, seconds=4, chunk=50),
+            "adam": EntrantConfig("adam", trials=(3e-3, 1e-2), schedule="cosine", steps=2_000, seconds=4, chunk=50),
             "lbfgs": EntrantConfig("lbfgs", trials=(10, 50), tunes="memory_size", seconds=4, chunk=5),
             "adam, lbfgs": EntrantConfig(
                 "adam_then_lbfgs",

@@ -1,15 +1,15 @@
 """The dual quadratic of Gaussian-process regression: error over seconds, five seeds."""
 
-from rk_optax.experiment.race import EntrantConfig, RaceConfig
+from rk_optax.experiment.config import EntrantConfig, RaceConfig
 
 
 def get_config() -> RaceConfig:
     return RaceConfig(
         problem="gp_dual",
         entrants={
-            "gradient_descent": EntrantConfig("gradient_descent", trials=(3.0, 6.0), seconds=4, chunk=100),
+            "gradient_descent": EntrantConfig("sgd", trials=(3.0, 6.0), seconds=4, chunk=100),
             "nesterov": EntrantConfig("nesterov", trials=(1.0, 3.0), seconds=4, chunk=100),
-            "adam": EntrantConfig("adam", trials=(0.03, 0.3), steps=20_000, seconds=4, chunk=100),
+            "adam": EntrantConfig("adam", trials=(0.03, 0.3), schedule="cosine", steps=20_000, seconds=4, chunk=100),
             "lbfgs": EntrantConfig("lbfgs", trials=(10, 50), tunes="memory_size", seconds=4, chunk=5),
             "rkc": EntrantConfig("rkc", seconds=4, chunk=2),
             "rosenbrock_euler": EntrantConfig("rosenbrock_euler", options={"curvature": "hessian"}, seconds=4, chunk=1),

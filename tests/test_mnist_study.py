@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rk_optax.experiment.config import CompareConfig, load
-from rk_optax.experiment.plan import make_plan
+from rk_optax.experiment.runs.plan import make_plan
 
 pytestmark = pytest.mark.latest
 

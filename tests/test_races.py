@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rk_optax.experiment.config import load
-from rk_optax.experiment.race import RaceConfig
+from rk_optax.experiment.config import RaceConfig, load
 
 pytestmark = pytest.mark.latest
 

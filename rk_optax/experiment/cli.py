@@ -1,6 +1,7 @@
 """The command line `rk-optax`, as far as it works without the `experiment` extra."""
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -9,7 +10,15 @@ import rk_optax
 from rk_optax.experiment.errors import UsageError
 
 # What the modules behind the commands import and `pip install rk-optax` does not bring along.
-_EXTRA = ("flax", "matplotlib", "orbax", "rich", "sklearn", "typeguard", "tyro")
+_EXTRA = ("flax", "matplotlib", "orbax", "pydantic", "rich", "scipy", "sklearn", "tyro")
+# By name: what it is for, and the module that has a function of that name, which takes the arguments.
+COMMANDS = {
+    "compare": ("compare optimizers at an equal budget", "commands"),
+    "race": ("race solvers on a stiff full-batch problem", "commands"),
+    "train": ("train with one optimizer, or go on with a run", "commands"),
+    "plot": ("overlay runs by steps, cost or seconds", "commands"),
+    "solvers": ("list the solvers with their cost and stability", "commands"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -38,31 +47,17 @@ def _run(argv: list[str]) -> int:
     )
     parser.add_argument("--version", action="version", version=f"rk-optax {rk_optax.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    # tyro parses what follows, once it has seen the config; argparse must not take its --help.
-    commands.add_parser("compare", add_help=False, help="compare optimizers at an equal budget")
-    commands.add_parser("race", add_help=False, help="race solvers on a stiff full-batch problem")
-    commands.add_parser("train", add_help=False, help="train with one optimizer, or go on with a run")
-    commands.add_parser("plot", add_help=False, help="overlay runs by steps, cost or seconds")
-    commands.add_parser("solvers", help="list the solvers with their cost and stability")
+    for name, (purpose, _) in COMMANDS.items():
+        # The command itself parses what follows; argparse must not take its --help.
+        commands.add_parser(name, add_help=False, help=purpose)
     arguments, rest = parser.parse_known_args(argv)
     try:
-        from rk_optax.experiment import commands as implementations
-        from rk_optax.experiment.race_command import race
+        module = importlib.import_module(f"rk_optax.experiment.{COMMANDS[arguments.command][1]}")
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _EXTRA:
             raise
         raise UsageError(f"{error.name} is not installed: pip install 'rk-optax[experiment]'") from error
-    if arguments.command == "compare":
-        return implementations.compare(rest)
-    if arguments.command == "race":
-        return race(rest)
-    if arguments.command == "train":
-        return implementations.train(rest)
-    if arguments.command == "plot":
-        return implementations.plot(rest)
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return implementations.solvers()
+    return getattr(module, arguments.command)(rest)
 
 
 def _fail(message: object, status: int) -> NoReturn:

@@ -1,188 +1,171 @@
 """The commands of `rk-optax`; importing this needs the `experiment` extra."""
 
 import argparse
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import datetime
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
+import jax
 import numpy as np
 import tyro
 
-from rk_optax.experiment import invocation
-from rk_optax.experiment.compare import Comparison
-from rk_optax.experiment.config import CompareConfig, TrainConfig
-from rk_optax.experiment.curves import read_curves
+from rk_optax.experiment.config import CompareConfig, RaceConfig, TrainConfig, load
 from rk_optax.experiment.errors import UsageError
-from rk_optax.experiment.plot import AXES, plot_comparison, plot_curves
-from rk_optax.experiment.progress import ProgressBar
-from rk_optax.experiment.report import (
-    comparison_notes,
-    comparison_table,
-    make_console,
-    solver_table,
-    training_summary,
-)
-from rk_optax.experiment.run_folder import RunFolder
-from rk_optax.experiment.summary import as_json, summarize
-from rk_optax.experiment.train import Training
-from rk_optax.experiment.train_folder import TrainFolder, stored_config
+from rk_optax.experiment.runs.compare import Comparison
+from rk_optax.experiment.runs.race import Race
+from rk_optax.experiment.runs.summary import as_json, summarize
+from rk_optax.experiment.runs.train import Training
+from rk_optax.experiment.show import tables
+from rk_optax.experiment.show.curves import read_curves
+from rk_optax.experiment.show.figures import AXES, plot_comparison, plot_curves, plot_race
+from rk_optax.experiment.show.progress import ProgressBar
+from rk_optax.experiment.show.race_summary import race_summary
+from rk_optax.experiment.store.run_folder import RunFolder, TrainFolder, first_difference, stored_config
 from rk_optax.tableau import TABLEAUS
 
-_COMPARE_HELP = """\
-usage: rk-optax compare CONFIG [--out DIR | --resume DIR] [--FIELD VALUE ...]
+Config = TypeVar("Config", TrainConfig, CompareConfig, RaceConfig)
 
-Tunes the learning rate of every optimizer over equally many trials, trains each over several
-seeds at an equal budget of gradient evaluations or of updates, times it, and shows how they compare.
+_HELP = """\
+usage: rk-optax {verb} CONFIG [--out DIR] [--FIELD VALUE ...]
+       rk-optax {verb} --resume DIR
 
-  CONFIG         Python file whose get_config() returns a CompareConfig, e.g. configs/digits.py
-  --out DIR      folder for metrics, config and figure (default: runs/<config>-<time>)
-  --resume DIR   go on with an interrupted run, with the same config: what it finished is kept
-  --FIELD VALUE  overrides a field of the config, e.g. --budget.gradients 1200
+{summary}
 
-`rk-optax compare CONFIG --help` lists the fields of a config with their values."""
+  CONFIG         Python file whose get_config() returns a {kind}, e.g. {example}
+  --out DIR      folder for what the run writes (default: runs/<config>-<time>)
+  --resume DIR   go on with an interrupted run, with the config it has: what it finished is kept
+  --FIELD VALUE  overrides a field of the config, e.g. {override}
+
+`rk-optax {verb} CONFIG --help` lists the fields of a config with their values."""
 
 
-_TRAIN_HELP = """\
-usage: rk-optax train CONFIG [--out DIR] [--FIELD VALUE ...]
-       rk-optax train --resume DIR
+class _Verb(NamedTuple, Generic[Config]):
+    """A command that runs an experiment."""
 
-Trains a network with one optimizer, writing metrics and checkpoints as it goes.
+    name: str
+    kind: type[Config]
+    example: str
+    override: str
+    summary: str
 
-  CONFIG         Python file whose get_config() returns a TrainConfig, e.g. configs/train_digits.py
-  --out DIR      folder for config, metrics and checkpoints (default: runs/<config>-<time>)
-  --resume DIR   go on with an interrupted run from its latest checkpoint, with the config it has
-  --FIELD VALUE  overrides a field of the config, e.g. --optimizer.learning-rate 0.1
 
-`rk-optax train CONFIG --help` lists the fields of a config with their values."""
+_TRAIN = _Verb(
+    "train",
+    TrainConfig,
+    "configs/train_digits.py",
+    "--optimizer.learning-rate 0.1",
+    "Trains a network with one optimizer, writing metrics and checkpoints as it goes.",
+)
+_COMPARE = _Verb(
+    "compare",
+    CompareConfig,
+    "configs/digits.py",
+    "--budget.gradients 1200",
+    "Tunes the learning rate of every optimizer over equally many trials, trains each over several\n"
+    "seeds at an equal budget of gradient evaluations or of updates, times it, and shows how they compare.",
+)
+_RACE = _Verb(
+    "race",
+    RaceConfig,
+    "configs/race_poisson.py",
+    "--seeds 0 1, or --x64",
+    "Runs solvers and optimizers on a full-batch problem with a known solution, each tuned on a seed of its own,\n"
+    "and shows what every error costs in gradients, V (one value_and_grad) and seconds.",
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainCommand:
-    """Trains a network with one optimizer."""
+class _Line(Generic[Config]):
+    """What stands on the command line."""
 
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    config: Annotated[Config, tyro.conf.arg(name="")]
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """New folder for config, metrics and checkpoints; by default runs/<config>-<time>."""
+    """New folder for what the run writes; by default runs/<config>-<time>."""
     resume: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of an interrupted run that is to go on. Its config governs; a different one is refused."""
 
 
-@dataclasses.dataclass(frozen=True)
-class CompareCommand:
-    """Compares optimizers at an equal budget of gradient evaluations or of updates."""
+class _Invocation(NamedTuple, Generic[Config]):
+    """A command line that has been read."""
 
-    config: Annotated[CompareConfig, tyro.conf.arg(name="")]
-    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """New folder for metrics, config and figure; by default runs/<config>-<time>."""
-    resume: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Folder of an interrupted run that is to go on, with the same config."""
-
-
-def compare(argv: Sequence[str]) -> int:
-    """`rk-optax compare`.
-
-    Args:
-        argv: the config file, then overrides.
-
-    Returns:
-        The exit status.
-
-    Raises:
-        UsageError: if the comparison is not possible as asked for.
-        KeyboardInterrupt: with a message that says where the finished part is.
-    """
-    asked = invocation.read(argv, "compare", CompareCommand, CompareConfig, "configs/digits.py", _COMPARE_HELP)
-    if asked is None:
-        return 0
-    config = asked.config
-    comparison = Comparison(config)
-    with RunFolder(asked.folder, resume=asked.resumed) as folder:
-        try:
-            folder.write_config("compare", asked.name, config)
-            with ProgressBar(make_console(stderr=True)) as bar:
-                results = comparison.run(folder, bar)
-            rows = summarize(results)
-            folder.write_json("summary.json", as_json(results, rows))
-            plot_comparison(results, folder.path / "comparison.png")
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"interrupted; what was finished is in {folder.path}, go on with --resume {folder.path}"
-            ) from None
-    console = make_console()
-    console.print(comparison_table(rows))
-    for note in comparison_notes(config, results):
-        console.print(note, markup=False)
-    console.print(f"Written to {folder.path}", markup=False, soft_wrap=True)
-    return 0
+    name: str  # of the config
+    config: Config
+    folder: Path
+    resumed: bool
 
 
 def train(argv: Sequence[str]) -> int:
     """`rk-optax train`.
 
-    Args:
-        argv: the config file, then overrides; or --resume and a folder.
-
-    Returns:
-        The exit status.
-
     Raises:
         UsageError: if the training is not possible as asked for.
         KeyboardInterrupt: with a message that says how to go on.
     """
-    if argv and argv[0].partition("=")[0] == "--resume":
-        folder = argv[0].partition("=")[2] or (argv[1] if len(argv) > 1 else "")
-        if not folder or len(argv) > (1 if "=" in argv[0] else 2):
-            raise UsageError("--resume takes the folder of a run and nothing else: the run goes on with its own config")
-        resume = Path(folder)
-        asked = invocation.of(TrainCommand(stored_config(resume), resume=resume), resume.name)
-    else:
-        asked = invocation.read(argv, "train", TrainCommand, TrainConfig, "configs/train_digits.py", _TRAIN_HELP)
-        if asked is None:
-            return 0
+    asked = _read(argv, _TRAIN)
+    if asked is None:
+        return 0
     config = asked.config
     if config.data.data_dir is not None:  # the run may go on from another directory
         data = dataclasses.replace(config.data, data_dir=config.data.data_dir.absolute())
-        config = dataclasses.replace(config, data=data)
-    if asked.resumed:
-        stored_config(asked.folder)  # says what is wrong with a folder before anything is trained
-    training = Training(config)
-    with TrainFolder(asked.folder, resume=asked.resumed) as folder:
-        try:
-            folder.write_config("train", asked.name, config)
-            with ProgressBar(make_console(stderr=True)) as bar:
-                last = training.run(folder, bar)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"interrupted; go on with: rk-optax train --resume {folder.path}") from None
-    console = make_console()
-    for line in training_summary(last):
-        console.print(line, markup=False)
-    console.print(f"Written to {folder.path}", markup=False, soft_wrap=True)
-    return 0
+        asked = asked._replace(config=dataclasses.replace(config, data=data))
+    training = Training(asked.config)
+    with _running(_TRAIN, asked, TrainFolder) as (folder, bar):
+        last = training.run(folder, bar)
+    return _show(folder, tables.training_summary(last))
+
+
+def compare(argv: Sequence[str]) -> int:
+    """`rk-optax compare`; see `train`."""
+    asked = _read(argv, _COMPARE)
+    if asked is None:
+        return 0
+    comparison = Comparison(asked.config)
+    with _running(_COMPARE, asked, RunFolder) as (folder, bar):
+        results = comparison.run(folder, bar)
+        rows = summarize(results)
+        folder.write_json("summary.json", as_json(results, rows))
+        plot_comparison(results, folder.path / "comparison.png")
+    return _show(folder, [tables.comparison_table(rows), *tables.comparison_notes(asked.config, results)])
+
+
+def race(argv: Sequence[str]) -> int:
+    """`rk-optax race`; see `train`."""
+    asked = _read(argv, _RACE)
+    if asked is None:
+        return 0
+    before = jax.config.read("jax_enable_x64")
+    jax.config.update("jax_enable_x64", asked.config.x64 or before)
+    try:
+        contest = Race(asked.config)
+        with _running(_RACE, asked, RunFolder) as (folder, bar):
+            results = contest.run(folder, bar)
+            rows = race_summary(results, asked.config.targets)
+            folder.write_json("summary.json", {"error": contest.error_name, "entrants": rows})
+            plot_race(results, contest.error_name, folder.path / "race.png")
+    finally:
+        jax.config.update("jax_enable_x64", before)
+    return _show(folder, [tables.race_table(rows, contest.error_name)])
 
 
 def plot(argv: Sequence[str]) -> int:
     """`rk-optax plot`.
 
-    Args:
-        argv: run folders and options.
-
-    Returns:
-        The exit status.
-
     Raises:
         UsageError: if a folder holds no run that can be drawn, or the figure cannot be written.
     """
     parser = argparse.ArgumentParser(
-        prog="rk-optax plot", description="Draws training loss and test error of runs, overlaid."
+        prog="rk-optax plot", description="Draws training loss and error of runs, overlaid."
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of train or compare")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of train, compare or race")
     parser.add_argument("--x", choices=tuple(AXES), default="steps", help="what the runs are laid over (steps)")
-    parser.add_argument("--out", type=Path, default=Path("plot.png"), metavar="FILE.png", help="the figure (plot.png)")
+    parser.add_argument("--out", type=Path, default=Path("plot.png"), metavar="FILE", help="the figure (plot.png)")
     arguments = parser.parse_args(argv)
     out = arguments.out
-    if out.suffix.lower() != ".png":
-        raise UsageError(f"--out {out} must be a PNG file: take {out.with_suffix('.png')}")
+    if out.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise UsageError(f"--out {out} must be a PNG, PDF or SVG file: take {out.with_suffix('.png')}")
     curves = [curve for path in arguments.runs for curve in read_curves(path)]
     if arguments.x == "seconds":
         for curve in curves:
@@ -192,21 +175,87 @@ def plot(argv: Sequence[str]) -> int:
         plot_curves(curves, arguments.x, out)
     except OSError as error:
         raise UsageError(f"--out {out}: cannot be written: {error.strerror or error}") from error
-    make_console().print(f"Written to {out}", markup=False, soft_wrap=True)
+    tables.make_console().print(f"Written to {out}", markup=False, soft_wrap=True)
     return 0
 
 
-def solvers() -> int:
-    """`rk-optax solvers`: one line per solver in a pipe, folded to the width of a terminal.
-
-    Returns:
-        The exit status.
-    """
-    console = make_console(piped_width=200)
-    console.print(solver_table(TABLEAUS))
+def solvers(argv: Sequence[str]) -> int:
+    """`rk-optax solvers`: one line per optimizer in a pipe, folded to the width of a terminal."""
+    parser = argparse.ArgumentParser(prog="rk-optax solvers", description="Lists the optimizers, cost and stability.")
+    parser.parse_args(argv)
+    console = tables.make_console(piped_width=200)
+    console.print(tables.solver_table(TABLEAUS))
     console.print(
         "order: of the step (of the embedded error estimate). real interval: a step h is stable on a "
-        "quadratic up to h = interval / largest eigenvalue.",
+        "quadratic up to h = interval / largest eigenvalue.\n",
         markup=False,
     )
+    console.print(tables.optimizer_table(TABLEAUS))
+    return 0
+
+
+def _read(argv: Sequence[str], verb: _Verb[Config]) -> _Invocation[Config] | None:
+    """Reads `CONFIG [--out DIR | --resume DIR] [--FIELD VALUE ...]` or `--resume DIR`; None where that was --help."""
+    if argv and argv[0].partition("=")[0] == "--resume":
+        folder = argv[0].partition("=")[2] or (argv[1] if len(argv) > 1 else "")
+        if not folder or len(argv) > (1 if "=" in argv[0] else 2):
+            raise UsageError("--resume takes the folder of a run and nothing else: the run goes on with its own config")
+        path = Path(folder)
+        return _Invocation(path.name, stored_config(path, verb.name, verb.kind), path, True)
+    if not argv or argv[0].startswith("-"):
+        if {"-h", "--help"} & set(argv):
+            print(_HELP.format(**verb._asdict() | {"verb": verb.name, "kind": verb.kind.__name__}))
+            return None
+        example = f"rk-optax {verb.name} {verb.example}"
+        raise UsageError(f"name a config file right after {verb.name}, e.g. {example}")
+    path = Path(argv[0])
+    config = load(path, verb.kind)
+    _suggest_initials(argv[1:], dataclasses.asdict(config))
+    default: Any = _Line(config)
+    line: Any = tyro.cli(_Line[type(config)], default=default, args=argv[1:], prog=f"rk-optax {verb.name} {path}")
+    if line.resume and line.out:
+        raise UsageError("--out is for a new run and --resume for an old one: give one of them")
+    if line.resume:
+        different = first_difference(stored_config(line.resume, verb.name, type(config)), line.config)
+        if different:
+            raise UsageError(
+                f"{line.resume} holds a run with {different}: go on with --resume alone, or start afresh with --out"
+            )
+    default_folder = Path("runs") / f"{path.stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    return _Invocation(path.stem, line.config, line.resume or line.out or default_folder, line.resume is not None)
+
+
+def _suggest_initials(argv: Sequence[str], fields: dict[str, Any]) -> None:
+    """Names the field that an unknown option abbreviates: --optimizer.lr is --optimizer.learning-rate."""
+    for option in (argument.partition("=")[0][2:] for argument in argv if argument.startswith("--")):
+        *parents, last = option.replace("-", "_").split(".")
+        level: Any = fields
+        for parent in parents:
+            level = level.get(parent, {}) if isinstance(level, dict) else {}
+        for field in level if isinstance(level, dict) and last not in level else ():
+            if last == "".join(word[0] for word in field.split("_")) and "_" in field:
+                meant = "--" + ".".join([*parents, field]).replace("_", "-")
+                raise UsageError(f"unrecognized option --{option}: did you mean {meant}?")
+
+
+@contextlib.contextmanager
+def _running(
+    verb: _Verb[Config], asked: _Invocation[Config], kind: Callable[..., Any]
+) -> Iterator[tuple[Any, ProgressBar]]:
+    """The folder and the progress bar of a run that Ctrl-C may interrupt."""
+    with kind(asked.folder, resume=asked.resumed) as folder:
+        try:
+            folder.write_config(verb.name, asked.name, asked.config)
+            with ProgressBar(tables.make_console(stderr=True)) as bar:
+                yield folder, bar
+        except KeyboardInterrupt:
+            again = f"rk-optax {verb.name} --resume {folder.path}"
+            raise KeyboardInterrupt(f"interrupted; go on with: {again}") from None
+
+
+def _show(folder: RunFolder, lines: Sequence[Any]) -> int:
+    console = tables.make_console()
+    for line in lines:
+        console.print(line, markup=False)
+    console.print(f"Written to {folder.path}", markup=False, soft_wrap=True)
     return 0

@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import io
+import os
 import shutil
 import types
 
@@ -8,20 +9,25 @@ import jax
 import pytest
 
 from rk_optax.experiment.cli import main
-from rk_optax.experiment.compare import Comparison
+from rk_optax.experiment.runs.compare import Comparison
 
-from .helpers import SMOKE, Silent, read_metrics, run_command, write_train_config
+from .helpers import RACE, RUN, SMOKE, Silent, race, read_metrics, run_command, write_train_config
 
 
-@pytest.fixture(scope="session")
-def compilation_cache(tmp_path_factory):
-    """Compiles a program once for all the tests and subprocesses that run it; the value is for their environment."""
+@pytest.fixture(scope="package", autouse=True)
+def compilation(tmp_path_factory):
+    """Compiles without optimizing, and a program once for all the tests and subprocesses that run it.
+
+    The value is for the environment of the subprocesses.
+    """
     changes = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": os.environ.get("JAX_COMPILATION_CACHE_DIR")
+        or str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
-    before = {name: getattr(jax.config, name) for name in changes}
+    before = {name: jax.config.values[name] for name in changes}
     for name, value in changes.items():
         jax.config.update(name, value)
     yield {name.upper(): str(value) for name, value in changes.items()}
@@ -29,8 +35,8 @@ def compilation_cache(tmp_path_factory):
         jax.config.update(name, value)
 
 
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory, compilation_cache):
+@pytest.fixture(scope="package")
+def finished(tmp_path_factory, compilation):
     """The folder of a whole training run from the command line, to be looked at."""
     folder = tmp_path_factory.mktemp("train")
     status, out, err = run_command("train", write_train_config(folder / "tiny.py"), "--out", folder / "run")
@@ -38,6 +44,16 @@ def finished(tmp_path_factory, compilation_cache):
     assert out.startswith("24 steps, 48 gradients, ")
     assert out.endswith(f"Written to {folder / 'run'}\n")
     return folder / "run"
+
+
+@pytest.fixture(scope="package")
+def raced(tmp_path_factory, compilation):
+    """Config and folder of a whole race from the command line."""
+    folder = tmp_path_factory.mktemp("race")
+    config = folder / "small.py"
+    config.write_text(RACE)
+    assert race(config, "--out", folder / "run") == 0
+    return config, folder / "run"
 
 
 @pytest.fixture
@@ -69,6 +85,11 @@ def smoke_file(config_file):
 
 
 @pytest.fixture
+def run_file(config_file):
+    return config_file(f"return {RUN!r}")
+
+
+@pytest.fixture
 def command(capsys):
     """Runs the command line in this process: exit code, stdout, stderr."""
 
@@ -81,13 +102,13 @@ def command(capsys):
     return run
 
 
-@pytest.fixture(scope="session")
-def smoke(tmp_path_factory):
+@pytest.fixture(scope="package")
+def smoke(tmp_path_factory, compilation):
     """One small comparison from the command line, which many tests look at."""
     folder = tmp_path_factory.mktemp("smoke")
     (folder / "tiny.py").write_text(
         "from rk_optax.experiment.config import *\n"
-        f"def get_config(): return {dataclasses.replace(SMOKE, timed_runs=1, seeds=(7,))!r}\n"
+        f"def get_config(): return {dataclasses.replace(RUN, timed_runs=1, seeds=(7,))!r}\n"
     )
     seen = {}
 
@@ -97,14 +118,14 @@ def smoke(tmp_path_factory):
         return seen["results"]
 
     original, out, err = Comparison.run, io.StringIO(), io.StringIO()
-    overrides = ["--timed-runs", str(SMOKE.timed_runs), "--seeds", *map(str, SMOKE.seeds)]
+    overrides = ["--timed-runs", str(RUN.timed_runs), "--seeds", *map(str, RUN.seeds)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Comparison, "run", run)
         patch.delenv("COLUMNS", raising=False)  # the table is as wide as it is in a pipe
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as exit_info:
             main(["compare", str(folder / "tiny.py"), "--out", str(folder / "run"), *overrides])
     return types.SimpleNamespace(
-        config=SMOKE,
+        config=RUN,
         path=folder / "run",
         metrics=read_metrics(folder / "run"),
         status=exit_info.value.code,

@@ -1,6 +1,7 @@
 """What the tests of the experiment runner share."""
 
 import contextlib
+import dataclasses
 import gzip
 import io
 import json
@@ -23,7 +24,7 @@ from rk_optax.experiment.config import (
 SMOKE = CompareConfig(
     optimizers={
         "sgd": OptimizerConfig("sgd", (0.05, 0.5)),
-        "momentum": OptimizerConfig("momentum", (0.01, 0.1), {"momentum": 0.9}),
+        "momentum": OptimizerConfig("momentum", (0.01, 0.1), options={"momentum": 0.9}),
         "adam": OptimizerConfig("adam", (0.001, 0.01)),
         "heun": OptimizerConfig("heun", (0.05, 0.5)),
         "rk4": OptimizerConfig("rk4", (0.05, 0.5)),
@@ -35,6 +36,35 @@ SMOKE = CompareConfig(
     seeds=(0, 1, 2),
     timed_runs=2,
 )
+
+# What is really run: a method whose steps cost one gradient, one whose steps cost two, and one whose steps differ.
+RUN = dataclasses.replace(
+    SMOKE,
+    optimizers={
+        "momentum": OptimizerConfig("momentum", (0.01, 0.1), options={"momentum": 0.9}),
+        "heun": OptimizerConfig("heun", (0.05, 0.5)),
+        "rkc": OptimizerConfig("rkc", options={"max_stages": 10}),
+    },
+    model=ModelConfig(hidden=()),
+)
+
+RACE = """
+from rk_optax.experiment.config import EntrantConfig, RaceConfig
+
+def get_config():
+    return RaceConfig(
+        problem="gp_dual",
+        problem_options={"points": 20},
+        entrants={
+            "gd": EntrantConfig("sgd", trials=(0.5, 1.0), steps=20, chunk=10),
+            "adam": EntrantConfig("adam", trials=(0.1,), schedule="cosine", steps=20, chunk=10),
+            "both": EntrantConfig("adam_then_lbfgs", trials=(0.1,), options={"adam_steps": 4}, steps=8, chunk=4),
+            "rkc": EntrantConfig("rkc", options={"max_stages": 20}, steps=20, chunk=10),
+        },
+        seeds=(0, 1),
+        targets=(0.9, 1e-30),
+    )
+"""
 
 # BatchNorm, dropout, momentum and a schedule: all that a checkpoint has to bring back. A batch that no two of the eight
 # devices of the tests can share.
@@ -62,6 +92,13 @@ def run_command(*argv):
     return exit_info.value.code, out.getvalue(), err.getvalue()
 
 
+def race(*argv):
+    """Runs `rk-optax race`: the exit code."""
+    with pytest.raises(SystemExit) as done:
+        main(["race", *map(str, argv)])
+    return done.value.code
+
+
 def without_time(records):
     """Metrics as they have to be the same in every run."""
     return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
@@ -78,9 +115,9 @@ class Silent:
         if self._other:
             self._other.start(work)
 
-    def stage(self, description):
+    def phase(self, description):
         if self._other:
-            self._other.stage(description)
+            self._other.phase(description)
 
     def advance(self, work):
         self.done += work

@@ -9,21 +9,17 @@ import shutil
 import numpy as np
 import pytest
 
-from rk_optax.experiment.checkpoint import Checkpoints, _named
-from rk_optax.experiment.config import CompareConfig, DataConfig, TrainConfig, check, check_train, load
-from rk_optax.experiment.curves import read_curves
-from rk_optax.experiment.data import load_dataset
+from rk_optax.experiment.config import CompareConfig, DataConfig, TrainConfig, load
 from rk_optax.experiment.errors import UsageError
-from rk_optax.experiment.optimizers import build_optimizer
-from rk_optax.experiment.train import Training
-from rk_optax.experiment.train_folder import TrainFolder, stored_config
-from rk_optax.experiment.training import Trainer
+from rk_optax.experiment.runs.train import Training
+from rk_optax.experiment.show.curves import read_curves
+from rk_optax.experiment.store.checkpoints import Checkpoints, named
+from rk_optax.experiment.store.run_folder import TrainFolder, stored_config
+from rk_optax.experiment.tasks.data import load_dataset
 
 from .helpers import SMOKE, TRAIN, write_idx, write_train_config
 
 ROUNDS = int(os.environ.get("RK_OPTAX_FUZZ", "1"))
-
-pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 
 @pytest.fixture
@@ -81,16 +77,14 @@ def test_idx_files(tmp_path, rng):
     assert refusals > 40 * ROUNDS
 
 
-@pytest.mark.parametrize(
-    ("config", "kind", "checked"), [(TRAIN, TrainConfig, check_train), (SMOKE, CompareConfig, check)]
-)
-def test_configs(tmp_path, rng, config, kind, checked):
+@pytest.mark.parametrize(("config", "kind"), [(TRAIN, TrainConfig), (SMOKE, CompareConfig)])
+def test_configs(tmp_path, rng, config, kind):
     path = write_train_config(tmp_path / "config.py", config)
     original = path.read_bytes()
     refusals = 0
     for _ in range(60 * ROUNDS):
         path.write_bytes(damaged(original, rng))
-        refusals += refused(lambda: checked(load(path, kind)))
+        refusals += refused(lambda: load(path, kind))
     assert refusals > 40 * ROUNDS
 
 
@@ -100,7 +94,7 @@ def test_stored_configs(run, rng):
     refusals = 0
     for _ in range(100 * ROUNDS):
         path.write_bytes(damaged(original, rng))
-        refusals += refused(lambda: check_train(stored_config(run)))
+        refusals += refused(lambda: stored_config(run, "train", TrainConfig))
         refused(lambda: read_curves(run))
     assert refusals > 40 * ROUNDS
 
@@ -119,25 +113,25 @@ def test_metrics(run, rng):
 
 @pytest.fixture(scope="module")
 def trainer(finished):
-    training = Training(stored_config(finished))
-    optimizer = build_optimizer("optimizer", TRAIN.optimizer.entrant())._replace(make=training._optimizer.make)
-    return Trainer(training._task, optimizer, 0, 0.1, 4)
+    return Training(stored_config(finished, "train", TrainConfig)).trainer()
 
 
 def restore(run, trainer):
     with Checkpoints(run / "checkpoints", 3) as checkpoints:
-        return checkpoints.restore(trainer)
+        return checkpoints.restore(trainer.layout)
 
 
 def test_checkpoints(run, trainer, rng, capfd):
-    whole = {name: np.asarray(leaf) for name, leaf in _named(restore(run, trainer).state).items()}
+    whole = {name: np.asarray(leaf) for name, leaf in named(restore(run, trainer)[2]).items()}
     folder, spare = run / "checkpoints", run / "spare"
     folder.rename(spare)
     refusals = 0
     for _ in range(30 * ROUNDS):
         shutil.copytree(spare, folder)
-        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.parts[-2] not in ("16", "20"))
-        files += [folder / "index.json"] * 5
+        files = sorted(
+            path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).parts[0] == "24"
+        )
+        files += [folder / "24" / "about.json"] * 5
         path = files[rng.integers(len(files))]
         if rng.integers(5):
             path.write_bytes(damaged(path.read_bytes(), rng))
@@ -145,11 +139,11 @@ def test_checkpoints(run, trainer, rng, capfd):
             path.unlink()
 
         def read():
-            point = restore(run, trainer)
+            steps, _, state = restore(run, trainer)
             # What is not refused is the last or an earlier checkpoint, as it was written.
-            assert point.steps in (16, 20, 24)
-            if point.steps == 24:
-                for name, leaf in _named(point.state).items():
+            assert steps in (16, 20, 24)
+            if steps == 24:
+                for name, leaf in named(state).items():
                     np.testing.assert_array_equal(leaf, whole[name])
 
         refusals += refused(read)

@@ -1,0 +1,298 @@
+"""What an experiment is: plain dataclasses, each field with the range that it may have, which `checked` checks."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self
+
+import tyro
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
+
+from rk_optax.experiment.config.load import checked as checked
+from rk_optax.experiment.config.load import load as load
+from rk_optax.experiment.config.load import parse as parse
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Options = Mapping[str, int | float | bool | str]
+
+
+def _different(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    _require(len(set(seeds)) == len(seeds), "must be different")
+    return seeds
+
+
+def _name(name: str) -> str:
+    fits = re.fullmatch(r"\w[\w ,+-]*", name) is not None
+    _require(fits, "is no name for an entrant: use letters, digits, spaces and , + - _")
+    return name
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_different)]
+Name = Annotated[str, AfterValidator(_name)]
+
+
+class _Checked:
+    """Strict: no number for a string, no bool for a number, no list for a tuple, no field that is not declared."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, revalidate_instances="always", extra="forbid")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(_Checked):
+    """The data set and how it is split and batched."""
+
+    name: Literal["digits", "mnist", "fashion_mnist", "sums"] = "digits"
+    """Data set: digits are those inside scikit-learn, sums a text of sums in words, to be predicted by characters."""
+    data_dir: Annotated[Path | None, tyro.conf.arg(aliases=("--data-dir",))] = None
+    """Directory of the four IDX files of mnist or fashion_mnist; without it they are fetched from OpenML."""
+    validation_fraction: Fraction = 0.15
+    """Fraction of the examples (of the training part, where a data set has parts) on which learning rates are tuned."""
+    test_fraction: Fraction = 0.2
+    """Fraction of the digits or sums on which accuracies are reported; MNIST's kin have a test part of their own."""
+    split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the stratified split, the same for every run."""
+    batch_size: Positive | None = 256
+    """Examples per batch; None takes the whole training set at every step."""
+    context: Positive = 64
+    """Characters of an example of sums."""
+
+    @model_validator(mode="after")
+    def _leaves_training_examples(self) -> Self:
+        total = self.validation_fraction + self.test_fraction
+        _require(total < 1, f"validation_fraction + test_fraction = {total} must be below 1")
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(_Checked):
+    """The network and its loss."""
+
+    name: Literal["mlp", "cnn", "transformer"] = "mlp"
+    """Architecture: mlp and cnn are for images, transformer is for sums."""
+    hidden: tuple[Positive, ...] = (64, 64)
+    """Widths of the hidden layers of an mlp, channels of the convolutions of a cnn."""
+    activation: Literal["tanh", "relu", "gelu"] = "tanh"
+    """Activation function of the hidden layers."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Fraction of the features that are dropped in training."""
+    width: Positive = 64
+    """Features per position of a transformer."""
+    blocks: Positive = 2
+    """Blocks of attention and feed-forward layers of a transformer."""
+    heads: Positive = 4
+    """Attention heads of each block of a transformer."""
+    l2: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
+    """The loss has a term of l2/2 times the squared norm of the parameters."""
+    loss: Literal["cross_entropy", "squared_error"] = "cross_entropy"
+    """Mean cross-entropy of the logits, or half the mean squared distance of the outputs from the one-hot label, which
+    shows a solver such as residual_euler its residuals."""
+
+    @model_validator(mode="after")
+    def _heads_share_the_width(self) -> Self:
+        _require(self.width % self.heads == 0, f"width = {self.width} must be a multiple of {self.heads} heads")
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodConfig(_Checked):
+    """An optimizer without its learning rate: what train, compare and race have in common."""
+
+    factory: str
+    """An optimizer of rk_optax or of Optax: sgd, adam, lbfgs, rk4, rkc, rosenbrock_euler (see `rk-optax solvers`)."""
+    _: dataclasses.KW_ONLY
+    options: Options = dataclasses.field(default_factory=dict)
+    """Further keyword arguments of the factory, such as momentum."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """How the learning rate goes down to 0 until the last step: Optax's cosine_decay_schedule or linear_schedule."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate first rises from 0, linearly."""
+    preconditioner: Literal["adagrad", "rms", "adam"] | None = None
+    """Scales every stage of a solver: rk_optax.precondition_by_adagrad and so on, with their defaults."""
+    rule: Literal["constant", "dal", "sgd_g2", "descent_control", "trust_ratio_control", "error_control"] = "constant"
+    """Where the step size comes from: the learning rate (its largest value, with dal), or a rule that finds it."""
+    rule_options: Options = dataclasses.field(default_factory=dict)
+    """Keyword arguments of the rule, such as estimate of dal."""
+    stage_batches: Literal["same", "split"] = "same"
+    """With split, each stage of a solver sees its own slice of the batch, so a step costs one gradient in all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig(MethodConfig):
+    """One entrant of a comparison."""
+
+    learning_rates: tuple[Rate, Rate] | None = None
+    """Lowest and highest learning rate of the log-spaced grid that is searched; None if the method finds its own."""
+
+    @model_validator(mode="after")
+    def _lowest_first(self) -> Self:
+        rates = self.learning_rates
+        _require(rates is None or rates[0] < rates[1], f"learning_rates = {rates} must have the lowest first")
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptimizerConfig(MethodConfig):
+    """The optimizer of a single training run."""
+
+    learning_rate: Rate | None = None
+    """Step size h; with a schedule, that after the warm-up; None if the method finds its own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EntrantConfig(MethodConfig):
+    """One entrant of a race."""
+
+    trials: tuple[int | float, ...] = ()
+    """Values of the tuned argument that are tried; empty where nothing is tuned."""
+    tunes: str = "learning_rate"
+    """The argument that is tuned."""
+    steps: Positive | None = None
+    """Steps of a run; None for as many as `seconds` allow."""
+    seconds: Rate = 60.0
+    """Training seconds after which a run ends."""
+    chunk: Positive = 10
+    """Steps between two looks at clock and error."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(_Checked):
+    """One training run of one optimizer."""
+
+    optimizer: TrainOptimizerConfig
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    steps: Positive | None = None
+    """Length of the run in steps. Give either these or epochs."""
+    epochs: Positive | None = None
+    """Length of the run in passes over the training examples."""
+    evaluate_every: Positive | None = None
+    """Steps between two evaluations; None is an epoch, or the whole run if that is shorter."""
+    checkpoint_every: Positive | None = None
+    """Steps between two checkpoints, a multiple of evaluate_every; None writes one at every evaluation."""
+    keep_checkpoints: Positive = 3
+    """Checkpoints that are kept, the latest ones."""
+    metrics: tuple[str, ...] = ("accuracy",)
+    """What is measured beside the loss."""
+    seed: Seed = 0
+    """Seed of the initial parameters, the order of the batches and the dropout masks."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        _require(
+            (self.steps is None) != (self.epochs is None),
+            f"steps, epochs = {(self.steps, self.epochs)} must be one number and one None: a run is so many steps or "
+            "so many epochs long",
+        )
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class BudgetConfig(_Checked):
+    """What every run may spend, and where it is looked at."""
+
+    gradients: Positive | None = None
+    """Gradient evaluations of every run, whatever its solver. Give either these or updates."""
+    evaluate_every: Positive = 10
+    """Steps between two evaluation points."""
+    updates: Positive | None = None
+    """Steps of every run, whatever they cost."""
+    scored_examples: Positive | None = None
+    """Training examples on which the training loss is evaluated, always the same; None takes all."""
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> Self:
+        _require(
+            (self.gradients is None) != (self.updates is None),
+            f"gradients, updates = {(self.gradients, self.updates)} must be one number and one None: a budget is in "
+            "gradients or in updates",
+        )
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningConfig(_Checked):
+    """The search for each entrant's learning rate, by validation loss late in the run."""
+
+    trials: Annotated[int, Field(ge=2)] = 11
+    """Learning rates tried for every entrant."""
+    seeds: Seeds = (100, 101, 102)
+    """Seeds of the tuning runs; none of them may be a seed of the comparison."""
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Length of a tuning run, of that of a compared run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig(_Checked):
+    """A comparison of optimizers at an equal budget of gradient evaluations or of updates."""
+
+    optimizers: Annotated[Mapping[Name, OptimizerConfig], Field(min_length=1)]
+    """The entrants, by the name they are shown under."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    budget: BudgetConfig = BudgetConfig(gradients=2400)
+    tuning: TuningConfig = TuningConfig()
+    seeds: Seeds = (0, 1, 2)
+    """Seeds of the compared runs: initial parameters and order of the batches."""
+    timed_runs: Positive = 7
+    """Serial timed runs of every entrant, of which the median time is reported."""
+    timed_updates: Positive | None = None
+    """Length of a timed run, from which the time of a whole one is extrapolated; None times whole runs."""
+    vectorized: bool = True
+    """Tune and train all runs of an entrant side by side. False makes them take turns in one program: on a CPU that
+    is faster with small batches, and needs less memory."""
+
+    @model_validator(mode="after")
+    def _fair(self) -> Self:
+        shared = set(self.seeds) & set(self.tuning.seeds)
+        _require(
+            not shared,
+            f"tuning.seeds = {self.tuning.seeds} must not contain a seed of the comparison: a rate that was tuned on "
+            "the compared runs has an advantage there",
+        )
+        _require(
+            self.timed_updates is None or self.budget.updates is not None,
+            f"timed_updates = {self.timed_updates} needs a budget in updates: set budget.updates, or leave it None",
+        )
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class RaceConfig(_Checked):
+    """A race over several seeds, each entrant tuned on a seed of its own."""
+
+    problem: Literal["poisson", "burgers", "logistic", "gp_dual", "digits"]
+    """The problem."""
+    entrants: Annotated[Mapping[Name, EntrantConfig], Field(min_length=1)]
+    """Who runs, by the name they are shown under."""
+    problem_options: Mapping[str, float | int] = dataclasses.field(default_factory=dict)
+    """Arguments of the problem, such as condition of logistic."""
+    seeds: Seeds = (0, 1, 2, 3, 4)
+    """Seeds of the problem: data and initial parameters."""
+    tuning_seed: Seed = 100
+    """The seed on which the tuned argument is chosen, by the loss at the end."""
+    tuning_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Fraction of a run's seconds that a tuning run gets."""
+    x64: bool = False
+    """Whether to compute in float64."""
+    targets: tuple[Rate, ...] = (1e-1, 1e-2, 1e-3)
+    """Errors whose first crossing is reported."""
+
+    @model_validator(mode="after")
+    def _fair(self) -> Self:
+        _require(
+            self.tuning_seed not in self.seeds,
+            f"seeds = {self.seeds} must not contain tuning_seed: a value that was tuned on the race's own runs has an "
+            "advantage there",
+        )
+        return self

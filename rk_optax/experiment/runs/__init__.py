@@ -1,0 +1,1 @@
+"""One compiled training loop, and the three kinds of experiment that use it."""

@@ -1,0 +1,225 @@
+"""The comparison: tune every entrant, train it on every seed, then time it."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rk_optax.experiment.config import CompareConfig
+from rk_optax.experiment.runs.loop import Point, Trainer
+from rk_optax.experiment.runs.plan import Entrant, make_plan
+from rk_optax.experiment.runs.protocol import Reporter, choose, in_turns, piece, seconds_at
+from rk_optax.experiment.store.run_folder import RunFolder
+from rk_optax.experiment.tasks.data import Split
+from rk_optax.experiment.tasks.supervised import build_task
+
+
+class Tuned(NamedTuple):
+    """The outcome of an entrant's learning-rate search."""
+
+    rate: float | None  # None where the entrant finds its own
+    losses: np.ndarray  # (trial,) mean late validation loss; inf where a run diverged
+    at_edge: str | None  # "lowest" or "highest" where the best rate bounds the grid
+
+    @classmethod
+    def from_json(cls, kept: dict[str, Any]) -> "Tuned":
+        """What was written, null being a diverged run."""
+        return cls(kept["rate"], np.nan_to_num(np.array(kept["losses"], float), nan=np.inf), kept["at_edge"])
+
+
+class Runs(NamedTuple):
+    """An entrant's runs at the tuned rate."""
+
+    steps: np.ndarray  # (point,)
+    gradients: np.ndarray  # (seed, point) spent so far
+    train_loss: np.ndarray  # (seed, point)
+    test_accuracy: np.ndarray  # (seed, point)
+
+    @classmethod
+    def from_json(cls, kept: dict[str, Any]) -> "Runs":
+        """What was written, null being NaN."""
+        return cls(np.array(kept["steps"]), *(np.array(kept[field], float) for field in cls._fields[1:]))
+
+
+class Timing(NamedTuple):
+    """An entrant's serial timed runs."""
+
+    steps: np.ndarray  # (point,)
+    seconds: np.ndarray  # (point,) median over the runs
+    totals: np.ndarray  # (run,) seconds of each run
+    compile_seconds: float
+
+    @classmethod
+    def from_json(cls, kept: dict[str, Any]) -> "Timing":
+        """What was written."""
+        steps, seconds, totals = (np.array(kept[field]) for field in ("steps", "seconds", "totals"))
+        return cls(steps, seconds, totals, kept["compile_seconds"])
+
+
+class Compared(NamedTuple):
+    """All that was found out about an entrant."""
+
+    entrant: Entrant
+    tuned: Tuned
+    runs: Runs
+    timing: Timing
+
+    @property
+    def seconds(self) -> np.ndarray:
+        """Median time at every point of the runs."""
+        return seconds_at(self.runs.steps, self.timing.steps, self.timing.seconds)
+
+
+class Comparison:
+    """A comparison whose configuration is known to be possible, ready to run."""
+
+    def __init__(self, config: CompareConfig):
+        """Plans the comparison and loads its data.
+
+        Raises:
+            UsageError: if the configuration asks for something impossible.
+        """
+        self.entrants = make_plan(config)
+        self._task = build_task(config.data, config.model)
+        self._scored = Split(*(part[: config.budget.scored_examples] for part in self._task.dataset.train))
+        self._config = config
+
+    def run(self, folder: RunFolder, report: Reporter) -> list[Compared]:
+        """Tunes, trains and times every entrant, logging to the folder as it goes.
+
+        Tuning and training of each entrant, and the timing of all, are pieces that a resumed folder may hold already.
+
+        Raises:
+            UsageError: if an entrant diverges at every learning rate.
+        """
+        entrants = self.entrants
+        self._folder, self._report = folder, report
+        do = functools.partial(piece, folder, report)
+        report.start(
+            sum(map(self._tuning_work, entrants)) + sum(map(self._training_work, entrants)) + self._timing_work
+        )
+        tuned = []
+        for entrant in entrants:
+            tune = functools.partial(self._tune, entrant)
+            tuned.append(Tuned.from_json(do(f"tune-{entrant.name}", self._tuning_work(entrant), tune)))
+        runs, rates = [], [best.rate for best in tuned]
+        for entrant, rate in zip(entrants, rates, strict=True):
+            train = functools.partial(self._train, entrant, rate)
+            runs.append(Runs.from_json(do(f"compare-{entrant.name}", self._training_work(entrant), train)))
+        timings = map(Timing.from_json, do("time", self._timing_work, lambda: self._time(rates)))
+        return [Compared(*parts) for parts in zip(entrants, tuned, runs, timings, strict=True)]
+
+    def _tuning_work(self, entrant: Entrant) -> float:
+        trials = len(entrant.rates) if entrant.optimizer.takes_rate else 0
+        return _work(entrant, entrant.tuning_steps, entrant.tuning_budget) * trials * len(self._config.tuning.seeds)
+
+    def _training_work(self, entrant: Entrant) -> float:
+        return _work(entrant, entrant.steps, entrant.budget) * len(self._config.seeds)
+
+    @property
+    def _timing_work(self) -> float:
+        return sum(_work(e, e.timed_steps, e.budget) * self._config.timed_runs for e in self.entrants)
+
+    def _tune(self, entrant: Entrant) -> dict[str, Any]:
+        """Searches the grid; nothing but the validation split is looked at."""
+        if not entrant.optimizer.takes_rate:
+            return Tuned(None, np.array([]), None)._asdict()
+        self._report.phase(f"tuning {entrant.name}")
+        seeds, rates, steps = self._config.tuning.seeds, entrant.rates, entrant.tuning_steps
+        trainer = self._grid(entrant, seeds, rates, steps)
+        loss, accuracy, looks, before = np.zeros((4, len(seeds), len(rates)))
+        whole = min(entrant.tuning_budget, steps * (entrant.optimizer.gradients_per_step or np.inf))
+        for point, spent in self._points(trainer, entrant, steps, entrant.tuning_budget):
+            # A rate at the edge of stability can end well between two spikes, so that the last point alone would
+            # choose it. A run that has spent its budget while others go on is not looked at any more.
+            late = (spent > whole / 2 if whole < np.inf else 2 * point.steps > steps) & (before < whole)
+            before = spent
+            if late.any():
+                score = trainer.score(point, self._task.dataset.validation)
+                loss, accuracy = loss + np.where(late, score.loss, 0), accuracy + np.where(late, score.accuracy, 0)
+                looks = looks + late
+        loss, accuracy = loss / looks, accuracy / looks
+        for row, trial in np.ndindex(loss.shape):
+            measured = {"validation_loss": loss[row, trial], "validation_accuracy": accuracy[row, trial]}
+            about = "tune", entrant, rates[trial], seeds[row], steps, before[row, trial]
+            self._log(*about, trial=trial, **measured)
+        remedy = f"lower optimizers.{entrant.name}.learning_rates"
+        choice = choose(entrant.name, loss.mean(axis=0), remedy)
+        diverged = f" ({choice.diverged} diverged)" if choice.diverged else ""
+        self._report.say(
+            f"tuned {entrant.name}: learning rate {rates[choice.best]:.3g}, the best of {len(rates)} "
+            f"from {rates[0]:.3g} to {rates[-1]:.3g}{diverged}"
+        )
+        return Tuned(rates[choice.best], choice.losses, choice.at_edge)._asdict()
+
+    def _train(self, entrant: Entrant, rate: float | None) -> dict[str, Any]:
+        """Trains on every seed at the tuned rate."""
+        self._report.phase(f"training {entrant.name}")
+        seeds = self._config.seeds
+        trainer = self._grid(entrant, seeds, [rate], entrant.steps)
+        columns: list[tuple[Any, ...]] = []
+        for point, spent in self._points(trainer, entrant, entrant.steps, entrant.budget):
+            loss, accuracy = (values[:, 0] for values in self._measure(trainer, point))
+            columns.append((point.steps, spent[:, 0], loss, accuracy))
+            for row, seed in enumerate(seeds):
+                measured = {"train_loss": loss[row], "test_accuracy": accuracy[row]}
+                self._log("compare", entrant, rate, seed, point.steps, spent[row, 0], **measured)
+        steps, *curves = zip(*columns, strict=True)
+        return Runs(np.array(steps), *(np.stack(curve, axis=-1) for curve in curves))._asdict()
+
+    def _time(self, rates: Sequence[float | None]) -> list[dict[str, Any]]:
+        """Times every entrant, one run at a time and nothing else meanwhile."""
+        seed, timed = self._config.seeds[0], []
+        for entrant, rate in zip(self.entrants, rates, strict=True):
+            self._report.phase(f"compiling {entrant.name}")
+            trainer = Trainer(self._task, entrant.optimizer, seed, rate, entrant.timed_chunk, steps=entrant.steps)
+            timed.append((entrant, rate, trainer, []))
+        for repeat in range(self._config.timed_runs):
+            for entrant, rate, trainer, runs in in_turns(timed, repeat):
+                self._report.phase(f"timing {entrant.name}")
+                runs.append([])
+                for point, spent in self._points(trainer, entrant, entrant.timed_steps, entrant.budget):
+                    runs[-1].append((point.steps, point.seconds))
+                    loss, accuracy = self._measure(trainer, point)
+                    measured = {"seconds": point.seconds, "train_loss": loss, "test_accuracy": accuracy}
+                    self._log("time", entrant, rate, seed, point.steps, spent, repeat=repeat, **measured)
+        timings = []
+        for _, _, trainer, runs in timed:
+            steps, seconds = np.moveaxis(np.array(runs, float), -1, 0)
+            timing = Timing(steps[0], np.median(seconds, axis=0), seconds[:, -1], trainer.compile_seconds)
+            timings.append(timing._asdict())
+        return timings
+
+    def _measure(self, trainer: Trainer, point: Point) -> tuple[np.ndarray, np.ndarray]:
+        """Training loss and test accuracy."""
+        return trainer.score(point, self._scored).loss, trainer.score(point, self._task.dataset.test).accuracy
+
+    def _grid(self, entrant: Entrant, seeds: tuple[int, ...], rates: Sequence[float | None], steps: int) -> Trainer:
+        every, vectorized = self._config.budget.evaluate_every, self._config.vectorized
+        return Trainer(self._task, entrant.optimizer, seeds, rates, every, steps=steps, vectorized=vectorized)
+
+    def _points(self, trainer: Trainer, entrant: Entrant, steps: int, budget: float) -> Iterator[tuple[Point, Any]]:
+        """The points of a training, reported as progress, with the gradients spent by each run."""
+        done = 0.0
+        for point in trainer.run(steps):
+            spent = trainer.spent(point)
+            each = np.minimum(spent, budget) if budget < np.inf else _work(entrant, point.steps, budget)
+            now = float(np.broadcast_to(each, spent.shape).sum())
+            self._report.advance(now - done)
+            done = now
+            yield point, spent
+            if np.min(spent) >= budget:
+                return
+
+    def _log(
+        self, phase: str, entrant: Entrant, rate: Any, seed: int, steps: int, gradients: Any, **measured: Any
+    ) -> None:
+        piece = phase if phase == "time" else f"{phase}-{entrant.name}"
+        about = {"phase": phase, "optimizer": entrant.name, "seed": seed, "learning_rate": rate}
+        self._folder.log(piece, **about, steps=steps, gradients=float(gradients), **measured)
+
+
+def _work(entrant: Entrant, steps: int, budget: float) -> float:
+    """Gradients that a run reports as progress; where the cost of a step varies, in updates, it is not known."""
+    return min(steps * (entrant.optimizer.gradients_per_step or 1), budget)

@@ -1,0 +1,199 @@
+"""The training loop: compiled chunks of steps, for one run or for a grid of runs at once."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import rk_optax
+from rk_optax.experiment.entrants import Optimizer
+from rk_optax.experiment.tasks.task import Params, Score, Task, Variables
+
+
+class RunState(NamedTuple):
+    """What a run carries from step to step."""
+
+    step: jax.Array
+    params: Params
+    statistics: Any
+    opt_state: optax.OptState
+    key: jax.Array
+    cost: rk_optax.Cost
+
+
+class Point(NamedTuple):
+    """A run, or a grid of runs, where it can be evaluated."""
+
+    steps: int
+    seconds: float  # in training steps alone: no compilation, no evaluation, no data loading
+    state: RunState
+    loss: jax.Array | float = math.nan  # mean over the batches since the last point
+
+
+class Trainer:
+    """One optimizer on one task, compiled once for all of the given runs."""
+
+    def __init__(
+        self,
+        task: Task,
+        optimizer: Optimizer,
+        seeds: int | Sequence[int],
+        rates: float | Sequence[float | None] | None,
+        chunk: int,
+        *,
+        steps: int | None = None,
+        vectorized: bool = True,
+        mesh: jax.sharding.Mesh | None = None,
+    ):
+        """Compiles the training of one run, or of a grid of seeds × learning rates.
+
+        Args:
+            task: what is trained.
+            optimizer: builds it, and says what its first stage sees.
+            seeds: a seed, or the seeds of a grid.
+            rates: a learning rate, or the learning rates of a grid; None where the optimizer finds its own.
+            chunk: steps from one point to the next.
+            steps: length of the run, for a schedule.
+            vectorized: whether the runs of a grid go side by side rather than in turns.
+            mesh: the devices that share each batch of a single run, along an axis `batch` whose size divides it;
+                None for the default device alone.
+        """
+        self._task, self._optimizer, self._chunk, self._steps = task, optimizer, chunk, steps
+        self._grid = not isinstance(seeds, int)
+        self._seeds = seeds
+        self._rates = jnp.asarray(np.array(rates, float))
+        start, advance = self._start_run, self._advance_run
+        if self._grid:
+            start = _over_grid(start, (0, None), (None, 0))  # a seed's parameters serve all rates
+            advance = (_over_grid if vectorized else _in_turns)(advance, (0, None, None, 0), (0, 0, None, None))
+        self._everywhere = self._spread = None
+        if mesh is not None:
+            self._everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+            self._spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "batch"))
+        self._source = jax.device_put(task.source, self._everywhere)
+        self._start = jax.jit(start, out_shardings=self._everywhere)
+        # Shapes and shardings of a run's state.
+        self.layout: RunState = jax.eval_shape(self._start, task.init(seeds), self._rates)
+        arguments = (self.layout, self._rates, self._source, self._indices(0))
+        began = time.perf_counter()
+        self._advance = jax.jit(advance, donate_argnums=0, out_shardings=self._everywhere).lower(*arguments).compile()
+        self.compile_seconds = time.perf_counter() - began
+
+    def start(self) -> Point:
+        """The initial point."""
+        state = self._start(self._task.init(self._seeds), self._rates)
+        return Point(0, 0.0, jax.block_until_ready(state))
+
+    def run(self, steps: int | None, start: Point | None = None) -> Iterator[Point]:
+        """Trains, stopping after every chunk.
+
+        Args:
+            steps: where to end, whole chunks from the starting point; None for never.
+            start: where to go on, by default from the initial point.
+
+        Yields:
+            The starting point and the point after each chunk; its state is valid until the next.
+        """
+        point = self.start() if start is None else start
+        yield point
+        step, seconds, state, _ = point
+        while steps is None or step < steps:
+            indices = jax.block_until_ready(self._indices(step))
+            began = time.perf_counter()
+            state, loss = self._advance(state, self._rates, self._source, indices)
+            jax.block_until_ready(state)
+            seconds += time.perf_counter() - began
+            step += self._chunk
+            yield Point(step, seconds, state, loss)
+
+    def spent(self, point: Point) -> np.ndarray:
+        """What the run or runs have cost up to a point, in gradients over a whole batch.
+
+        A Hessian-vector product counts as two gradients, a loss as a third of one, and a Jacobian row as the task says;
+        factorisations and other linear algebra show in the seconds alone.
+        """
+        cost = jax.tree.map(lambda count: np.asarray(count, float), point.state.cost)
+        if self._optimizer.gradients_per_step is not None:
+            return np.full_like(cost.gradients, point.steps * self._optimizer.gradients_per_step)
+        return cost.gradients + 2 * cost.products + cost.losses / 3 + self._task.gradients_per_row * cost.rows
+
+    def score(self, point: Point, split: Any = None) -> Score:
+        """Loss and metrics of the run or runs at a point."""
+        return self._task.score(point.state.params, point.state.statistics, split, grid=self._grid)
+
+    def restored(self, leaves: Any) -> RunState:
+        """A run's state from host arrays, on the devices of this trainer."""
+        return jax.tree.map(lambda like, leaf: jax.device_put(leaf, like.sharding), self.layout, leaves)
+
+    def _indices(self, start: int) -> jax.Array:
+        if isinstance(self._seeds, int):
+            return jax.device_put(self._task.batches(self._seeds, start, self._chunk), self._spread)
+        return jnp.asarray(np.stack([self._task.batches(seed, start, self._chunk) for seed in self._seeds]))
+
+    def _start_run(self, variables: Variables, rate: jax.Array) -> RunState:
+        params, statistics, key = variables
+        opt_state = self._optimizer.make(self._task.loss_fn, rate, self._steps).init(params)
+        cost = rk_optax.Cost(*(jnp.zeros([], jnp.int32) for _ in rk_optax.Cost._fields))
+        return RunState(jnp.zeros((), jnp.int32), params, statistics, opt_state, key, cost)
+
+    def _advance_run(
+        self, state: RunState, rate: jax.Array, source: Any, indices: jax.Array
+    ) -> tuple[RunState, jax.Array]:
+        task, optimizer = self._task, self._optimizer
+        tx = optimizer.make(task.loss_fn, rate, self._steps)
+        gradient = jax.value_and_grad(task.loss_and_statistics, has_aux=True)
+        reuses = optimizer.keeps_gradient and task.constant
+
+        def step(state: RunState, batch: jax.Array) -> tuple[RunState, Any]:
+            dropout_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+            data = task.data(source, batch, state.statistics, jax.random.key_data(dropout_key))
+
+            def value_fn(params: Params) -> jax.Array:
+                return task.loss_fn(params, **data)
+
+            if reuses:
+                loss, grads = optax.value_and_grad_from_state(value_fn)(state.params, state=state.opt_state)
+                statistics = state.statistics
+            else:
+                (loss, statistics), grads = gradient(state.params, **optimizer.first_stage(data))
+            updates, opt_state = tx.update(
+                grads, state.opt_state, state.params, value=loss, grad=grads, value_fn=value_fn, **data
+            )
+            params = optax.apply_updates(state.params, updates)
+            cost = state.cost.plus(optimizer.cost(state.opt_state, opt_state, int(not reuses)))
+            return RunState(state.step + 1, params, statistics, opt_state, state.key, cost), loss
+
+        state, losses = jax.lax.scan(step, state, indices)
+        return state, losses.mean()
+
+
+def _over_grid(
+    function: Callable[..., Any], seed_axes: tuple[int | None, ...], rate_axes: tuple[int | None, ...]
+) -> Callable[..., Any]:
+    """The function of one run, mapped over a grid (seed, rate) of runs."""
+    return jax.vmap(jax.vmap(function, rate_axes), seed_axes)
+
+
+def _in_turns(
+    function: Callable[..., Any], seed_axes: tuple[int | None, ...], rate_axes: tuple[int | None, ...]
+) -> Callable[..., Any]:
+    """The same as `_over_grid`, one run after the other."""
+    return _over_one_axis(_over_one_axis(function, rate_axes), seed_axes)
+
+
+def _over_one_axis(function: Callable[..., Any], axes: tuple[int | None, ...]) -> Callable[..., Any]:
+    def over_runs(*arguments: Any) -> Any:
+        mapped = [argument for argument, axis in zip(arguments, axes, strict=True) if axis == 0]
+
+        def run(own: list[Any]) -> Any:
+            theirs = iter(own)
+            return function(*(next(theirs) if axis == 0 else a for a, axis in zip(arguments, axes, strict=True)))
+
+        return jax.lax.map(run, mapped)
+
+    return over_runs

@@ -1,0 +1,71 @@
+"""What all experiments keep to: reporting, choosing among trials, taking turns on the clock, pieces done once."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from rk_optax.experiment.errors import UsageError
+from rk_optax.experiment.store.run_folder import RunFolder
+
+
+class Reporter(Protocol):
+    """What an experiment tells while it runs; any of these may raise KeyboardInterrupt to end it."""
+
+    def start(self, work: float) -> None:
+        """Announces the total work, in gradient evaluations, steps or runs."""
+        ...
+
+    def phase(self, description: str) -> None:
+        """Says what is being done now."""
+        ...
+
+    def advance(self, work: float) -> None:
+        """Says that this much more of the work is done."""
+        ...
+
+    def say(self, message: str) -> None:
+        """Says something that is to stay readable."""
+        ...
+
+
+class Choice(NamedTuple):
+    """The best of several trials."""
+
+    best: int  # index of the trial
+    losses: np.ndarray  # (trial,) inf where a run diverged
+    at_edge: str | None  # "lowest" or "highest" where the best value bounds the grid
+    diverged: int
+
+
+def choose(name: str, losses: Sequence[float] | np.ndarray, remedy: str) -> Choice:
+    """The trial with the lowest loss.
+
+    Raises:
+        UsageError: if all of them diverged.
+    """
+    finite = np.where(np.isfinite(losses), losses, np.inf)
+    best, diverged = int(finite.argmin()), int(np.isinf(finite).sum())
+    if diverged == len(finite):
+        raise UsageError(f"{name} diverged at every one of its {len(finite)} trials: {remedy}")
+    return Choice(best, finite, {0: "lowest", len(finite) - 1: "highest"}.get(best), diverged)
+
+
+def in_turns(entrants: Sequence[Any], repeat: int) -> list[Any]:
+    """The order of one round of timed runs: forth and back, so that a slow spell of the machine hits all alike."""
+    return list(entrants)[:: 1 if repeat % 2 == 0 else -1]
+
+
+def seconds_at(steps: np.ndarray, timed: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """Seconds of a run at some steps: linear between those that were timed, proportional to the steps beyond."""
+    beyond = np.maximum(steps / max(timed[-1], 1), 1)
+    return np.interp(steps, timed, seconds) * beyond
+
+
+def piece(folder: RunFolder, report: Reporter, name: str, work: float, do: Callable[[], Any]) -> Any:
+    """The result of a piece of a run as JSON has it, so that a resumed run goes on with the same values as another."""
+    if folder.finished(name) is None:
+        folder.finish(name, do())
+    else:
+        report.advance(work)
+    return folder.finished(name)

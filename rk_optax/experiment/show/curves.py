@@ -1,0 +1,136 @@
+"""The curves of finished or running experiments, read from their folders."""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rk_optax.experiment.errors import UsageError
+from rk_optax.experiment.runs.protocol import seconds_at
+
+_Record = Mapping[str, Any]
+_TEST_ERROR = "test error, % (100 − accuracy)"
+
+
+class Curve(NamedTuple):
+    """One line of a plot; NaN where nothing was measured."""
+
+    label: str
+    steps: np.ndarray  # (point,)
+    cost: np.ndarray  # (point,) gradients
+    seconds: np.ndarray  # (point,) NaN if nobody timed the run
+    train_loss: np.ndarray  # (point,)
+    error: np.ndarray  # (point,)
+    error_name: str = _TEST_ERROR
+
+
+def read_curves(path: Path) -> list[Curve]:
+    """The curve of a training run, or the curves of a comparison or a race, each averaged over its seeds.
+
+    Raises:
+        UsageError: if it holds no run with metrics, or a damaged one.
+    """
+    config = _object(_text(path / "config.json", path), path / "config.json")
+    read: dict[Any, Callable[[Path, _Record], list[Curve]]] = {"train": _train, "compare": _compare, "race": _race}
+    if config.get("command") not in ("train", "compare", "race"):
+        raise UsageError(f"{path / 'config.json'} is damaged: no command of rk-optax made this run")
+    try:
+        curves = read[config["command"]](path, config)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"the metrics in {path} are damaged: {type(error).__name__}: {error}") from error
+    if not any(len(curve.steps) for curve in curves):
+        raise UsageError(f"{path}: the run has no metrics to plot yet")
+    return curves
+
+
+def _train(path: Path, config: _Record) -> list[Curve]:
+    records = _metrics(path)
+    steps, (cost, seconds, loss, error) = _means(records, "gradients", "seconds", "train_loss", "test_accuracy")
+    return [Curve(path.name, steps, cost, seconds, loss, _percent(error))]
+
+
+def _compare(path: Path, config: _Record) -> list[Curve]:
+    phases: dict[str, dict[str, list[_Record]]] = defaultdict(lambda: defaultdict(list))
+    for record in _metrics(path):
+        phases[record["phase"]][record["optimizer"]].append(record)
+    curves = []
+    for optimizer, compared in phases["compare"].items():
+        steps, (cost, loss, accuracy) = _means(compared, "gradients", "train_loss", "test_accuracy")
+        seconds = np.full(len(steps), np.nan)
+        if optimizer in phases["time"]:
+            timed, (measured,) = _means(phases["time"][optimizer], "seconds", average=np.median)
+            seconds = seconds_at(steps, timed, measured)
+        curves.append(Curve(f"{path.name}, {optimizer}", steps, cost, seconds, loss, _percent(accuracy)))
+    return curves
+
+
+def _race(path: Path, config: _Record) -> list[Curve]:
+    """Medians over the seeds, at the steps that all of them reached; the name of the error once the race is over."""
+    summary, name = path / "summary.json", "error"
+    if summary.exists():
+        name = str(_object(_text(summary, path), summary)["error"])
+    curves = []
+    for entrant in config["config"]["entrants"]:
+        records: list[_Record] = []
+        pieces = (path / "pieces" / f"run-{entrant}-{seed}.json" for seed in config["config"]["seeds"])
+        runs = [run for run in pieces if run.exists()]
+        for run in runs:
+            piece = _object(_text(run, path), run)
+            fields = ("steps", "gradients", "seconds", "loss", "error")
+            points = zip(*(piece[field] for field in fields), strict=True)
+            records.extend(dict(zip(fields, point, strict=True)) for point in points)
+        whole = _means(records, "gradients", "seconds", "loss", "error", average=np.median, least=len(runs))
+        steps, (cost, seconds, loss, error) = whole
+        curves.append(Curve(f"{path.name}, {entrant}", steps, cost, seconds, loss, error, name))
+    return curves
+
+
+def _percent(accuracy: np.ndarray) -> np.ndarray:
+    # A run without test errors is drawn at 0.01 %: there is no zero on a logarithmic axis.
+    return np.maximum(100 * (1 - accuracy), 0.01)
+
+
+def _means(
+    records: Sequence[_Record], *fields: str, average: Any = np.mean, least: int = 1
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The steps that records are of, and each field averaged over the records of the same step."""
+    by_step: dict[int, list[_Record]] = defaultdict(list)
+    for record in records:
+        by_step[record["steps"]].append(record)
+    steps = sorted(step for step, same in by_step.items() if len(same) >= least)
+    values = [[average([_number(record[field]) for record in by_step[step]]) for step in steps] for field in fields]
+    return np.array(steps, float), [np.array(column, float) for column in values]
+
+
+def _number(value: Any) -> float:
+    return np.nan if value is None else float(value)
+
+
+def _metrics(folder: Path) -> list[_Record]:
+    """The whole lines of the metrics; the last one of a running or killed run may be cut short."""
+    path = folder / "metrics.jsonl"
+    return [_object(line, path) for line in _text(path, folder).splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _object(text: str, path: Path) -> _Record:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, Mapping):
+        raise UsageError(f"{path} is damaged: {text[:40]!r} is no record")
+    return content
+
+
+def _text(path: Path, folder: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is damaged: {error}") from error
+    except OSError as error:
+        raise UsageError(f"{folder} holds no run: {path.name}: {error.strerror or error}") from error

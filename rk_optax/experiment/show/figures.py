@@ -1,0 +1,148 @@
+"""The figures: of a comparison, of a race, and of runs overlaid."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
+
+from rk_optax.experiment.errors import UsageError
+from rk_optax.experiment.runs.compare import Compared
+from rk_optax.experiment.runs.race import Raced
+from rk_optax.experiment.show.curves import Curve
+from rk_optax.experiment.show.race_summary import on_grid
+
+# Okabe and Ito's palette: its colours stay apart for colour-blind readers, the markers also in print.
+COLORS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+AXES = {"steps": "steps", "cost": "cost, gradient evaluations", "seconds": "training time, s (without compilation)"}
+
+
+class _Line(NamedTuple):
+    """A line of a panel, with a band around it where there are several runs."""
+
+    label: str
+    x: np.ndarray  # (point,)
+    runs: np.ndarray  # (run, point)
+
+
+def plot_comparison(results: Sequence[Compared], path: Path) -> None:
+    """Draws training loss and test error against steps, gradients and seconds.
+
+    Lines are means over the seeds, bands reach from the lowest to the highest seed, and dotted
+    lines mark where the table compares: the least that an entrant has spent in all.
+    """
+    figure = Figure(figsize=(12, 7), dpi=120, layout="constrained")
+    axes = figure.subplots(2, 3, sharex="col", sharey="row")
+    spent = {
+        "steps": [result.runs.steps for result in results],
+        "gradient evaluations": [result.runs.gradients.mean(axis=0) for result in results],
+        AXES["seconds"]: [result.seconds for result in results],
+    }
+    for column, (label, costs) in zip(axes.T, spent.items(), strict=True):
+        names = [f"{result.entrant.name}{_valued(result.tuned.rate, '.3g')}" for result in results]
+        # The initial point has no place on a logarithmic axis.
+        losses = [result.runs.train_loss[:, 1:] for result in results]
+        # A run without test errors is drawn at 0.01 %: there is no zero on the axis.
+        errors = [np.maximum(100 * (1 - result.runs.test_accuracy), 0.01)[:, 1:] for result in results]
+        for axis, runs in zip(column, (losses, errors), strict=True):
+            lines = [_Line(name, x[1:], y) for name, x, y in zip(names, costs, runs, strict=True)]
+            _draw(axis, lines, np.mean, _marked)
+            axis.set_xscale("log")
+            axis.axvline(min(cost[-1] for cost in costs), color="0.4", linewidth=1.2, linestyle=":")
+        column[1].set_xlabel(label)
+    axes[0, 0].set_ylabel("training loss")
+    axes[1, 0].set_ylabel("test error, % (100 − accuracy)")
+    seeds = len(results[0].runs.train_loss)
+    title = f"optimizer, tuned learning rate (mean and range over {seeds} seeds; dotted: where the table compares)"
+    _save(figure, axes[0, 0], path, columns=min(len(results), 5), title=title)
+
+
+def plot_race(results: Sequence[Raced], error_name: str, path: Path) -> None:
+    """Error against seconds and against gradients: the median over the seeds, and their range as a band."""
+    figure = Figure(figsize=(11, 5), dpi=120, layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    labels = {"seconds": AXES["seconds"], "gradients": "gradient evaluations (products and Jacobian rows not counted)"}
+    for axis, (field, label) in zip(axes, labels.items(), strict=True):
+        names = [f"{result.name}{_valued(result.value, 'g')}" for result in results]
+        grids = [on_grid(result.runs, field) for result in results]
+        _draw(axis, [_Line(n, x, y) for n, (x, y) in zip(names, grids, strict=True)], np.median, _every_twelfth)
+        axis.set_xscale("log")
+        axis.set_xlabel(label)
+    axes[0].set_ylabel(error_name)
+    title = f"entrant, tuned value (median and range over {len(results[0].runs)} seeds)"
+    _save(figure, axes[0], path, columns=min(len(results), 4), title=title)
+
+
+def plot_curves(curves: Sequence[Curve], x: str, path: Path) -> None:
+    """Draws training loss and error of several runs against steps, cost or seconds.
+
+    Raises:
+        UsageError: if their errors are not of one kind.
+    """
+    kinds = dict.fromkeys(curve.error_name for curve in curves)
+    if len(kinds) > 1:
+        raise UsageError(f"cannot overlay runs that measure different errors: {'; '.join(kinds)}. Draw them apart")
+    figure = Figure(figsize=(9, 7), dpi=120, layout="constrained")
+    axes = figure.subplots(2, 1, sharex=True)
+    for axis, name, field in zip(axes, ("training loss", *kinds), ("train_loss", "error"), strict=True):
+        lines = []
+        for curve in curves:
+            along, values = getattr(curve, x), getattr(curve, field)
+            seen = np.isfinite(along) & np.isfinite(values)
+            lines.append(_Line(curve.label, along[seen], values[seen][None]))
+        _draw(axis, lines, np.mean, _eight)
+        axis.set_ylabel(name)
+    axes[1].set_xlabel(AXES[x])
+    _save(figure, axes[0], path, columns=min(len(curves), 3), title=None)
+
+
+def _draw(
+    axis: Any, lines: Sequence[_Line], middle: Callable[..., np.ndarray], marked: Callable[[np.ndarray, int], Any]
+) -> None:
+    """Lines with their bands, on a logarithmic vertical axis with labels between the powers of ten too."""
+    for index, (label, x, runs) in enumerate(lines):
+        style: dict[str, Any] = {
+            "color": COLORS[index % len(COLORS)],
+            "linestyle": ("-", "--", ":")[index // len(COLORS) % 3],
+            "marker": MARKERS[index % len(MARKERS)],
+        }
+        axis.plot(
+            x, middle(runs, axis=0), label=label, linewidth=1.6, markersize=6, markevery=marked(x, index), **style
+        )
+        if len(runs) > 1:
+            axis.fill_between(x, runs.min(axis=0), runs.max(axis=0), color=style["color"], alpha=0.2, linewidth=0)
+    if all(np.nanmin(runs, initial=np.inf) > 0 for _, _, runs in lines):  # the loss of a race may be negative
+        axis.set_yscale("log")
+        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.grid(which="both", alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Figure, axis: Any, path: Path, *, columns: int, title: str | None) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, title=title)
+    figure.savefig(path)
+
+
+def _valued(value: float | None, form: str) -> str:
+    return "" if value is None else f", {value:{form}}"
+
+
+def _marked(x: np.ndarray, index: int) -> list[int]:
+    """Indices of points to mark, evenly on a logarithmic axis, staggered from line to line."""
+    wanted = np.geomspace(x[0], x[-1], 6) * 1.15**index
+    return np.unique(np.searchsorted(x, wanted[wanted <= x[-1]])).tolist()
+
+
+def _every_twelfth(x: np.ndarray, index: int) -> tuple[int, int]:
+    return 3 * index % 12, 12
+
+
+def _eight(x: np.ndarray, index: int) -> tuple[int, int]:
+    return index, max(1, len(x) // 8)

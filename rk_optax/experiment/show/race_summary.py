@@ -1,0 +1,76 @@
+"""What a race found: where each entrant ends, and what every error costs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rk_optax.experiment.runs.race import Raced, RaceRun
+
+
+def first_below(run: RaceRun, target: float) -> int | None:
+    """The first point whose error is at most the target."""
+    below = np.flatnonzero(run.error <= target)
+    return int(below[0]) if len(below) else None
+
+
+def race_summary(results: Sequence[Raced], targets: Sequence[float]) -> list[dict[str, Any]]:
+    """One record per entrant: medians over its seeds, and the price of every target.
+
+    Gradients, V and seconds of a target are medians over all seeds, with those that never reach it as infinite (None).
+    """
+    rows = []
+    for result in results:
+        last = {
+            field: [float(getattr(run, field)[-1]) for run in result.runs] for field in ("error", "loss", "seconds")
+        }
+        rows.append(
+            {
+                "entrant": result.name,
+                "tuned": result.value,
+                "seeds": len(result.runs),
+                "final_error": _median(last["error"]),
+                "final_error_range": [min(last["error"]), max(last["error"])],
+                "final_loss": _median(last["loss"]),
+                "seconds": _median(last["seconds"]),
+                "v_ms": _median([1e3 * run.v_seconds for run in result.runs]),
+                "targets": [_price(result.runs, target) for target in targets],
+                "curve": _curve(result.runs),
+            }
+        )
+    return rows
+
+
+def on_grid(runs: Sequence[RaceRun], field: str) -> tuple[np.ndarray, np.ndarray]:
+    """Errors (seed, point) on a common logarithmic grid of the cost: at each, that of the last point reached."""
+    costs = [getattr(run, field) for run in runs]
+    start, end = max(cost[:2][-1] for cost in costs), min(cost[-1] for cost in costs)
+    grid = np.geomspace(max(start, 1e-9), max(end, start * (1 + 1e-9)), 80)
+    at = [np.searchsorted(cost, grid, side="right") - 1 for cost in costs]
+    return grid, np.stack([run.error[index] for run, index in zip(runs, at, strict=True)])
+
+
+def _price(runs: Sequence[RaceRun], target: float) -> dict[str, Any]:
+    """What an error costs."""
+    paid = [(run, first_below(run, target)) for run in runs]
+    columns = {
+        "gradients": [np.inf if i is None else run.gradients[i] for run, i in paid],
+        "v": [np.inf if i is None else run.seconds[i] / run.v_seconds for run, i in paid],
+        "seconds": [np.inf if i is None else run.seconds[i] for run, i in paid],
+    }
+    reached = sum(i is not None for _, i in paid)
+    return {"error": target, "reached": reached, **{name: _median(values) for name, values in columns.items()}}
+
+
+def _curve(runs: Sequence[RaceRun]) -> dict[str, list[float]]:
+    """The median error over seconds, thinned for a file."""
+    if min(len(run.steps) for run in runs) < 2:
+        return {"seconds": [], "error": []}
+    grid, errors = on_grid(runs, "seconds")
+    columns = {"seconds": grid, "error": np.median(errors, axis=0)}
+    return {name: [float(f"{value:.4g}") for value in column[::4]] for name, column in columns.items()}
+
+
+def _median(values: Sequence[float]) -> float | None:
+    middle = float(np.median(values))
+    return middle if np.isfinite(middle) else None

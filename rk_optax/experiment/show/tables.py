@@ -1,0 +1,171 @@
+"""Tables for a terminal, a pipe or a file."""
+
+import inspect
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from rk_optax.experiment.config import CompareConfig
+from rk_optax.experiment.entrants import OPTAX, SOLVERS
+from rk_optax.experiment.runs.compare import Compared
+from rk_optax.experiment.runs.summary import Row, Spread
+from rk_optax.tableau import ButcherTableau
+
+
+def make_console(*, stderr: bool = False, piped_width: int = 100) -> Console:
+    """A console on stdout or stderr; the width holds where there is no terminal to ask."""
+    stream = sys.stderr if stderr else sys.stdout
+    known = stream.isatty() or "COLUMNS" in os.environ
+    return Console(stderr=stderr, width=None if known else piped_width, highlight=False)
+
+
+def comparison_table(rows: Sequence[Row]) -> Table:
+    """The table of a comparison: a block each at equal steps, equal gradients, equal seconds."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("equal", no_wrap=True)
+    table.add_column("optimizer", no_wrap=True)
+    for heading in ("rate", "steps", "gradients", "seconds"):
+        table.add_column(heading, justify="right")
+    table.add_column("test accuracy, %", justify="right")
+    table.add_column("training loss", justify="right")
+    for index, row in enumerate(rows):
+        first = index == 0 or rows[index - 1].equal != row.equal
+        if first and index:
+            table.add_section()
+        table.add_row(
+            row.equal if first else "",
+            row.optimizer,
+            "–" if row.learning_rate is None else f"{row.learning_rate:.2g}",
+            str(row.steps),
+            str(row.gradients),
+            f"{row.seconds:.3f}" if row.seconds < 10 else f"{row.seconds:.1f}",
+            _spread(row.test_accuracy, lambda accuracy: f"{100 * accuracy:.1f}"),
+            _spread(row.train_loss, lambda loss: f"{loss:#.3g}"),
+        )
+    return table
+
+
+def comparison_notes(config: CompareConfig, results: Sequence[Compared]) -> list[str]:
+    """What a reader has to know to read the table."""
+    compiled = ", ".join(f"{result.entrant.name} {result.timing.compile_seconds:.1f} s" for result in results)
+    notes = [
+        f"Mean [min, max] over {len(config.seeds)} seeds, which set initial parameters and batches.",
+        f"Rates: the best of {config.tuning.trials} for everyone, by validation loss over the last "
+        f"half of the budget, on {len(config.tuning.seeds)} other seeds.",
+        f"Seconds: training steps alone, one run at a time, median of {config.timed_runs}"
+        + ("" if config.timed_updates is None else f" of {config.timed_updates} steps, extrapolated")
+        + f"; at equal seconds, the last point evaluated (every {config.budget.evaluate_every} steps) by then.",
+        f"Compilation, not included: {compiled}.",
+    ]
+    if any(result.entrant.optimizer.gradients_per_step is None for result in results):
+        notes.append(
+            "Gradients: where steps differ, a Hessian-vector product counts as two and a loss as a third of one; "
+            "linear algebra shows in the seconds alone."
+        )
+    unsteady = max(float(result.timing.totals.max() / result.timing.totals.min()) for result in results)
+    if unsteady > 1.25:
+        notes.append(
+            f"Caution: the timed runs of an entrant differ by a factor of up to {unsteady:.1f}, so the machine was "
+            "busy with something else; do not trust the block at equal seconds."
+        )
+    notes += [
+        f"Caution: the rate of {result.entrant.name} is the {result.tuned.at_edge} of its grid; a "
+        f"better one may lie outside: widen optimizers.{result.entrant.name}.learning_rates."
+        for result in results
+        if result.tuned.at_edge
+    ]
+    return notes
+
+
+def training_summary(record: Mapping[str, Any]) -> list[str]:
+    """The end of a training run, from the last line of its metrics."""
+
+    def scored(split: str) -> str:
+        loss, accuracy = record[f"{split}_loss"], record.get(f"{split}_accuracy")
+        if loss is None or not math.isfinite(loss):
+            return f"{split}: diverged"
+        return f"{split}: loss {loss:#.4g}" + ("" if accuracy is None else f", accuracy {100 * accuracy:.2f} %")
+
+    return [
+        f"{record['steps']} steps, {record['gradients']:.0f} gradients, {record['seconds']:.1f} s in training steps",
+        scored("validation"),
+        scored("test"),
+    ]
+
+
+def race_table(rows: Sequence[Mapping[str, Any]], error_name: str) -> Table:
+    """Gradients, V and seconds to every target, and where each entrant ends; names are never cut."""
+    title = f"{error_name}: median over {rows[0]['seeds']} seeds (– : not by half of them)"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("entrant", no_wrap=True)
+    for price in rows[0]["targets"]:
+        table.add_column(f"≤ {price['error']:g}\ngradients / V / s", justify="right", overflow="fold")
+    table.add_column("at the end\n(range)", justify="right", overflow="fold")
+    table.add_column("after\ns", justify="right", no_wrap=True)
+    for row in rows:
+        tuned = "" if row["tuned"] is None else f", {row['tuned']:g}"
+        prices = [[price["gradients"], price["v"], price["seconds"]] for price in row["targets"]]
+        cells = [
+            " / ".join(
+                "–" if cost is None else f"{cost:.{digits}f}" for cost, digits in zip(price, (0, 0, 2), strict=True)
+            )
+            for price in prices
+        ]
+        final, low, high = (_short(value) for value in (row["final_error"], *row["final_error_range"]))
+        table.add_row(row["entrant"] + tuned, *cells, f"{final} ({low} to {high})", f"{row['seconds']:.0f}")
+    return table
+
+
+def solver_table(tableaus: Mapping[str, ButcherTableau]) -> Table:
+    """Every solver with its order, cost and stability."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("solver", no_wrap=True)
+    table.add_column("order", no_wrap=True)
+    for heading in ("stages", "gradients\nper step", "real\ninterval", "interval /\ngradient"):
+        table.add_column(heading, justify="right")
+    table.add_column("source", overflow="fold")
+    for name, tableau in tableaus.items():
+        interval = tableau.real_stability_interval
+        embedded = "" if tableau.order_hat is None else f"({tableau.order_hat})"
+        table.add_row(
+            name,
+            f"{tableau.order}{embedded}",
+            str(tableau.stages),
+            str(tableau.effective_stages),
+            f"{interval:.3f}",
+            f"{interval / tableau.effective_stages:.3f}",
+            tableau.source,
+        )
+    return table
+
+
+def optimizer_table(tableaus: Mapping[str, ButcherTableau]) -> Table:
+    """Every other optimizer of the package in the words of its documentation, and the names of those of Optax."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("optimizer", no_wrap=True)
+    table.add_column("needs", no_wrap=True)
+    table.add_column("method", overflow="fold")
+    for name, factory in SOLVERS.items():
+        if name not in tableaus:
+            rate = inspect.signature(factory).parameters["learning_rate"].default is inspect.Parameter.empty
+            summary = (inspect.getdoc(factory) or "").splitlines()[0]
+            table.add_row(name, "a learning rate" if rate else "nothing", summary)
+    table.add_section()
+    table.add_row("of Optax", "", ", ".join(sorted(OPTAX)))
+    return table
+
+
+def _short(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2g}"
+
+
+def _spread(spread: Spread, show: Callable[[float], str]) -> str:
+    if not math.isfinite(spread.mean):
+        return "diverged"
+    return f"{show(spread.mean)} [{show(spread.min)}, {show(spread.max)}]"

@@ -1,0 +1,147 @@
+"""Checkpoints of a training run: whole states, written atomically by Orbax, checked before they are used."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+import absl.logging
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from rk_optax.experiment.errors import UsageError
+
+_FORMAT = 2
+_ABOUT = "about.json"
+
+
+class Checkpoints:
+    """The last few checkpoints of a run, by the number of steps.
+
+    A checkpoint holds every array of the run's state under its name, parameters and optimizer state alike, as host
+    arrays, so that a run may go on with other devices than it began with. Orbax's CheckpointManager writes and removes
+    them; what it does not do is notice damage (a tenth of damaged files are read as other numbers, and the reads that
+    are under way when another one fails end in tracebacks). So a checkpoint counts once `about.json` stands in it, with
+    the layout of the state and the checksums of its files, and Orbax reads nothing that is not as it wrote it.
+    """
+
+    def __init__(self, path: Path, keep: int):
+        """Opens the folder of the checkpoints, new or old.
+
+        Raises:
+            UsageError: if it cannot be read.
+        """
+        # What Orbax has to say goes into exceptions too, and these we report.
+        absl.logging.set_verbosity(absl.logging.FATAL)
+        logging.getLogger("absl").setLevel(logging.FATAL)
+        self._path = path.absolute()
+        if (path / "index.json").exists():
+            raise UsageError(f"{path}: checkpoints of another version of rk-optax; remove {path} to start anew")
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        try:
+            self._path.mkdir(exist_ok=True)
+            self._manager = ocp.CheckpointManager(self._path, options=options)
+        except OSError as error:
+            raise UsageError(f"{path}: cannot hold checkpoints: {error.strerror or error}") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._manager.close()
+
+    def save(self, steps: int, seconds: float, state: Any) -> None:
+        """Writes a checkpoint and removes those that are too many; a kill at any moment leaves the others whole."""
+        arrays = {name: np.asarray(leaf) for name, leaf in named(state).items()}
+        for other in self._manager.all_steps():
+            if other >= steps:  # one that was killed before it counted
+                self._manager.delete(other)
+        self._manager.save(steps, args=ocp.args.StandardSave(arrays))
+        folder = self._folder(steps)
+        about = {"format": _FORMAT, "seconds": seconds, "layout": _layout(arrays), "files": _checksums(folder)}
+        (folder / f"{_ABOUT}.new").write_text(json.dumps(about, indent=1), encoding="utf-8")
+        (folder / f"{_ABOUT}.new").replace(folder / _ABOUT)
+
+    def restore(self, like: Any) -> tuple[int, float, Any] | None:
+        """Steps, seconds and host arrays of the latest checkpoint; None if there is no checkpoint.
+
+        Raises:
+            UsageError: if the checkpoint is damaged, or of another layout.
+        """
+        steps = max(self._counted(), default=None)
+        if steps is None:
+            return None
+        about = self._about(steps)
+        wanted = named(like)
+        self._compare(steps, about["layout"], _layout(wanted))
+        try:
+            found = _checksums(self._folder(steps))
+        except OSError as error:
+            self._refuse(steps, f"cannot be read: {error.strerror or error}")
+        for name in [*about["files"], *found]:
+            if found.get(name) != about["files"].get(name):
+                self._refuse(steps, f"is damaged: {name} is not what was written")
+        empty = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in wanted.items()}
+        try:
+            arrays: Any = self._manager.restore(steps, args=ocp.args.StandardRestore(empty))
+        except Exception as error:  # another version of Orbax, perhaps
+            self._refuse(steps, f"cannot be read: {_line(error)}")
+        leaves = [arrays[name] for name in wanted]
+        return steps, about["seconds"], jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+    def _counted(self) -> list[int]:
+        return [steps for steps in self._manager.all_steps(read=True) if (self._folder(steps) / _ABOUT).exists()]
+
+    def _about(self, steps: int) -> dict[str, Any]:
+        try:
+            about = json.loads((self._folder(steps) / _ABOUT).read_text(encoding="utf-8"))
+            if about["format"] != _FORMAT:
+                self._refuse(steps, "is of another version of rk-optax")
+            if not (dict(about["layout"]) and dict(about["files"]) and float(about["seconds"]) >= 0):
+                raise ValueError("it is incomplete")
+        except UsageError:
+            raise
+        except (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+            self._refuse(steps, f"is damaged: {_ABOUT}: {_line(error)}")
+        return about
+
+    def _folder(self, steps: int) -> Path:
+        return self._path / str(steps)
+
+    def _compare(self, steps: int, found: Mapping[str, str], wanted: Mapping[str, str]) -> None:
+        for name in [*wanted, *found]:
+            if found.get(name) != wanted.get(name):
+                self._refuse(
+                    steps,
+                    f"has another layout: {name} is {found.get(name, 'missing')}, this version of rk-optax expects "
+                    f"{wanted.get(name, 'nothing there')}",
+                )
+
+    def _refuse(self, steps: int, reason: str) -> NoReturn:
+        others = [other for other in self._counted() if other < steps]
+        remedy = f"go on from step {max(others)}" if others else "start the run anew"
+        raise UsageError(f"checkpoint {self._folder(steps)} {reason}; remove that folder to {remedy}")
+
+
+def named(state: Any) -> dict[str, Any]:
+    """The leaves of a state by their path in it."""
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def _layout(leaves: Mapping[str, Any]) -> dict[str, str]:
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in leaves.items()}
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """The files below a folder, by their path in it, without the one that holds this."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / _ABOUT)
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _line(error: Exception) -> str:
+    """The beginning of an error's message; those of Orbax and TensorStore go on for pages."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,0 +1,225 @@
+"""The folder that a run writes: resolved configuration, metrics line by line, finished pieces, results."""
+
+import dataclasses
+import datetime
+import json
+import math
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import flax
+import jax
+import numpy as np
+import optax
+
+import rk_optax
+from rk_optax.experiment.config import parse
+from rk_optax.experiment.errors import UsageError
+
+Config = TypeVar("Config")
+
+
+class RunFolder:
+    """A folder in which what has been written is complete at any moment, so that Ctrl-C loses nothing.
+
+    `metrics.jsonl` holds one strict JSON object per line; NaN and infinities are written as null. A piece of the run
+    that is finished has a file of its own in `pieces/`, from which a resumed run takes it.
+    """
+
+    def __init__(self, path: Path, *, resume: bool = False):
+        """Creates the folder, or opens that of a run that is to go on.
+
+        Raises:
+            UsageError: if it holds something, or nothing to resume, or cannot be written.
+        """
+        self.path, self._resumed = path, resume
+        try:
+            if resume:
+                self._forget_unfinished()
+            else:
+                path.mkdir(parents=True, exist_ok=True)
+                if not _blank(path):
+                    raise UsageError(
+                        f"{path} is not empty: choose another folder with --out, or go on with the run in it with "
+                        "--resume"
+                    )
+            self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise UsageError(f"{path}: cannot write a run there: {error.strerror or error}") from error
+
+    def _forget_unfinished(self) -> None:
+        """Drops the metrics of a piece that was interrupted: it will be done anew."""
+        metrics = self.path / "metrics.jsonl"
+        try:
+            kept = [line for line, record in _records(metrics) if self._piece(record["piece"]).exists()]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UsageError(f"{metrics} is damaged ({error}): start afresh with --out") from error
+        self._replace("metrics.jsonl", "".join(kept))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._metrics.close()
+
+    def write_config(self, command: str, name: str, config: Any) -> None:
+        """Writes the resolved configuration, and what it ran on, to the `config.json` of a new run."""
+        if self._resumed:
+            return
+        device = jax.devices()[0]
+        self.write_json(
+            "config.json",
+            {
+                "command": command,
+                "name": name,
+                "config": dataclasses.asdict(config),
+                "versions": {
+                    "python": platform.python_version(),
+                    "rk-optax": rk_optax.__version__,
+                    **{package.__name__: package.__version__ for package in (jax, optax, flax, np)},
+                },
+                "device": {"platform": device.platform, "kind": device.device_kind},
+            },
+        )
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Writes a JSON file of the folder."""
+        self._replace(name, json.dumps(_strict(content), indent=2, allow_nan=False) + "\n")
+
+    def log(self, piece: str, **record: Any) -> None:
+        """Appends a line to `metrics.jsonl`, as part of a piece of the run."""
+        self._metrics.write(json.dumps(_strict({"piece": piece, **record}), allow_nan=False) + "\n")
+
+    def finish(self, piece: str, content: Any) -> None:
+        """Keeps the result of a piece of the run."""
+        self._piece(piece).parent.mkdir(exist_ok=True)
+        self.write_json(str(self._piece(piece).relative_to(self.path)), content)
+
+    def finished(self, piece: str) -> Any:
+        """The result of a piece as strict JSON has it, or None if the piece is still to be done."""
+        path = self._piece(piece)
+        return _read_json(path, "remove it to have that piece done again") if path.exists() else None
+
+    def _piece(self, name: str) -> Path:
+        return self.path / "pieces" / f"{name}.json"
+
+    def _replace(self, name: str, text: str) -> None:
+        """Writes a file so that at any moment there is all of the new one or all of the old one."""
+        unfinished = self.path / f"{name}.new"
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(self.path / name)
+
+
+class TrainFolder(RunFolder):
+    """A run folder whose metrics can be wound back to a checkpoint."""
+
+    def _forget_unfinished(self) -> None:
+        """Leaves the metrics alone until the checkpoint is known that they have to end with."""
+
+    def rewind(self, steps: int | None) -> dict[str, Any] | None:
+        """Drops the metrics beyond a checkpoint, with a last line that was cut short.
+
+        Raises:
+            UsageError: if the metrics are damaged before that.
+        """
+        path = self.path / "metrics.jsonl"
+        kept, last = [], None
+        if steps is not None:
+            try:
+                for line, record in _records(path):
+                    if record["steps"] <= steps:
+                        kept.append(line)
+                        last = record
+                    if record["steps"] >= steps:
+                        break
+            except (ValueError, KeyError, TypeError, RecursionError):
+                last = None
+            if last is None or last["steps"] != steps:
+                raise UsageError(f"{path} is damaged: no metrics of step {steps}, from which the run goes on")
+        self._metrics.close()
+        self._replace("metrics.jsonl", "".join(kept))
+        self._metrics = path.open("a", encoding="utf-8", buffering=1)
+        return last
+
+
+def stored_config(path: Path, command: str, kind: type[Config]) -> Config:
+    """The configuration of the run in a folder.
+
+    Raises:
+        UsageError: if there is no such run, or its `config.json` is damaged.
+    """
+    config = path / "config.json"
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path} holds no run to resume: start one with --out {path}") from None
+    except OSError as error:
+        raise UsageError(f"{config}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{config} is damaged: {error}") from error
+    if not isinstance(content, dict) or content.get("command") != command:
+        raise UsageError(f"{path} holds no run of rk-optax {command}")
+    try:
+        return parse(kind, json.dumps(content.get("config")))
+    except UsageError as error:
+        raise UsageError(f"{config} is damaged, or of another version of rk-optax: {error}") from error
+
+
+def first_difference(old: Any, new: Any) -> str | None:
+    """The first field in which two configurations differ, with both values; None if there is none."""
+    before, after = (_flat(_strict(dataclasses.asdict(config))) for config in (old, new))
+    for field in [*before, *after]:
+        if before.get(field) != after.get(field):
+            return f"{field} = {before.get(field)!r}, not {after.get(field)!r}"
+    return None
+
+
+def _records(path: Path) -> Iterator[tuple[str, Any]]:
+    """The lines of the metrics and what they say; a kill may have cut the last one short."""
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        if line.endswith(b"\n"):
+            yield line.decode(), json.loads(line)
+
+
+def _read_json(path: Path, remedy: str) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of UTF-8 or of JSON
+        raise UsageError(f"{path} is damaged ({error}): {remedy}") from error
+
+
+def default_path(config_name: str) -> Path:
+    """`runs/<config>-<time>`, relative to the working directory."""
+    return Path("runs") / f"{config_name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _blank(path: Path) -> bool:
+    """Whether a folder is empty, or was left by a run that was killed before it began."""
+    begun = {"config.json.new", "metrics.jsonl"}
+    metrics = path / "metrics.jsonl"
+    return {entry.name for entry in path.iterdir()} <= begun and not (metrics.exists() and metrics.stat().st_size)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested mappings, by names such as budget.updates."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return leaves
+
+
+def _strict(value: Any) -> Any:
+    """The value in terms of what strict JSON has."""
+    if isinstance(value, Mapping):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return _strict(value.tolist())
+    if isinstance(value, np.generic):
+        return _strict(value.item())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_strict(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

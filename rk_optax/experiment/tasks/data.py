@@ -1,0 +1,169 @@
+"""Data sets, their splits, and the order in which batches are drawn."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from sklearn.datasets import fetch_openml, load_digits
+from sklearn.model_selection import train_test_split
+
+from rk_optax.experiment.config import DataConfig, ModelConfig
+from rk_optax.experiment.errors import UsageError
+from rk_optax.experiment.tasks import idx, text
+from rk_optax.experiment.tasks.models import MODELS
+from rk_optax.experiment.tasks.task import Array
+
+
+class Split(NamedTuple):
+    """Inputs and the labels that they should be given, int32.
+
+    Images (example, row, column, channel) are float32 in [0, 1] and have a label each. A text has tokens (example,
+    position) for images, int32, and the token that comes next for a label at every position.
+    """
+
+    images: Array
+    labels: Array
+
+
+class Dataset(NamedTuple):
+    """The three parts of a data set; only `validation` may choose a hyperparameter."""
+
+    train: Split
+    validation: Split
+    test: Split
+    classes: int
+
+
+def load_dataset(config: DataConfig) -> Dataset:
+    """Loads and splits the data: the same configuration always gives the same split.
+
+    Raises:
+        UsageError: if the data cannot be had, or the split leaves too few examples, or fewer than a batch.
+    """
+    train, validation, test, classes = DATASETS[config.name].load(config)
+    if config.batch_size is not None and config.batch_size > len(train.labels):
+        raise UsageError(
+            f"data.batch_size = {config.batch_size} is more than the {len(train.labels)} training "
+            "examples; None takes all of them"
+        )
+    return Dataset(train, validation, test, classes)
+
+
+def check_kind(data: DataConfig, model: ModelConfig) -> None:
+    """Checks that the network takes what the data set is made of.
+
+    Raises:
+        UsageError: if it does not.
+    """
+    takes, given = MODELS[model.name].takes, DATASETS[data.name].kind
+    if takes != given:
+        raise UsageError(f"model.name = {model.name!r} takes {takes}, and data.name = {data.name!r} is {given}")
+
+
+def batch_indices(seed: int, examples: int, batch_size: int | None, start: int, count: int) -> np.ndarray:
+    """The training examples in batches `start` to `start + count` of a run.
+
+    Every epoch is a fresh permutation without its remainder. The order depends on nothing but
+    the arguments, so every entrant sees the same one and a run can continue at any step.
+    """
+    batch_size = batch_size or examples
+    if batch_size == examples:  # the order within a batch does not matter
+        return np.broadcast_to(np.arange(examples, dtype=np.int32), (count, examples))
+    per_epoch = examples // batch_size
+    first, last = start // per_epoch, (start + count - 1) // per_epoch
+    epochs = [
+        np.random.default_rng([seed, epoch]).permutation(examples)[: per_epoch * batch_size]
+        for epoch in range(first, last + 1)
+    ]
+    batches = np.concatenate(epochs).reshape(-1, batch_size)
+    offset = start - first * per_epoch
+    return batches[offset : offset + count].astype(np.int32)
+
+
+def _stratified(images: Array, labels: Array, fraction: float, seed: int) -> tuple[Split, Split]:
+    try:
+        parts = train_test_split(images, labels, test_size=fraction, random_state=seed, stratify=labels)
+    except ValueError as error:
+        raise UsageError(f"data.validation_fraction, data.test_fraction: cannot split: {error}") from error
+    a, b, labels_a, labels_b = map(np.asarray, parts)
+    return Split(a, labels_a), Split(b, labels_b)
+
+
+def _digits(config: DataConfig) -> Dataset:
+    _no_directory(config, "digits come with scikit-learn")
+    digits: Any = load_digits()
+    images = (digits.images[..., np.newaxis] / 16).astype(np.float32)
+    rest, test = _stratified(images, digits.target.astype(np.int32), config.test_fraction, config.split_seed)
+    # Of the rest, so that both fractions are of the whole.
+    fraction = config.validation_fraction / (1 - config.test_fraction)
+    return Dataset(*_stratified(*rest, fraction, config.split_seed), test, classes=10)
+
+
+def _mnist(config: DataConfig) -> Dataset:
+    """MNIST or a data set of its shape: its test part stays whole, the validation split is cut from the other."""
+    parts = _fetch(config.name) if config.data_dir is None else idx.read_directory(config.data_dir)
+    rest, test = (
+        Split((part.images[..., np.newaxis] / np.float32(255)).astype(np.float32), part.labels.astype(np.int32))
+        for part in parts
+    )
+    return Dataset(*_stratified(*rest, config.validation_fraction, config.split_seed), test, classes=10)
+
+
+def _sums(config: DataConfig) -> Dataset:
+    """Sums are split as whole lines, so that those of the validation and test texts are new to the network."""
+    _no_directory(config, "sums are generated")
+    lines = text.sums(config.split_seed)
+    alphabet = "".join(sorted(set("".join(lines))))
+    tests = round(config.test_fraction * len(lines))
+    validations = round(config.validation_fraction * len(lines))
+    parts = lines[tests + validations :], lines[tests : tests + validations], lines[:tests]
+    train, validation, test = (Split(*text.windows(part, alphabet, config.context)) for part in parts)
+    if not (len(train.labels) and len(validation.labels) and len(test.labels)):
+        raise UsageError(
+            f"data.validation_fraction, data.test_fraction: cannot split: a part has no {config.context} characters"
+        )
+    return Dataset(train, validation, test, len(alphabet))
+
+
+def _no_directory(config: DataConfig, reason: str) -> None:
+    if config.data_dir is not None:
+        raise UsageError(f"data.data_dir = {str(config.data_dir)!r}: {reason}; leave it out")
+
+
+def _fetch(name: str) -> tuple[idx.Labelled, idx.Labelled]:
+    """The parts of a data set of OpenML, which scikit-learn keeps in its cache once it has them."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of every retry; the error below says it once
+            # The default parser needs pandas.
+            fetched: Any = fetch_openml(_OPENML[name], version=1, as_frame=False, parser="liac-arff")
+        images = np.asarray(fetched.data, np.uint8).reshape(_OPENML_EXAMPLES, 28, 28)
+        labels = np.asarray(fetched.target, np.uint8)
+        if labels.shape != (_OPENML_EXAMPLES,) or labels.max() > 9:
+            raise ValueError("its labels are not what they should be")
+    except Exception as error:  # the network's, the server's, the cache's or the parser's
+        raise UsageError(
+            f"data.name = {name!r}: cannot be fetched from OpenML: {error}; put its four IDX files into a directory "
+            "and name that with --data-dir"
+        ) from error
+    train, test = slice(_OPENML_TRAINING), slice(_OPENML_TRAINING, None)
+    return idx.Labelled(images[train], labels[train]), idx.Labelled(images[test], labels[test])
+
+
+class Source(NamedTuple):
+    """How a data set is had, and what its examples are."""
+
+    load: Callable[[DataConfig], Dataset]
+    kind: Literal["images", "text"]
+
+
+_OPENML = {"mnist": "mnist_784", "fashion_mnist": "Fashion-MNIST"}
+_OPENML_EXAMPLES, _OPENML_TRAINING = 70_000, 60_000  # the training part comes first
+# A new data set needs a line here and its name among those of DataConfig.
+DATASETS = {
+    "digits": Source(_digits, "images"),
+    "mnist": Source(_mnist, "images"),
+    "fashion_mnist": Source(_mnist, "images"),
+    "sums": Source(_sums, "text"),
+}
