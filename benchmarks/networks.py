@@ -67,8 +67,8 @@ def hand_step(left: Any, right: Any, y: jax.Array) -> jax.Array:
 def hand_unrolled(steps: int) -> Run:
     def run(theta: Any, y: jax.Array) -> jax.Array:
         for k in range(steps):
-            ends = (jax.tree.map(lambda x, k=k: x[k], theta), jax.tree.map(lambda x, k=k: x[k + 1], theta))
-            y = hand_step(*ends, y)
+            left, right = (jax.tree.map(lambda x, i=i: x[i], theta) for i in (k, k + 1))
+            y = hand_step(left, right, y)
         return y
 
     return run
@@ -79,7 +79,8 @@ def hand_checkpointed(steps: int) -> Run:
 
     def run(theta: Any, y: jax.Array) -> jax.Array:
         def step(y: jax.Array, ends: Any) -> tuple[jax.Array, None]:
-            return hand_step(*ends, y), None
+            left, right = ends
+            return hand_step(left, right, y), None
 
         ends = jax.tree.map(lambda x: x[:-1], theta), jax.tree.map(lambda x: x[1:], theta)
         return jax.lax.scan(jax.checkpoint(step, prevent_cse=False), y, ends)[0]
@@ -176,9 +177,13 @@ def of_blocks(steps: int, batch: int, width: int, rounds: int, calls: int) -> li
             row[f"{label}_ms"] = round(float(np.median(seconds[name])) * 1e3, 4)
             row[f"{label}_ratio"] = round(float(np.median(seconds[name]) / np.median(seconds[base])), 3)
             row[f"{label}_best_ratio"] = round(float(seconds[name].min() / seconds[base].min()), 3)
-        row["temporaries_kb"] = round(pairs[name][1].memory_analysis().temp_size_in_bytes / 1e3, 1)
+        row["temporaries_kb"] = round(_temporaries(pairs[name][1]) / 1e3, 1)
         rows.append(row)
     return rows
+
+
+def _temporaries(program: Any) -> int:
+    return program.memory_analysis().temp_size_in_bytes
 
 
 def growth(make: Callable[[int], Run], arguments: Callable[[int], Any], features: int) -> float:
@@ -187,7 +192,7 @@ def growth(make: Callable[[int], Run], arguments: Callable[[int], Any], features
     for steps in (16, 64):
         theta, y = arguments(steps)
         gradient = jax.grad(lambda y, theta=theta, steps=steps: jnp.sum(jax.tree.leaves(make(steps)(theta, y))[0] ** 2))
-        temporaries.append(jax.jit(gradient).lower(y).compile().memory_analysis().temp_size_in_bytes)
+        temporaries.append(_temporaries(jax.jit(gradient).lower(y).compile()))
     return (temporaries[1] - temporaries[0]) / 48 / features
 
 

@@ -299,11 +299,8 @@ def _solver_of_features(method: Method, layer: Layer) -> Solver:
             f"{method!r} integrates a linear part exactly that the layer gives: make the layer a "
             "rk_optax.networks.Semilinear(decay, rest)."
         )
-    if (
-        method.needs - {"decay", "diagonal_scale"}
-        or method.gradients_per_step is None
-        or getattr(method, "linear", "") == "l2"
-    ):
+    beyond = method.needs - {"decay", "diagonal_scale"}
+    if beyond or method.gradients_per_step is None or getattr(method, "linear", "") == "l2":
         raise ValueError(
             f"{method!r} cannot step the features of a network: implicit and linearly implicit methods take the "
             "field's Jacobian for symmetric, which that of a layer is not, and a loop whose length depends on the data "

@@ -54,8 +54,12 @@ class Etd(Solver):
     @property
     def needs(self) -> frozenset[Capability]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """PD is to be diagonal; a Hessian product where the curvature is estimated, or D the field's own."""
-        beside: dict[Any, frozenset[Capability]] = {"l2": frozenset(), "given": frozenset({"decay"})}
-        return frozenset({"diagonal_scale"}) | beside.get(self.linear, frozenset({"product"}))
+        needs: set[Capability] = {"diagonal_scale"}
+        if self.linear == "given":
+            needs.add("decay")
+        elif self._estimator is not None:
+            needs.add("product")
+        return frozenset(needs)
 
     @property
     def gradients_per_step(self) -> int:
