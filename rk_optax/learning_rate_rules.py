@@ -202,8 +202,8 @@ class SgdG2(StepSizeRule):
         k2 = field(_tree.add_scaled(params, -h, k1), 0)
         change = jax.tree.map(jnp.subtract, k1, k2)
         # ⟨change, k1⟩/‖change‖² with a unit vector in place of one of the changes, whose square may overflow.
-        size = _tree.norm(change)
-        along = _tree.inner(_tree.scale(_tree.ratio(jnp.ones_like(size), size), change), k1).astype(h.dtype)
+        unit, size = _tree.unit(change)
+        along = _tree.inner(unit, k1).astype(h.dtype)
         optimal = 2 * h * _tree.ratio(along, size.astype(h.dtype))
         largest = jnp.finfo(h.dtype).max
         optimal = jnp.where((along > 0) & jnp.isfinite(optimal), jnp.minimum(optimal, largest), h)
@@ -218,7 +218,7 @@ sgd_g2 = SgdG2
 
 def _ratio_by_product(field: VectorField, params: PyTree, k1: PyTree) -> jax.Array:
     """‖Hg‖/‖g‖ by an exact product with g/‖g‖, because Hg may overflow; 0 where g = 0."""
-    return _tree.norm(field.product(params, _unit(k1)[0]))
+    return _tree.norm(field.product(params, _tree.unit(k1)[0]))
 
 
 def _ratio_by_difference(field: VectorField, params: PyTree, k1: PyTree, c: jax.Array, reach: jax.Array) -> jax.Array:
@@ -228,7 +228,7 @@ def _ratio_by_difference(field: VectorField, params: PyTree, k1: PyTree, c: jax.
     truncation: relative to params, and to the step of size `reach` that the last estimate allows. Were it the former
     alone, parameters next to 0 would show rounding instead of curvature.
     """
-    unit, norm = _unit(k1)
+    unit, norm = _tree.unit(k1)
     length = functools.reduce(
         jnp.add,
         (_tree.norm(p) * _tree.norm(u) for p, u in zip(jax.tree.leaves(params), jax.tree.leaves(unit), strict=True)),
@@ -239,9 +239,3 @@ def _ratio_by_difference(field: VectorField, params: PyTree, k1: PyTree, c: jax.
     length = math.sqrt(max(_tree.unit_roundoff(params), field.rounding)) * length
     change = jax.tree.map(jnp.subtract, k1, field(_tree.add_scaled(params, -length, unit), 0))
     return _tree.ratio(_tree.norm(change).astype(c.dtype), length)
-
-
-def _unit(tree: PyTree) -> tuple[PyTree, jax.Array]:
-    """The tree over its norm (0 where that is 0), and its norm."""
-    norm = _tree.norm(tree)
-    return _tree.scale(_tree.ratio(jnp.ones_like(norm), norm), tree), norm

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -167,7 +168,9 @@ class AdagradPreconditioner(DiagonalPreconditioner):
         total = jax.tree.map(lambda s, g: hypotenuse(_wide(s), _size(g)), state.root_of_sum, gradient)
 
         def scale(s: jax.Array, g: jax.Array) -> jax.Array:
-            floor = jnp.broadcast_to(jnp.sqrt(jnp.asarray(self.floor, s.dtype)), s.shape)
+            # A concrete floor by its root in double precision: in the units of g² float32 may not hold it.
+            root = jnp.sqrt(self.floor) if _checks.is_traced(self.floor) else math.sqrt(self.floor)
+            floor = jnp.full_like(s, root)
             return _finite_or_nan(s, 1 / hypotenuse(s, floor), g)
 
         frozen = jax.tree.map(scale, total, gradient)

@@ -126,7 +126,8 @@ class Explicit(Solver):
         if want_error:
             quantities["error"] = _tree.scale(h, errors[0])
         if change is not None:
-            quantities["curvature"] = change / (abs(a[1, 0]) * h * _tree.norm(k1))
+            length = abs(a[1, 0]) * jnp.asarray(h, change.dtype) * _tree.norm(k1).astype(change.dtype)
+            quantities["curvature"] = jnp.where(length > 0, _tree.ratio(change, length), -1)
         return Step(
             direction,
             Cost(gradients=len(kept)),
