@@ -1,9 +1,8 @@
 """Step-size rules that refuse steps: by the error estimate, by the loss, or by how well a quadratic model foretold it.
 
 Each update is one attempt. A refused one leaves parameters, solver and momentum as they were and shortens the next, so
-nothing loops inside a step, and `state.reason` says why. All losses are those of the batch of the step. Every number
-of a rule may be traced; h has the units of a learning rate, θ²/L, and so have the first h and its bounds. No h is
-final: it stays between the bounds, and none of them is infinite or 0.
+nothing loops inside a step, and `state.reason` says why. All losses are those of the step's batch. Every number of a
+rule may be traced; h and its bounds have the units of θ²/L. No h is final: its bounds are finite and not 0.
 """
 
 from __future__ import annotations
@@ -41,9 +40,9 @@ class ControlledRule(StepSizeRule):
             _checks.numbers(self, min_step_size="positive")
         if high is not None:
             _checks.numbers(self, max_step_size="real")
+        first = self.initial_step_size
         low = 0.0 if low is None or _checks.is_traced(low) else low
         high = math.inf if high is None or _checks.is_traced(high) else high
-        first = self.initial_step_size
         if not (low <= high if _checks.is_traced(first) else low <= first <= high):
             raise ValueError(
                 f"initial_step_size must lie between min_step_size and max_step_size, got {first!r} outside "
@@ -72,10 +71,13 @@ class ControlledRule(StepSizeRule):
         return h <= self._bounds(h.dtype)[0]
 
     def _bounds(self, dtype: Any) -> tuple[jax.Array, jax.Array]:
-        """What the user gave, as far as the dtype can express it: an infinite h would stay so, and a subnormal one."""
+        """What the user gave, as far as the dtype can express it: an infinite h would stay so, and a subnormal one.
+
+        Where nothing was given, with room for the products of h with other numbers.
+        """
         info = jnp.finfo(dtype)
-        low = info.tiny if self.min_step_size is None else self.min_step_size
-        high = info.max if self.max_step_size is None else self.max_step_size
+        low = info.tiny / info.eps if self.min_step_size is None else self.min_step_size
+        high = info.max * info.eps if self.max_step_size is None else self.max_step_size
         low, high = (jnp.clip(jnp.asarray(x, dtype), info.tiny, info.max) for x in (low, high))
         return low, high
 
@@ -115,8 +117,8 @@ class ErrorControl(ControlledRule):
       safety: factor on the predicted step, in (0, 1].
       factor_min: the most that h shrinks at once, in (0, 1).
       factor_max: the most that it grows, above 1.
-      min_step_size: h never gets smaller; None: the smallest normal number of the state.
-      max_step_size: h never gets larger; None: the largest number of the state.
+      min_step_size: h never gets smaller; None: 1e-31, about the smallest that float32 can compute with.
+      max_step_size: h never gets larger; None: 4e31, likewise.
 
     Raises:
       ValueError: an argument out of its range; at construction of the optimizer, a solver without an error estimate.
@@ -239,8 +241,8 @@ class DescentControl(ControlledRule):
       initial_step_size: the first h; a poor one costs some refused steps.
       growth: factor per accepted step, above 1.
       shrinkage: factor after a refused step, in (0, 1).
-      min_step_size: h never gets smaller; None: the smallest normal number of the state.
-      max_step_size: h never gets larger; None: the largest number of the state.
+      min_step_size: h never gets smaller; None: 1e-31, about the smallest that float32 can compute with.
+      max_step_size: h never gets larger; None: 4e31, likewise.
 
     Raises:
       ValueError: an argument out of its range; at construction of the optimizer, a `grad_fn` without a loss.
@@ -326,8 +328,8 @@ class TrustRatioControl(ControlledRule):
     Args:
       initial_step_size: the first h.
       growth: factor, above 1.
-      min_step_size: h never gets smaller; None: the smallest normal number of the state.
-      max_step_size: h never gets larger; None: the largest number of the state.
+      min_step_size: h never gets smaller; None: 1e-31, about the smallest that float32 can compute with.
+      max_step_size: h never gets larger; None: 4e31, likewise.
 
     Raises:
       ValueError: an argument out of its range; at construction of the optimizer, a solver without a quadratic model, or
@@ -376,8 +378,11 @@ class TrustRatioControl(ControlledRule):
         # The loss fell: where the model foretold a rise, that is no better than foretelling nothing.
         grown = 1 / jnp.maximum(1 / jnp.asarray(self.growth, dtype), 1 - (2 * jnp.clip(ratio, 0, 2) - 1) ** 3)
         factor = jnp.where(accepted & known, grown, 1 / state.divisor)
-        # As in `DescentControl`.
-        factor = jnp.where(tie, jnp.where(predicted > 0, 2, 1), factor)
+        # As in `DescentControl`. Where no fall is foretold in spite of a gradient, h is so small or large that numbers
+        # have underflowed.
+        lost = jnp.where(attempt.step_size < self.first_step_size(), 2, 0.5)
+        lost = jnp.where(_tree.norm(attempt.k1) == 0, 1, lost)
+        factor = jnp.where(tie, jnp.where(predicted > 0, 2, lost), factor)
         divisor = jnp.where(accepted, 2, jnp.minimum(2 * state.divisor, 1024))
         fall, tried, uphill = losses.seen(state)
         new = TrustRatioState(
