@@ -35,12 +35,11 @@ class ControlledRule(StepSizeRule):
 
     def __post_init__(self):
         _checks.numbers(self, initial_step_size="positive")
-        low, high = self.min_step_size, self.max_step_size
-        if low is not None:
+        if self.min_step_size is not None:
             _checks.numbers(self, min_step_size="positive")
-        if high is not None:
+        if self.max_step_size is not None:
             _checks.numbers(self, max_step_size="real")
-        first = self.initial_step_size
+        first, low, high = self.initial_step_size, self.min_step_size, self.max_step_size
         low = 0.0 if low is None or _checks.is_traced(low) else low
         high = math.inf if high is None or _checks.is_traced(high) else high
         if not (low <= high if _checks.is_traced(first) else low <= first <= high):
@@ -282,14 +281,8 @@ class DescentControl(ControlledRule):
         # Whatever has happened before: h grows until the losses show what it does, unless nothing can be expected.
         factor = jnp.where(tie, jnp.where(size > 0, growth, 1), factor)
         fall, tried, uphill = losses.seen(state)
-        new = DescentControlState(
-            self.bounded(state.next_step_size * factor, attempt),
-            fall,
-            tried,
-            uphill,
-            jnp.where(accepted | tie, gain, 0),
-            growing | ~(accepted | tie),
-        )
+        h, gain = self.bounded(state.next_step_size * factor, attempt), jnp.where(accepted | tie, gain, 0)
+        new = DescentControlState(h, fall, tried, uphill, gain, growing | ~(accepted | tie))
         return Verdict(accepted, losses.reason(uphill, self.at_smallest(attempt.step_size)), new, Cost(losses=2))
 
 
