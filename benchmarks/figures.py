@@ -204,7 +204,9 @@ def draw(name: str, folder: Path = FIGURES) -> Path:
         figure, axes = plt.subplots(rows, len(panels) // rows, figsize=size, squeeze=False)
         for ax, panel in zip(axes.flat, panels, strict=True):
             panel(ax)
-        if name != "digits":
+        if rows == 2:  # ten methods: one legend for all panels, over none of them
+            figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8)
+        elif name != "digits":  # there the methods are the labels of the axis
             for ax in axes.flat:
                 ax.legend(fontsize=7.5)
         figure.savefig(path, metadata={"Software": None})

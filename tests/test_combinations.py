@@ -375,6 +375,7 @@ PAGE_MESSAGES = [
     "pass a loss_fn whose structure is known",
     "symmetric only with a diagonal",
     "not of one changed by momentum",
+    "itself, which makes a rule: call it",
     "needs an embedded error estimate",
     "which the tableau 'rk4' does not offer",
     "needs a 'loss'",

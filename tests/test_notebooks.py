@@ -2,6 +2,9 @@
 
 import json
 import re
+import runpy
+import shutil
+import tomllib
 from pathlib import Path
 
 import nbformat
@@ -11,16 +14,18 @@ from nbclient import NotebookClient
 pytestmark = pytest.mark.latest
 
 ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+SLUG = PROJECT["project"]["urls"]["Repository"].removeprefix("https://github.com/")
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 BADGE = re.compile(
     r"\[!\[[^\]]+\]\(https://colab\.research\.google\.com/assets/colab-badge\.svg\)\]"
-    r"\(https://colab\.research\.google\.com/github/rk-optax/rk_optax/blob/main/([^)]+)\)"
+    rf"\(https://colab\.research\.google\.com/github/{re.escape(SLUG)}/blob/main/([^)]+)\)"
 )
-INSTALL = """\
+INSTALL = f"""\
 try:
     import rk_optax
 except ImportError:
-    %pip install -q "rk-optax[experiment] @ git+https://github.com/rk-optax/rk_optax"
+    %pip install -q "rk-optax[experiment] @ git+https://github.com/{SLUG}"
     import rk_optax"""
 MACHINE_PATH = re.compile(r"(?<![\w.:/])(/(home|root|Users|tmp|var|opt|usr|work|mnt|content|private)/|[A-Z]:\\\\?\w)")
 
@@ -52,7 +57,7 @@ def test_the_first_cell_has_a_title_and_a_badge_to_the_notebook_itself(path, not
 
 def test_links_between_notebooks_lead_somewhere(notebook):
     for cell in notebook.cells:
-        for target in re.findall(r"github/rk-optax/rk_optax/blob/main/([^)\s]+)", cell.source):
+        for target in re.findall(rf"github(?:\.com)?/{re.escape(SLUG)}/blob/main/([^)\s]+)", cell.source):
             assert (ROOT / target).is_file()
 
 
@@ -92,6 +97,21 @@ def test_no_trace_of_a_machine(notebook):
             assert not MACHINE_PATH.search(text)
 
 
+def test_the_numbers_of_the_mnist_study_in_its_notebook_are_those_of_the_results():
+    path = ROOT / "notebooks" / "learning_by_solving_differential_equations.ipynb"
+    (cell,) = (cell for cell in code_cells(nbformat.read(path, as_version=4)) if "NUMBERS" in cell.source)
+    load = runpy.run_path(str(ROOT / "benchmarks" / "mnist_study.py"))["load"]
+    lines = cell.source.split('"""')[1].strip().splitlines()
+    assert len(lines) == 14
+    for line in lines:
+        equal, name, *numbers = line.split()
+        expected = []
+        for size in (16, 64, 1024, 8192):
+            (row,) = (r for r in load(size)["table"] if (r["equal"], r["optimizer"]) == (equal, name))
+            expected += [f"{100 * row['test_accuracy'][key]:.2f}" for key in ("mean", "min", "max")]
+        assert numbers == expected, line
+
+
 @pytest.mark.parametrize("text", ["/home/me/x.py", "in /tmp/a", "File '/usr/lib/x'", r"C:\Users\me", "(/content/a)"])
 def test_machine_paths_are_found(text):
     assert MACHINE_PATH.search(text)
@@ -102,8 +122,20 @@ def test_nothing_else_is_taken_for_a_machine_path(text):
     assert not MACHINE_PATH.search(text)
 
 
-def test_runs(notebook, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A folder with what a wheel installs, and nothing else of the repository."""
+    assert PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == ["rk_optax"]
+    folder = tmp_path_factory.mktemp("installed")
+    shutil.copytree(ROOT / "rk_optax", folder / "rk_optax", ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def test_runs_in_an_empty_folder_with_the_installed_package_alone(notebook, installed, tmp_path, monkeypatch):
     monkeypatch.setenv("RK_OPTAX_SMOKE", "1")
+    monkeypatch.setenv("PYTHONPATH", str(installed))
+    check = f"import rk_optax\nassert rk_optax.__file__.startswith({str(installed)!r}), rk_optax.__file__"
+    notebook.cells.append(nbformat.v4.new_code_cell(check))
     # The kernel is this interpreter and reads nobody's settings; conftest's eight devices are not for it.
     for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
         monkeypatch.setenv(name, str(tmp_path / name.lower()))

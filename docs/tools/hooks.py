@@ -38,6 +38,13 @@ def repository() -> str:
     return project["urls"]["Repository"]
 
 
+def notebooks() -> list[Path]:
+    """All notebooks, those to begin with first."""
+    first = ("quickstart", "which_solver", "pinn")
+    found = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    return sorted(found, key=lambda path: first.index(path.stem) if path.stem in first else len(first))
+
+
 @functools.cache  # reading docstrings imports more modules, and those must not change where a name is at home
 def public_names() -> dict[str, str]:
     """Every public name, by its dotted path, and the module that defines it."""
@@ -76,15 +83,18 @@ def names_of(modules: list[str]) -> list[str]:
 
 
 def on_config(config: Any) -> Any:
-    """The address of the repository."""
+    """The address of the repository, and the notebooks in the navigation."""
     config.repo_url = repository()
     config.repo_name = repository().removeprefix("https://")
+    for entry in config.nav:
+        if "Notebooks" in entry:
+            entry["Notebooks"] = [f"notebooks/{path.stem}.md" for path in notebooks()]
     return config
 
 
 def on_files(files: Any, config: Any) -> Any:
     """Notebooks, and the numbers behind the results."""
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+    for path in notebooks():
         text, images = _notebook(path)
         files.append(File.generated(config, f"notebooks/{path.stem}.md", content=text))
         for name, content in images.items():
