@@ -37,6 +37,7 @@ from rk_optax.control import (
     error_control,
     trust_ratio_control,
 )
+from rk_optax.curvature_rules import Corridor, SharpnessCapped, SharpnessCappedState, corridor, sharpness_capped
 from rk_optax.field import SmoothField, VectorField
 from rk_optax.gradient_flow import Flow, FlowResult, FlowState, gradient_flow
 from rk_optax.learning_rate_rules import Dal, SgdG2, dal, sgd_g2
@@ -87,6 +88,7 @@ __all__ = [
     "CentralFlow",
     "CentralFlowState",
     "Choice",
+    "Corridor",
     "Cost",
     "Dal",
     "DescentControl",
@@ -112,6 +114,8 @@ __all__ = [
     "RosenbrockEuler",
     "RungeKuttaState",
     "SgdG2",
+    "SharpnessCapped",
+    "SharpnessCappedState",
     "SmoothField",
     "Solver",
     "Stabilized",
@@ -122,6 +126,7 @@ __all__ = [
     "Verdict",
     "backward_euler",
     "bogacki_shampine",
+    "corridor",
     "dal",
     "descent_control",
     "dopri5",
@@ -164,6 +169,7 @@ __all__ = [
     "sdirk2",
     "sdirk3",
     "sgd_g2",
+    "sharpness_capped",
     "ssprk3",
     "trapezoid",
     "trust_ratio_control",

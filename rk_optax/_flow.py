@@ -138,7 +138,7 @@ class _Flow:
         params = self.view.theta
         k1 = self.field(params)
         cost = Cost().plus(Cost(gradients=1))
-        rule = setting.rule.init()
+        rule = setting.rule.init(params)
         if setting.automatic_first_step:
             assert isinstance(setting.rule, ErrorControl)  # for the type checker
             h = _first_step(self.field, params, k1, setting.rule, setting.solver.error_order or 0)

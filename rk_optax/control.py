@@ -147,8 +147,9 @@ class ErrorControl(ControlledRule):
         if not ((_checks.is_traced(low) or 0 < low < 1) and (_checks.is_traced(high) or 1 < high < math.inf)):
             raise ValueError(f"factor_min < 1 < factor_max is required, got {low!r} and {high!r}.")
 
-    def init(self) -> ErrorControlState:
+    def init(self, params: PyTree) -> ErrorControlState:
         """As if the steps before the first had been just within the tolerance."""
+        del params
         dtype = _tree.default_float()
         return ErrorControlState(self.first_step_size(), jnp.zeros([], dtype), jnp.ones([2], dtype))
 
@@ -261,8 +262,9 @@ class DescentControl(ControlledRule):
         super().__post_init__()
         _checks.numbers(self, growth="growth", shrinkage="shrinkage")
 
-    def init(self) -> DescentControlState:
+    def init(self, params: PyTree) -> DescentControlState:
         """Growing until something speaks against it."""
+        del params
         fall, tried, gain = (jnp.zeros([], _tree.default_float()) for _ in range(3))
         return DescentControlState(self.first_step_size(), fall, tried, jnp.zeros([], bool), gain, jnp.ones([], bool))
 
@@ -352,8 +354,9 @@ class TrustRatioControl(ControlledRule):
                 "momentum, after or weight_decay. Leave those out (l2= is in the model), or use descent_control()."
             )
 
-    def init(self) -> TrustRatioState:
+    def init(self, params: PyTree) -> TrustRatioState:
         """No ratio yet: 0."""
+        del params
         ratio, fall, tried = (jnp.zeros([], _tree.default_float()) for _ in range(3))
         divisor = jnp.full([], 2, ratio.dtype)
         return TrustRatioState(self.first_step_size(), ratio, divisor, fall, tried, jnp.zeros([], bool))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,8 @@ PyTree = Any
 class SharpnessCappedState(NamedTuple):
     """State of `SharpnessCapped`."""
 
-    sharpness: jax.Array  # shape=(), float: the latest estimate of |λ|max; NaN before the first
+    sharpness: jax.Array  # shape=(), float: the latest estimate of |λ|max
+    seen: jax.Array  # shape=(), bool: whether there has been one
     eigenvector: PyTree  # like params: where the power method goes on
 
 
@@ -55,7 +56,7 @@ class SharpnessCapped(StepSizeRule):
     products: int = 1
     first_products: int = 20
     max_learning_rate: float = 1e12
-    needs: frozenset[Capability] = frozenset({"product"})
+    needs: ClassVar[frozenset[Capability]] = frozenset({"product"})
 
     def __post_init__(self):
         _checks.number(self.alpha, "alpha", "positive")
@@ -65,31 +66,34 @@ class SharpnessCapped(StepSizeRule):
 
     def init(self, params: PyTree) -> SharpnessCappedState:
         """No estimate yet."""
-        return SharpnessCappedState(jnp.full([], jnp.nan, _tree.default_float()), jax.tree.map(jnp.zeros_like, params))
+        vector = jax.tree.map(jnp.zeros_like, params)
+        return SharpnessCappedState(jnp.zeros([], _tree.default_float()), jnp.zeros([], bool), vector)
 
     def propose(self, count: jax.Array, state: PyTree, field: VectorField, params: PyTree, k1: PyTree) -> Proposal:
         """Costs `products` Hessian products, the first time `first_products`."""
         del count, k1
-        unknown = jnp.isnan(state.sharpness)
         random = _lanczos.random_vector(jax.random.key(0), params)
-        start = _tree.select(unknown, random, _tree.cast_like(state.eigenvector, params))
-        start = _tree.scale(1 / _tree.norm(start), start)
+        start = _tree.select(state.seen, _tree.cast_like(state.eigenvector, params), random)
 
-        def iterate(_: Any, carry: tuple[PyTree, jax.Array]) -> tuple[PyTree, jax.Array]:
-            vector, sharpness = carry
-            moved = field.product(params, vector)
-            size = _tree.norm(moved).astype(sharpness.dtype)
-            usable = jnp.isfinite(size) & (size > 0)
-            # Where there is no curvature at all the vector says nothing; one that is not finite is of a bad batch.
-            unit = _tree.scale(jnp.where(usable, 1 / jnp.where(usable, size, 1), 0), moved)
-            return _tree.select(usable, unit, vector), jnp.where(jnp.isfinite(size), size, sharpness)
+        def iterate(_: Any, carry: tuple[PyTree, jax.Array, jax.Array]) -> tuple[PyTree, jax.Array, jax.Array]:
+            vector, sharpness, seen = carry
+            moved, size = _tree.unit(field.product(params, vector))
+            size = size.astype(sharpness.dtype)
+            known = jnp.isfinite(size)
+            # Where there is no curvature at all, a product has no direction to go on with.
+            vector = _tree.select(known & (size > 0), moved, vector)
+            return vector, jnp.where(known, size, sharpness), seen | known
 
-        products = jnp.where(unknown, self.first_products, self.products)
-        vector, sharpness = jax.lax.fori_loop(0, products, iterate, (start, state.sharpness))
-        flat = ~(sharpness * self.max_learning_rate > self.alpha)  # no curvature, or none seen yet
-        h = jnp.where(flat, self.max_learning_rate, self.alpha / jnp.where(flat, 1, sharpness))
-        new = SharpnessCappedState(sharpness, _tree.cast_like(vector, state.eigenvector))
+        products = jnp.where(state.seen, self.products, self.first_products)
+        carry = (_tree.unit(start)[0], state.sharpness, state.seen)
+        vector, sharpness, seen = jax.lax.fori_loop(0, products, iterate, carry)
+        sharp = sharpness * self.max_learning_rate > self.alpha
+        h = jnp.where(sharp, self.alpha / jnp.where(sharp, sharpness, 1), self.max_learning_rate)
+        new = SharpnessCappedState(sharpness, seen, _tree.cast_like(vector, state.eigenvector))
         return Proposal(h, new, Cost(products=products.astype(jnp.int32)))
+
+
+sharpness_capped = SharpnessCapped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +124,7 @@ class Corridor(StepSizeRule):
 
     max_learning_rate: float
     minimum: float = 0.0
-    needs: frozenset[Capability] = frozenset({"loss"})
+    needs: ClassVar[frozenset[Capability]] = frozenset({"loss"})
 
     def __post_init__(self):
         _checks.number(self.max_learning_rate, "max_learning_rate", "positive")
@@ -136,3 +140,6 @@ class Corridor(StepSizeRule):
         safe = jnp.where(usable, norm, 1)
         h = jnp.where(usable, gap / safe / safe, self.max_learning_rate)
         return Proposal(jnp.minimum(h, self.max_learning_rate), state, Cost(losses=1))
+
+
+corridor = Corridor

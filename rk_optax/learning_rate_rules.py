@@ -93,8 +93,9 @@ class Dal(StepSizeRule):
         """What an estimate costs: one product, one gradient or nothing."""
         return {"product": Cost(products=1), "difference": Cost(gradients=1), "free": Cost()}[self.estimate]
 
-    def init(self) -> DalState:
+    def init(self, params: PyTree) -> DalState:
         """No curvature has been seen."""
+        del params
         return DalState(jnp.zeros([], _tree.default_float()), jnp.zeros([], bool))
 
     def propose(self, count: jax.Array, state: DalState, field: VectorField, params: PyTree, k1: PyTree) -> Proposal:
@@ -190,8 +191,9 @@ class SgdG2(StepSizeRule):
                 "stability limit is not the one it estimates. Use it with rk_optax.euler, or dal() with this solver."
             )
 
-    def init(self) -> SgdG2State:
+    def init(self, params: PyTree) -> SgdG2State:
         """The initial step size."""
+        del params
         dtype = _tree.default_float()
         return SgdG2State(*(jnp.full([], self.initial_learning_rate, dtype) for _ in SgdG2State._fields))
 

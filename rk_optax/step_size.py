@@ -127,8 +127,9 @@ class StepSizeRule(abc.ABC):
         del has_after
         check_offers(solver, self.wants, type(self).__name__)
 
-    def init(self) -> PyTree:
-        """The rule's state, scalars only."""
+    def init(self, params: PyTree) -> PyTree:
+        """The rule's state; `params` may be abstract, and holds the moving leaves only."""
+        del params
         return ()
 
     @abc.abstractmethod

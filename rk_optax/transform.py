@@ -148,7 +148,7 @@ class _Method:
             rejected=zero(jnp.int32),
             solver=self.solver.init(moving),
             after=optax.EmptyState() if self.after is None else self.after.init(moving),
-            rule=self.rule.init(),
+            rule=self.rule.init(moving),
             preconditioner=self.preconditioner.init(moving),
         )
 

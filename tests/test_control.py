@@ -85,7 +85,7 @@ def test_where_it_grows_or_refuses_error_control_is_diffraxs(p, i, d, x64):
     theirs = PIDController(1e-3, 1e-3, pcoeff=p, icoeff=i, dcoeff=d, norm=lambda x: jnp.sqrt(jnp.mean(x**2)))
     theta, new = jnp.array([1.0, 2.0]), jnp.array([0.9, 2.5])
     solver = rk_optax.Explicit(rk_optax.TABLEAUS["bogacki_shampine"])
-    state = rule.init()
+    state = rule.init(jnp.zeros(1))
     _, memory = theirs.init(None, 0.0, 10.0, theta, 1.0, None, None, 3)  # pyright: ignore[reportArgumentType]
     compared = 0
     for size in (1e-4, 3e-4, 5.0, 5e-3, 4e-4, 1e-9, 2e-4, 1e3, 1e-3):

@@ -649,7 +649,7 @@ def test_state_has_fixed_types_and_can_be_donated(rule):
 
 
 def test_the_rates_names_in_state_are_not_those_of_injected_hyperparameters():
-    fields = {*rk_optax.dal(1.0).init()._fields, *rk_optax.sgd_g2().init()._fields}
+    fields = {*rk_optax.dal(1.0).init(None)._fields, *rk_optax.sgd_g2().init(None)._fields}
     assert not fields & {"learning_rate", "initial_learning_rate", "max_learning_rate", "decay", "power", "step_size"}
 
 
