@@ -17,7 +17,7 @@ Quantity = Literal["error", "curvature", "predicted_fall", "path", "last_stage",
 """What a solver can return of a step beside its direction, where a step-size rule wants it:
 
 error: estimate of the local error, like params and in its units (those of θ, not of g*).
-curvature: ‖k1 − k2‖/(a21 h ‖k1‖), about ‖Hg‖/‖g‖, a scalar.
+curvature: ‖k1 − k2‖/(a21 h ‖k1‖), about ‖Hg‖/‖g‖, a scalar; negative where h or k1 is 0.
 predicted_fall: of the loss, by the solver's own quadratic model, a scalar.
 path: the steps of all h from one factorisation; see `Path`.
 last_stage: the field at the end of the step, like params, where the method evaluates it there.
