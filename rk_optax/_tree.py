@@ -136,6 +136,31 @@ def _reduced(combine: Callable[[jax.Array, jax.Array], jax.Array], scalars: Sequ
     return functools.reduce(combine, [x.astype(dtype) for x in scalars], jnp.zeros([], dtype))
 
 
+def replicated(tree: PyTree) -> PyTree:
+    """`tree` whole on every device, where its leaves are split along explicit mesh axes; for what has to be cut up."""
+
+    def whole(x: jax.Array) -> jax.Array:
+        return jax.sharding.reshard(x, jax.sharding.PartitionSpec()) if _explicit_spec(x) else x
+
+    return jax.tree.map(whole, tree)
+
+
+def placed_like(tree: PyTree, like: PyTree) -> PyTree:
+    """`tree` split along explicit mesh axes as `like` is."""
+
+    def place(x: jax.Array, y: jax.Array) -> jax.Array:
+        spec = _explicit_spec(y)
+        return x if spec == _explicit_spec(x) else jax.sharding.reshard(x, spec or jax.sharding.PartitionSpec())
+
+    return jax.tree.map(place, tree, like)
+
+
+def _explicit_spec(x: jax.Array) -> Any:
+    """How `x` is split along explicit mesh axes, a `PartitionSpec`, or None where it is not."""
+    spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", ())
+    return spec if any(axis is not None for axis in spec) else None
+
+
 def random_signs(key: jax.Array, like: PyTree) -> PyTree:
     """Independent numbers +1 and −1, in the shapes and dtypes of `like`."""
     leaves, treedef = jax.tree.flatten(like)

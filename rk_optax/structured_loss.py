@@ -140,17 +140,18 @@ class LeastSquares(ModelLoss):
             mapped, rest = self._split(term, data)
 
             def flat(p: PyTree, points: Mapping[str, Any], term: DataFunction = term, rest: Any = rest) -> jax.Array:
-                leaves = jax.tree.leaves(term(whole(p), {**rest, **points}))
+                leaves = _tree.replicated(jax.tree.leaves(term(whole(p), {**rest, **points})))
                 return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
 
             of_point = functools.partial(_rows_of, flat, params)
-            residual, jacobian = jax.vmap(of_point)(mapped) if mapped else of_point({})
+            # Whole on every device: rows of several terms are put together and cut into blocks.
+            residual, jacobian = _tree.replicated(jax.vmap(of_point)(mapped) if mapped else of_point({}))
             weight = weights[name].reshape(residual.shape)
             residuals.append(jnp.ravel(weight * residual))
             jacobians.append(
                 jax.tree.map(
                     lambda row, p, w=weight: jnp.conj(w.reshape(w.shape + (1,) * jnp.ndim(p)) * row).reshape(
-                        (-1, *jnp.shape(p))
+                        (w.size, *jnp.shape(p))
                     ),
                     jacobian,
                     params,

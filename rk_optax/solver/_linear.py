@@ -271,7 +271,7 @@ def _lower_gram(rows: jax.Array, scale: jax.Array, size: jax.Array, blocks: int 
     cuts = [len(rows) * i // blocks for i in range(blocks + 1)]
     strips = []
     for start, end in itertools.pairwise(cuts):
-        strip = real_matmul(rows[start:end], (scale / size * rows[:end]).T) / size
+        strip = real_matmul(rows[start:end], ((scale / size)[None] * rows[:end]).T) / size
         strips.append(jnp.pad(strip, ((0, 0), (0, len(rows) - end))))
     return jnp.concatenate(strips)
 

@@ -126,8 +126,7 @@ class Explicit(Solver):
         if want_error:
             quantities["error"] = _tree.scale(h, errors[0])
         if change is not None:
-            length = abs(a[1, 0]) * jnp.asarray(h, change.dtype) * _tree.norm(k1).astype(change.dtype)
-            quantities["curvature"] = jnp.where(length > 0, _tree.ratio(change, length), -1)
+            quantities["curvature"] = _curvature(change, a[1, 0], h, k1)
         return Step(
             direction,
             Cost(gradients=len(kept)),
@@ -159,7 +158,7 @@ class Explicit(Solver):
             weights = [b - b_hat for b, b_hat in zip(method.b, method.b_hat, strict=True)]
             quantities["error"] = _tree.scale(h, _combination(weights, ks))
         if "curvature" in wants:
-            quantities["curvature"] = _distance(ks[0], ks[1]) / (jnp.abs(method.rows[0][0]) * h * _tree.norm(k1))
+            quantities["curvature"] = _curvature(_distance(ks[0], ks[1]), method.rows[0][0], h, k1)
         return Step(_combination(method.b, ks), Cost(gradients=len(ks)), quantities=quantities, state=state)
 
 
@@ -247,6 +246,15 @@ def _stage(ks: PyTree, i: int) -> PyTree:
 def _moved(params: PyTree, h: Any, offset: PyTree) -> PyTree:
     """θ − h·offset."""
     return jax.tree.map(lambda theta, d: theta - jnp.asarray(h, _tree.real_dtype(d)) * d, params, offset)
+
+
+def _curvature(change: jax.Array, a21: Any, h: Any, k1: PyTree) -> jax.Array:
+    # One dtype for all: strict promotion refuses to mix them.
+    length = jnp.abs(jnp.asarray(a21, change.dtype) * jnp.asarray(h, change.dtype)) * _tree.norm(k1).astype(
+        change.dtype
+    )
+    # Stages at one place tell nothing, which is no curvature of 0.
+    return jnp.where(length == 0, -1, _tree.ratio(change, length))
 
 
 def _distance(x: PyTree, y: PyTree) -> jax.Array:

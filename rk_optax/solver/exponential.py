@@ -134,7 +134,8 @@ def phi1(x: jax.Array) -> jax.Array:
 def phi2(x: jax.Array) -> jax.Array:
     """φ₂(x) = (exp(x) − 1 − x)/x², 1/2 at 0, to a few units of rounding for any real x."""
     small = jnp.abs(x) < 1
-    series = jnp.zeros_like(x)
+    # Not of x itself: a series that is not selected must not overflow, for the derivative's sake.
+    near, series = jnp.where(small, x, 0), jnp.zeros_like(x)
     for n in range(19, 1, -1):  # 1/20! is below float64's rounding
-        series = series * x + 1 / math.factorial(n)
+        series = series * near + 1 / math.factorial(n)
     return jnp.where(small, series, (phi1(x) - 1) / jnp.where(small, 1, x))

@@ -1,0 +1,95 @@
+"""Reverse mode through an update: right against differences where it is smooth, and finite wherever the value is."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import rk_optax
+
+H, STEP = 0.1, 1e-6
+DATA = np.array([0.8, -1.1, 0.6])
+SMOOTH, ONE_ZERO, ALL_ZERO = np.array([0.5, -0.3, 0.8]), np.array([0.5, -0.3, 0.0]), np.zeros(3)
+
+
+def loss_fn(params, x):
+    """A coordinate of the gradient is 0 where the parameter is."""
+    return jnp.sum(x**2 * jnp.tanh(params["w"]) ** 2) + params["w"][0] ** 2 * params["w"][1] ** 2
+
+
+SOLVERS = {
+    **{name: name for name in rk_optax.TABLEAUS},
+    "rkc": rk_optax.Stabilized("rkc1", 4),
+    "rkc2": rk_optax.Stabilized("rkc2", 4),
+    "rkl": rk_optax.Stabilized("rkl2", 4),
+    "etd1": rk_optax.Etd(1),
+    "etdrk2": rk_optax.Etd(2),
+    "rosenbrock_euler": rk_optax.RosenbrockEuler("diagonal"),
+    "ros2": rk_optax.Ros2("diagonal"),
+}
+PRECONDITIONERS = {
+    "none": None,
+    "adagrad": rk_optax.precondition_by_adagrad(),
+    "rms": rk_optax.precondition_by_rms(),
+    "adam": rk_optax.precondition_by_adam(),
+    "hutchinson": rk_optax.precondition_by_hutchinson(),
+    "clip": rk_optax.precondition_by(optax.clip_by_global_norm(0.5)),
+}
+# Rules whose h depends smoothly on what they see in the first step, or not at all.
+RULES = {
+    "constant": lambda h: h,
+    "dal": rk_optax.dal,
+    "dal, difference": lambda h: rk_optax.dal(h, estimate="difference"),
+    "dal, free": lambda h: rk_optax.dal(h, estimate="free"),
+    "descent": lambda h: rk_optax.descent_control(0.1),
+    "error": lambda h: rk_optax.error_control(1e-2, 1e-3, initial_step_size=0.1),
+    "sgd_g2": lambda h: rk_optax.sgd_g2(0.1),
+}
+QUICK = {
+    *((solver, "none", "constant") for solver in ("dopri5", "rkc2", "etdrk2", "ros2")),
+    *(("rk4", preconditioner, "constant") for preconditioner in PRECONDITIONERS),
+    *(("heun", "none", rule) for rule in ("dal", "dal, difference", "dal, free", "descent")),
+    ("bogacki_shampine", "none", "error"),
+    ("euler", "none", "sgd_g2"),
+}
+
+
+def combinations():
+    both = [(s, p, "constant") for s in SOLVERS for p in PRECONDITIONERS]
+    for case in sorted({*both, *QUICK}):
+        if case[1] != "clip" or isinstance(SOLVERS[case[0]], str | rk_optax.Stabilized):  # the others want a diagonal
+            yield pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("solver", "preconditioner", "rule"), list(combinations()))
+def test_reverse_mode_is_right_and_finite(solver, preconditioner, rule, x64):
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1, 2))
+    def moved(w, h, x):
+        tx = rk_optax.runge_kutta(
+            loss_fn, RULES[rule](h), SOLVERS[solver], preconditioner=PRECONDITIONERS[preconditioner]
+        )
+        params = {"w": w}
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = tx.update(jax.grad(loss_fn)(params, x), state, params, x=x)
+            params = optax.apply_updates(params, updates)
+        return jnp.sum(jnp.arange(1.0, 4.0) * params["w"])
+
+    for start in (SMOOTH, ONE_ZERO):
+        arguments = (jnp.asarray(start), jnp.asarray(H), jnp.asarray(DATA))
+        gradients = moved(*arguments)[1]
+        directions = [jnp.ones(3) * (start != 0), jnp.ones([]), jnp.ones(3)]
+        for i, direction in enumerate(directions):
+            ends = []
+            for sign in (1, -1):
+                shifted = list(arguments)
+                shifted[i] = shifted[i] + sign * STEP * direction
+                ends.append(float(moved(*shifted)[0]))
+            expected = (ends[0] - ends[1]) / (2 * STEP)
+            assert float(jnp.sum(gradients[i] * direction)) == pytest.approx(expected, rel=1e-5, abs=1e-7), (start, i)
+    at_rest = moved(jnp.asarray(ALL_ZERO), jnp.asarray(H), jnp.asarray(DATA))[1]
+    assert all(np.isfinite(g).all() for g in at_rest)
