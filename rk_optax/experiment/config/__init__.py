@@ -12,6 +12,7 @@ from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from rk_optax.experiment.config.load import checked as checked
 from rk_optax.experiment.config.load import load as load
 from rk_optax.experiment.config.load import parse as parse
+from rk_optax.tableau import TABLEAUS
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -29,6 +30,11 @@ def _name(name: str) -> str:
     fits = re.fullmatch(r"\w[\w ,+-]*", name) is not None
     _require(fits, "is no name for an entrant: use letters, digits, spaces and , + - _")
     return name
+
+
+def _tableau(method: str) -> str:
+    _require(method in TABLEAUS, f"must be one of {', '.join(TABLEAUS)}")
+    return method
 
 
 def _require(condition: bool, message: str) -> None:
@@ -50,10 +56,11 @@ class _Checked:
 class DataConfig(_Checked):
     """The data set and how it is split and batched."""
 
-    name: Literal["digits", "mnist", "fashion_mnist", "sums"] = "digits"
+    name: Literal["digits", "mnist", "fashion_mnist", "cifar10", "sums"] = "digits"
     """Data set: digits are those inside scikit-learn, sums a text of sums in words, to be predicted by characters."""
     data_dir: Annotated[Path | None, tyro.conf.arg(aliases=("--data-dir",))] = None
-    """Directory of the four IDX files of mnist or fashion_mnist; without it they are fetched from OpenML."""
+    """Directory of the four IDX files of mnist or fashion_mnist, which are fetched from OpenML without it; or of the six
+    files of the binary version of cifar10, which needs it."""
     validation_fraction: Fraction = 0.15
     """Fraction of the examples (of the training part, where a data set has parts) on which learning rates are tuned."""
     test_fraction: Fraction = 0.2
@@ -76,8 +83,9 @@ class DataConfig(_Checked):
 class ModelConfig(_Checked):
     """The network and its loss."""
 
-    name: Literal["mlp", "cnn", "transformer"] = "mlp"
-    """Architecture: mlp and cnn are for images, transformer is for sums."""
+    name: Literal["mlp", "cnn", "transformer", "rk_net", "rk_conv_net"] = "mlp"
+    """Architecture: transformer is for sums, the others are for images; rk_net and rk_conv_net are Runge-Kutta methods
+    of their features."""
     hidden: tuple[Positive, ...] = (64, 64)
     """Widths of the hidden layers of an mlp, channels of the convolutions of a cnn."""
     activation: Literal["tanh", "relu", "gelu"] = "tanh"
@@ -85,11 +93,19 @@ class ModelConfig(_Checked):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Fraction of the features that are dropped in training."""
     width: Positive = 64
-    """Features per position of a transformer."""
+    """Features per position of a transformer, features of an rk_net."""
     blocks: Positive = 2
     """Blocks of attention and feed-forward layers of a transformer."""
     heads: Positive = 4
     """Attention heads of each block of a transformer."""
+    method: Annotated[str, AfterValidator(_tableau)] = "rk4"
+    """The Runge-Kutta method that moves the features of rk_net and rk_conv_net: a key of rk_optax.TABLEAUS."""
+    depth: Positive = 4
+    """Time that the features of an rk_net move for, with a node of its weights at every unit; 4 in an rk_conv_net."""
+    steps: Positive = 4
+    """Steps of the method in rk_net and in each block of rk_conv_net, a multiple of depth."""
+    layer: Literal["double_sym", "single"] = "double_sym"
+    """Right-hand side of an rk_net, a layer of rk_optax.networks."""
     l2: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
     """The loss has a term of l2/2 times the squared norm of the parameters."""
     loss: Literal["cross_entropy", "squared_error"] = "cross_entropy"
@@ -99,6 +115,17 @@ class ModelConfig(_Checked):
     @model_validator(mode="after")
     def _heads_share_the_width(self) -> Self:
         _require(self.width % self.heads == 0, f"width = {self.width} must be a multiple of {self.heads} heads")
+        return self
+
+    @model_validator(mode="after")
+    def _steps_end_at_nodes(self) -> Self:
+        depth = 4 if self.name == "rk_conv_net" else self.depth
+        of_networks = self.name in ("rk_net", "rk_conv_net")
+        _require(
+            not of_networks or self.steps % depth == 0,
+            f"steps = {self.steps} must be a multiple of depth = {depth}: a step over a node of the weights loses the "
+            "method's order",
+        )
         return self
 
 
@@ -271,7 +298,7 @@ class CompareConfig(_Checked):
 class RaceConfig(_Checked):
     """A race over several seeds, each entrant tuned on a seed of its own."""
 
-    problem: Literal["poisson", "burgers", "logistic", "gp_dual", "digits"]
+    problem: Literal["poisson", "burgers", "logistic", "gp_dual", "digits", "lorenz96"]
     """The problem."""
     entrants: Annotated[Mapping[Name, EntrantConfig], Field(min_length=1)]
     """Who runs, by the name they are shown under."""

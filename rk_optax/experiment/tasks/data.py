@@ -10,7 +10,7 @@ from sklearn.model_selection import train_test_split
 
 from rk_optax.experiment.config import DataConfig, ModelConfig
 from rk_optax.experiment.errors import UsageError
-from rk_optax.experiment.tasks import idx, text
+from rk_optax.experiment.tasks import cifar, idx, text
 from rk_optax.experiment.tasks.models import MODELS
 from rk_optax.experiment.tasks.task import Array
 
@@ -110,6 +110,14 @@ def _mnist(config: DataConfig) -> Dataset:
     return Dataset(*_stratified(*rest, config.validation_fraction, config.split_seed), test, classes=10)
 
 
+def _cifar10(config: DataConfig) -> Dataset:
+    """CIFAR-10: its test part stays whole, the validation split is cut from the other. Nothing is augmented."""
+    if config.data_dir is None:
+        raise UsageError("data.name = 'cifar10' needs --data-dir, the directory of its binary version's six .bin files")
+    rest, test = (Split(*part) for part in cifar.read_directory(config.data_dir))
+    return Dataset(*_stratified(*rest, config.validation_fraction, config.split_seed), test, classes=10)
+
+
 def _sums(config: DataConfig) -> Dataset:
     """Sums are split as whole lines, so that those of the validation and test texts are new to the network."""
     _no_directory(config, "sums are generated")
@@ -165,5 +173,6 @@ DATASETS = {
     "digits": Source(_digits, "images"),
     "mnist": Source(_mnist, "images"),
     "fashion_mnist": Source(_mnist, "images"),
+    "cifar10": Source(_cifar10, "images"),
     "sums": Source(_sums, "text"),
 }

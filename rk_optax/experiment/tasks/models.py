@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from rk_optax.experiment.config import ModelConfig
+from rk_optax.experiment.tasks.rk_net import ConvRKNet, RKNet
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"tanh": nn.tanh, "relu": nn.relu, "gelu": nn.gelu}
 
@@ -94,6 +95,7 @@ class Architecture(NamedTuple):
 
     build: Callable[[ModelConfig, int], nn.Module]
     takes: Literal["images", "text"]
+    refines: bool = False  # whether it can be evaluated on a finer grid, `model.apply(..., refined=True)`
 
 
 def _mlp(config: ModelConfig, classes: int) -> nn.Module:
@@ -109,11 +111,22 @@ def _transformer(config: ModelConfig, classes: int) -> nn.Module:
     return Transformer(*sizes, classes, _ACTIVATIONS[config.activation], config.dropout)
 
 
+def _rk_net(config: ModelConfig, classes: int) -> nn.Module:
+    sizes = config.width, config.depth, config.steps
+    return RKNet(*sizes, config.method, config.layer, classes, _ACTIVATIONS[config.activation])
+
+
+def _rk_conv_net(config: ModelConfig, classes: int) -> nn.Module:
+    return ConvRKNet(config.steps, config.method, classes, activation=_ACTIVATIONS[config.activation])
+
+
 # A new network needs a line here and its name among those of ModelConfig.
 MODELS = {
     "mlp": Architecture(_mlp, "images"),
     "cnn": Architecture(_cnn, "images"),
     "transformer": Architecture(_transformer, "text"),
+    "rk_net": Architecture(_rk_net, "images", refines=True),
+    "rk_conv_net": Architecture(_rk_conv_net, "images", refines=True),
 }
 
 

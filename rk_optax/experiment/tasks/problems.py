@@ -11,6 +11,7 @@ from sklearn.datasets import load_digits
 
 import rk_optax
 from rk_optax.experiment.tasks.full_batch import FullBatch
+from rk_optax.experiment.tasks.lorenz96 import lorenz96
 from rk_optax.experiment.tasks.pinn import burgers, initial_network, poisson
 from rk_optax.experiment.tasks.task import Params
 
@@ -138,4 +139,5 @@ PROBLEMS: dict[str, Callable[..., FullBatch]] = {
     "logistic": logistic,
     "gp_dual": gp_dual,
     "digits": digits,
+    "lorenz96": lorenz96,
 }

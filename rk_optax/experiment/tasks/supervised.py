@@ -14,7 +14,7 @@ import rk_optax
 from rk_optax.experiment.config import DataConfig, ModelConfig
 from rk_optax.experiment.errors import UsageError
 from rk_optax.experiment.tasks.data import Dataset, Split, batch_indices, check_kind, load_dataset
-from rk_optax.experiment.tasks.models import build_model
+from rk_optax.experiment.tasks.models import MODELS, build_model
 from rk_optax.experiment.tasks.task import Array, Data, Params, Score, Task, Variables
 
 # A large split is scored in pieces of so many examples, which bounds the memory that a convolution takes.
@@ -27,8 +27,18 @@ def _accuracy(model: nn.Module, variables: Any, piece: Split) -> jax.Array:
     return outputs.argmax(-1) == piece.labels
 
 
+def _transfer_gap(model: nn.Module, variables: Any, piece: Split) -> jax.Array:
+    """Correct on the network's own grid, less correct with the same weights on a refined one."""
+    refined: Any = model.apply(variables, piece.images, refined=True)
+    own = _accuracy(model, variables, piece)
+    return own.astype(jnp.float32) - (refined.argmax(-1) == piece.labels)
+
+
 # metric(model, variables, examples) -> a value per example, of which the mean is reported.
-METRICS: dict[str, Callable[[nn.Module, Any, Split], jax.Array]] = {"accuracy": _accuracy}
+METRICS: dict[str, Callable[[nn.Module, Any, Split], jax.Array]] = {
+    "accuracy": _accuracy,
+    "transfer_gap": _transfer_gap,
+}
 
 
 class Supervised(Task):
@@ -144,6 +154,11 @@ def build_task(data: DataConfig, model: ModelConfig, metrics: Sequence[str] = ("
     unknown = [name for name in metrics if name not in METRICS]
     if unknown:
         raise UsageError(f"metrics = {unknown[0]!r} must be one of {', '.join(METRICS)}")
+    if "transfer_gap" in metrics and not MODELS[model.name].refines:
+        refining = ", ".join(name for name, architecture in MODELS.items() if architecture.refines)
+        raise UsageError(
+            f"metrics = 'transfer_gap' needs a network with a grid to refine ({refining}), not {model.name}"
+        )
     check_kind(data, model)
     dataset = load_dataset(data)
     network = build_model(model, dataset.classes)
