@@ -1,14 +1,12 @@
 """The Linen train state: one field for all stages, one statistics update per step, and otherwise Flax's own class."""
 
 import dataclasses
-import functools
 import inspect
 import runpy
 import subprocess
 import sys
 from typing import Any
 
-import diffrax
 import flax.linen as nn
 import flax.serialization
 import jax
@@ -19,6 +17,7 @@ import pytest
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from training import exact_flow
 
 import rk_optax
 import rk_optax.linen
@@ -103,17 +102,11 @@ def assert_close(actual, expected, rtol=1e-5, atol=1e-7):
 TIME, STEPS = 2.0, [20, 40, 80, 160]
 
 
-def exact_flow(losses, weights, params):
-    """The flow of a weighted sum of losses to TIME, by diffrax."""
-
-    def field(t, params, args):
-        del t, args
-        return jax.grad(lambda p: -sum(w * loss(p) for w, loss in zip(weights, losses, strict=True)))(params)
-
-    control = diffrax.PIDController(rtol=1e-11, atol=1e-12)
-    solve = functools.partial(diffrax.diffeqsolve, diffrax.ODETerm(field), diffrax.Dopri8(), 0.0, TIME, None)
-    ends = solve(params, stepsize_controller=control, max_steps=10_000).ys
-    return jax.tree.map(lambda a: a[0], ends)
+def flow_of(losses, weights, params):
+    """The flow of a weighted sum of losses to TIME."""
+    return exact_flow(
+        jax.grad(lambda p: sum(w * loss(p) for w, loss in zip(weights, losses, strict=True))), params, TIME
+    )
 
 
 def observed_order(step_of, start, exact):
@@ -133,7 +126,7 @@ def observed_order(step_of, start, exact):
 def test_rk4_keeps_its_order_through_dropout_and_batch_norm(x64):
     data = make_data(np.float64)
     start = make_state(make_rk4(), data["x"]).replace(step=jnp.zeros([], int))
-    exact = exact_flow([lambda p: loss_fn(p, start.batch_stats, **data, dropout_key=KEY)[0]], [1.0], start.params)
+    exact = flow_of([lambda p: loss_fn(p, start.batch_stats, **data, dropout_key=KEY)[0]], [1.0], start.params)
 
     def step_of(h):
         def step(state):
@@ -155,7 +148,7 @@ def test_a_fresh_dropout_mask_per_stage_is_no_method_of_order_four(x64):
         lambda p, key=key: loss_fn(p, start.batch_stats, **data, dropout_key=key)[0] for key in jax.random.split(KEY, 4)
     ]
     weights = rk_optax.TABLEAUS["rk4"].b
-    exact = exact_flow(losses, weights, start.params)
+    exact = flow_of(losses, weights, start.params)
 
     def step_of(h):
         def step(params):

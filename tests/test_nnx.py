@@ -3,7 +3,6 @@
 import functools
 import inspect
 
-import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +10,7 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from training import exact_flow
 
 import rk_optax
 import rk_optax.nnx
@@ -105,17 +105,11 @@ def loss_with_mask(model, count, data):
     return loss
 
 
-def exact_flow(losses, weights, params):
-    """The flow of a weighted sum of losses to TIME, by diffrax."""
-
-    def field(t, params, args):
-        del t, args
-        return jax.grad(lambda p: -sum(w * loss(p) for w, loss in zip(weights, losses, strict=True)))(params)
-
-    control = diffrax.PIDController(rtol=1e-11, atol=1e-12)
-    solve = functools.partial(diffrax.diffeqsolve, diffrax.ODETerm(field), diffrax.Dopri8(), 0.0, TIME, None)
-    ends = solve(params, stepsize_controller=control, max_steps=10_000).ys
-    return jax.tree.map(lambda a: a[0], ends)
+def flow_of(losses, weights, params):
+    """The flow of a weighted sum of losses to TIME."""
+    return exact_flow(
+        jax.grad(lambda p: sum(w * loss(p) for w, loss in zip(weights, losses, strict=True))), params, TIME
+    )
 
 
 def observed_order(step_of, model, exact):
@@ -145,7 +139,7 @@ def observed_order(step_of, model, exact):
 
 def test_rk4_keeps_its_order_through_dropout_and_batch_norm(x64):
     data, model = make_data(np.float64), Net(dtype=jnp.float64)
-    exact = exact_flow([loss_with_mask(model, 0, data)], [1.0], split(model)[1])
+    exact = flow_of([loss_with_mask(model, 0, data)], [1.0], split(model)[1])
 
     def step_of(h, live):
         factory = functools.partial(rk_optax.rk4, learning_rate=h)
@@ -168,7 +162,7 @@ def live_rk4(model, data, h):
 def test_stages_on_the_live_model_are_no_method_of_order_four(x64):
     """Every stage draws a mask. Measured against the limit that suits it best, the flow of the masks' weighted mean."""
     data, model = make_data(np.float64), Net(dtype=jnp.float64)
-    exact = exact_flow([loss_with_mask(model, i, data) for i in range(4)], B, split(model)[1])
+    exact = flow_of([loss_with_mask(model, i, data) for i in range(4)], B, split(model)[1])
     assert 0.5 <= observed_order(lambda h, live: live_rk4(live, data, h), model, exact) <= 1.5
 
 
@@ -176,7 +170,7 @@ def test_a_snapshot_taken_after_the_gradient_is_no_method_of_order_four(x64):
     """The second silent mistake: stages 2 to 4 share a mask, but it is not the one of stage 1."""
     data, model = make_data(np.float64), Net(dtype=jnp.float64)
     losses = [loss_with_mask(model, i, data) for i in range(2)]
-    exact = exact_flow(losses, [B[0], sum(B[1:])], split(model)[1])
+    exact = flow_of(losses, [B[0], sum(B[1:])], split(model)[1])
 
     def step_of(h, live):
         optimizer = nnx.Optimizer(live, rk_optax.rk4(rk_optax.nnx.pure_loss(loss_fn), h), wrt=nnx.Param)

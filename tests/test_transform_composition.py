@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import network, network_loss
-from transform_cases import (
+from training import (
     PARAMS,
     H,
     X,

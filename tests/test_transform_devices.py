@@ -9,7 +9,7 @@ import optax
 import pytest
 from conftest import network, network_loss
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from transform_cases import (
+from training import (
     assert_close,
     assert_same,
     first_update,

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from transform_cases import PARAMS, X, loss_fn
+from training import PARAMS, X, loss_fn
 
 import rk_optax
 

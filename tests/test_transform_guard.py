@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from transform_cases import (
+from training import (
     STAYS,
     assert_same,
 )

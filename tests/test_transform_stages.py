@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import network, network_loss
-from transform_cases import (
+from training import (
     PARAMS,
     H,
     X,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from transform_cases import (
+from training import (
     PARAMS,
     STAYS,
     H,

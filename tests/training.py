@@ -1,15 +1,50 @@
-"""What several test files do with a transformation: take steps, compare trees, count evaluations."""
+"""What test files share: a loss and its RK4 step by hand, training loops, exact flows, counts of evaluations."""
 
 import dataclasses
 import functools
 from typing import Any
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
+import scipy.integrate
 
 from rk_optax import Cost, DiagonalPreconditioner
+
+H = 0.3
+PARAMS = {"w": np.array([0.5, -0.3, 0.8]), "b": np.array([0.4, -0.2])}
+X = np.array([0.1, 0.2, -0.4])
+
+
+def loss_fn(params, x):
+    """Both leaves enter both gradients, so what one leaf does at a stage shows in the other."""
+    return jnp.sum((params["w"] - x) ** 4) / 4 + jnp.sum((params["b"] * jnp.sum(params["w"])) ** 2) / 2
+
+
+def loss_gradient(params, x):
+    """The gradient of `loss_fn`, by hand and in NumPy."""
+    total = np.sum(params["w"])
+    return {"w": (params["w"] - x) ** 3 + total * np.sum(params["b"] ** 2), "b": params["b"] * total**2}
+
+
+def numpy_rk4(gradient, params, h, k1=None):
+    """The effective gradient of one classical Runge-Kutta step downhill, by the textbook."""
+
+    def stage(k, fraction):
+        return gradient(jax.tree.map(lambda p, d: p - fraction * h * d, params, k))
+
+    k1 = gradient(params) if k1 is None else k1
+    k2 = stage(k1, 0.5)
+    k3 = stage(k2, 0.5)
+    k4 = stage(k3, 1.0)
+    return jax.tree.map(lambda a, b, c, d: (a + 2 * b + 2 * c + d) / 6, k1, k2, k3, k4)
+
+
+def numpy_update(params, x, h=H, **kwargs):
+    """The update of `rk4(loss_fn, h)`."""
+    return jax.tree.map(lambda g: -h * g, numpy_rk4(lambda p: loss_gradient(p, x), params, h, **kwargs))
 
 
 def descent_gradient(loss, params, **data):
@@ -36,6 +71,26 @@ def trajectory(tx, loss, params, data, steps, jit=True):
     for _ in range(steps):
         visited.append(step(*visited[-1], data))
     return visited
+
+
+def make_step(tx, loss):
+    """A training step `(params, state, data) -> (params, state)`, as a user writes it."""
+
+    def step(params, state, data):
+        updates, state = tx.update(descent_gradient(loss, params, **data), state, params, **data)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def train(tx, loss, params, data, steps, jit=True):
+    """Parameters and state after some steps on the same data."""
+    step = jax.jit(make_step(tx, loss)) if jit else make_step(tx, loss)
+    params = jax.tree.map(jnp.asarray, params)
+    state = tx.init(params)
+    for _ in range(steps):
+        params, state = step(params, state, data)
+    return params, state
 
 
 def assert_close(actual, expected, rtol=1e-12, atol=1e-14):
@@ -84,3 +139,30 @@ class Evaluations:
         n = len(self._calls)
         self._calls.clear()
         return n
+
+
+def dtypes(tree):
+    return [leaf.dtype for leaf in jax.tree.leaves(tree)]
+
+
+def observed_order(tx_at, loss, params, data, exact, time, numbers_of_steps):
+    """The slope of the error at `time` against h."""
+    errors = []
+    for steps in numbers_of_steps:
+        end, _ = train(tx_at(time / steps), loss, params, data, steps)
+        difference = jax.tree.map(lambda a, e: jnp.max(jnp.abs(a - e)), end, exact)
+        errors.append(max(jax.tree.leaves(difference)))
+    return -np.polyfit(np.log(numbers_of_steps), np.log(errors), 1)[0]
+
+
+def exact_flow(gradient, params, time):
+    """The gradient flow by SciPy's eighth-order integrator; complex parameters stay complex."""
+    flat, unravel = jax.flatten_util.ravel_pytree(params)
+    field = jax.jit(lambda theta: -jax.flatten_util.ravel_pytree(gradient(unravel(theta)))[0])
+    run = scipy.integrate.solve_ivp(
+        lambda t, theta: np.asarray(field(theta)), (0, time), np.asarray(flat), "DOP853", rtol=1e-13, atol=1e-14
+    )
+    return unravel(run.y[:, -1])
+
+
+STAYS = 1 - 1 + 1 / 2 - 1 / 6 + 1 / 24  # what one RK4 step at h·λ = 1 leaves of an offset

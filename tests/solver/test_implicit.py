@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import scipy.integrate
 from nodepy.runge_kutta_method import loadRKM
-from training import Evaluations, FixedScale, assert_close, assert_same, first_update, trajectory, types
+from training import Evaluations, FixedScale, assert_close, assert_same, exact_flow, first_update, trajectory, types
 
 import rk_optax
 from rk_optax import IMPLICIT_TABLEAUS, ButcherTableau, Explicit, Implicit, Reason, VectorField
@@ -96,12 +95,8 @@ def test_methods_are_a_stable_and_those_said_so_are_l_stable(name):
 
 
 @functools.cache
-def exact_flow(time):
-    gradient = jax.jit(jax.grad(loss_fn))
-    run = scipy.integrate.solve_ivp(
-        lambda t, w: -np.asarray(gradient(w)), (0, time), THETA, "DOP853", rtol=1e-13, atol=1e-15
-    )
-    return run.y[:, -1]
+def exact(time):
+    return exact_flow(jax.grad(loss_fn), THETA, time)
 
 
 def observed_order(solver, steps, time=0.6):
@@ -124,7 +119,7 @@ def observed_order(solver, steps, time=0.6):
     for count in steps:
         w, state = end(time / count, count)
         assert int(state.rejected) == 0
-        errors.append(np.abs(w - exact_flow(time)).max())
+        errors.append(np.abs(w - exact(time)).max())
     return np.log(errors[0] / errors[1]) / np.log(steps[1] / steps[0]), errors
 
 
