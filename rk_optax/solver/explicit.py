@@ -252,8 +252,6 @@ def _curvature(change: jax.Array, a21: Any, h: Any, k1: PyTree) -> jax.Array:
     # One dtype for all: strict promotion refuses to mix them.
     size = _tree.norm(k1).astype(change.dtype)
     length = jnp.abs(jnp.asarray(a21, change.dtype) * jnp.asarray(h, change.dtype)) * size
-        change.dtype
-    )
     # Stages at one place tell nothing, which is no curvature of 0.
     return jnp.where(length == 0, -1, _tree.ratio(change, length))
 
