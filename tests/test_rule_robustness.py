@@ -49,12 +49,14 @@ PRECONDITIONERS = {
 
 
 def steps(tx, loss, w, count=3):
-    """Parameters and state after some updates, with the gradient that the transformation expects."""
-    state = tx.init(w)
-    for _ in range(count):
+    """Parameters and state after some updates."""
+
+    def step(carry, _):
+        w, state = carry
         updates, state = tx.update(jax.grad(loss)(w), state, w)
-        w = w + updates
-    return w, state
+        return (optax.apply_updates(w, updates), state), None
+
+    return jax.lax.scan(step, (w, tx.init(w)), length=count)[0]
 
 
 def loss_of(name):
@@ -108,11 +110,7 @@ def test_an_inert_leaf_of_any_size_changes_nothing(name):
     @jax.jit
     @jax.vmap
     def run(size):
-        params = {"w": jnp.array([1.0, -2.0]), "inert": jnp.full(50, size)}
-        state = tx.init(params)
-        for _ in range(2):
-            updates, state = tx.update(jax.grad(loss)(params), state, params)
-            params = optax.apply_updates(params, updates)
+        params, state = steps(tx, loss, {"w": jnp.array([1.0, -2.0]), "inert": jnp.full(50, size)}, 2)
         return params["w"], state.step_size
 
     w, h = run(jnp.array([0.0, 1e-20, 1.0, 1e6, 1e20]))
