@@ -64,7 +64,7 @@ def test_a_step_on_a_mesh_is_the_step_of_one_device(axes, split, name):
 
 @pytest.mark.parametrize("kind", ["loss", "residuals"])
 def test_under_shard_map_the_mean_is_in_the_loss_or_in_the_size_of_the_residuals(kind):
-    """With `check_vma=True`, where JAX adds up the gradients, and the products, of parameters that all devices share."""
+    """With `check_vma=True` JAX adds up gradients and products of parameters that all devices share."""
     solver, rows = rk_optax.RosenbrockEuler("gauss_newton", tolerance=1e-6), len(DATA["y"])
     whole = rk_optax.LeastSquares(lambda params, x, y: model(params, x) - y, reduction="mean")
     if kind == "loss":

@@ -26,19 +26,22 @@ def residuals(params, unit, length):
 LOSS = rk_optax.LeastSquares(residuals)
 OPTIMIZERS = {
     name: getattr(rk_optax, name)
-    for name in ["euler", "heun", "midpoint", "ralston", "kutta3", "ssprk3", "bogacki_shampine", "rk4", "rk38", "dopri5", "tsit5", "dopri8", "rkc", "rkl", "rosenbrock_euler", "ros2", "residual_euler", "backward_euler", "implicit_midpoint", "trapezoid", "sdirk2", "sdirk3", "radau3", "gauss4", "etd1", "etdrk2"]
+    for name in (
+        *("euler", "heun", "midpoint", "ralston", "kutta3", "ssprk3", "bogacki_shampine", "rk4", "rk38", "dopri5"),
+        *("tsit5", "dopri8", "rkc", "rkl", "rosenbrock_euler", "ros2", "residual_euler", "backward_euler"),
+        *("implicit_midpoint", "trapezoid", "sdirk2", "sdirk3", "radau3", "gauss4", "etd1", "etdrk2"),
+    )
 }
-FOR_ALL_H = {"min_step_size": 1e-30, "max_step_size": 1e30}
 # The rule for a first step size of h, which may be traced.
 RULES = {
     "constant": lambda h: h,
     "dal": rk_optax.dal,
     "dal, difference": lambda h: rk_optax.dal(h, estimate="difference"),
     "dal, free": lambda h: rk_optax.dal(h, estimate="free"),
-    "descent": lambda h: rk_optax.descent_control(**FOR_ALL_H),
-    "error": lambda h: rk_optax.error_control(1e-2, 1e-30, **FOR_ALL_H),
-    "trust": lambda h: rk_optax.trust_ratio_control(**FOR_ALL_H),
-    "sgd_g2": lambda h: rk_optax.sgd_g2(),
+    "descent": rk_optax.descent_control,
+    "error": lambda h: rk_optax.error_control(1e-2, 1e-30, initial_step_size=h),
+    "trust": rk_optax.trust_ratio_control,
+    "sgd_g2": rk_optax.sgd_g2,
 }
 
 
@@ -70,8 +73,6 @@ def three_updates(optimizer, rule):
         tx = OPTIMIZERS[optimizer](LOSS, RULES[rule](h))
         params = {"w": length * START, "inert": inert * jnp.ones(2)}
         state = tx.init(params)
-        if "step_size" in getattr(state.rule, "_fields", ()):
-            state = state._replace(rule=state.rule._replace(step_size=h))
 
         def update(carry, _):
             params, state = carry
@@ -86,16 +87,87 @@ def three_updates(optimizer, rule):
 
 @pytest.mark.parametrize(("optimizer", "rule"), COMBINATIONS)
 def test_units_and_inert_leaves_change_no_step(optimizer, rule):
-    run = three_updates(optimizer, rule)
-    expected, _, accepted = run(1.0, 1.0, 1.0)
-    assert np.abs(expected[0]).max() > 1e-3
+    """In the strict modes that are seen in the compiled function, too."""
     cases = [(c, 1.0, 1.0) for c in SCALES]
     cases += [(1.0, length, length) for length in (1e-12, 1e12)]
     cases += [(1.0, 1.0, inert) for inert in (1e-20, 1e20)]
+    run = three_updates(optimizer, rule)
+    with jax.numpy_rank_promotion("raise"), jax.debug_nans(True):
+        (expected, _, accepted), *results = (run(*case) for case in [(1.0, 1.0, 1.0), *cases])
+    assert np.abs(expected[0]).max() > 1e-3
     wrong = []
-    for case in cases:
-        found, inert, taken = run(*case)
+    for case, (found, inert, taken) in zip(cases, results, strict=True):
         error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
         if not (error < 1e-4 and np.all(taken == accepted) and not np.any(inert)):
             wrong.append((case, float(error), taken))
     assert not wrong, wrong
+
+
+# --- Closed forms ----------------------------------------------------------------------------------------------------
+
+
+def first_update(tx, loss, params):
+    return jax.jit(lambda p: tx.update(jax.grad(loss)(p), tx.init(p), p))(params)
+
+
+@pytest.mark.parametrize("solver", ["backward_euler", rk_optax.RosenbrockEuler("hessian")])
+def test_a_linear_system_whose_squares_underflow_is_solved(solver):
+    def loss(w):
+        return 1e-22 * jnp.sum((w - 1) ** 2)
+
+    w = jnp.array([3.0, -1.0, 0.5])
+    update, state = first_update(rk_optax.runge_kutta(loss, 1e22, solver), loss, w)
+    assert bool(state.accepted)
+    np.testing.assert_allclose(update, -2 / 3 * (w - 1), rtol=1e-5)
+
+
+def test_a_row_space_system_of_small_residuals_is_solved():
+    rng = np.random.default_rng(0)
+    rows = 1e4 * np.linalg.qr(rng.normal(size=(20, 20)))[0] * np.geomspace(1, 1e-3, 20)
+    residual, h = 1e-12 * rng.normal(size=20), 1e-3
+    expected = -h * rows.T @ np.linalg.solve(np.eye(20) + h * rows @ rows.T, residual)
+    loss = rk_optax.LeastSquares(lambda w: rows.astype(np.float32) @ w + residual.astype(np.float32))
+    update, state = first_update(rk_optax.residual_euler(loss, h), loss, jnp.zeros(20))
+    assert bool(state.accepted)
+    assert np.linalg.norm(update - expected) < 1e-3 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(("size", "inert"), [(1.0, 1e6), (1e-6, 1.0), (1.0, 0.0)])
+def test_the_spectral_radius_does_not_depend_on_what_the_loss_does_not_see(size, inert):
+    rates = jnp.array([1.0, 30.0, 191.25])
+
+    def loss(params):
+        return 0.5 * jnp.sum(rates * params["w"] ** 2)
+
+    params = {"w": size * jnp.array([1.0, -2.0, 0.5]), "inert": jnp.full(5, inert)}
+    _, state = first_update(rk_optax.runge_kutta(loss, 1e-3, rk_optax.Stabilized("rkc1")), loss, params)
+    assert float(state.solver.spectral_radius) == pytest.approx(1.2 * 191.25, rel=0.05)
+
+
+@pytest.mark.parametrize("inert", [1e4, 1e20])
+def test_newtons_iteration_is_not_cut_short_by_what_the_loss_does_not_see(inert):
+    rates = jnp.array([1.0, 20.0, 300.0])
+
+    def loss(params):
+        return jnp.sum(rates * (params["w"] - 1) ** 2 / 2)
+
+    params = {"w": jnp.array([1.01, 0.99, 1.02]), "inert": jnp.full(2, inert)}
+    update, state = first_update(rk_optax.backward_euler(loss, 0.1), loss, params)
+    assert bool(state.accepted)
+    offset = np.asarray(params["w"], float) - 1
+    expected = -0.1 * rates * offset / (1 + 0.1 * rates)
+    assert np.linalg.norm(update["w"] - expected) < 1e-4 * np.linalg.norm(expected)
+
+
+def test_what_a_leaf_of_another_size_hides_is_still_solved():
+    """The loss sees both leaves; the one of size 1e4 has next to no curvature."""
+
+    def loss(params):
+        return 0.5 * jnp.sum(300 * params["w"] ** 2) + 0.5e-8 * jnp.sum(params["v"] ** 2)
+
+    params = {"w": jnp.array([1e-3, -2e-3]), "v": jnp.full(2, 1e4)}
+    tx = rk_optax.runge_kutta(loss, 0.1, rk_optax.Stabilized("rkc1"))
+    assert float(first_update(tx, loss, params)[1].solver.spectral_radius) == pytest.approx(360, rel=0.05)
+    update, state = first_update(rk_optax.backward_euler(loss, 0.1), loss, params)
+    assert bool(state.accepted)
+    np.testing.assert_allclose(update["w"], -30 / 31 * params["w"], rtol=1e-4)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rk_optax.solver._linear import solve_in_row_space, solver_of_positive
+from rk_optax.solver._linear import conjugate_gradients, solve_in_row_space, solver_of_positive
 
 
 def positive(size, seed=0):
@@ -119,3 +119,43 @@ def test_a_batch_of_systems_is_solved_one_by_one(x64):
         rtol=1e-8,
         atol=1e-15,
     )
+
+
+@pytest.mark.parametrize("factor", [1e-25, 1e-12, 1e12, 1e25])
+def test_units_change_no_solution(factor):
+    rng = np.random.default_rng(3)
+    rows, c = rng.normal(size=(6, 9)).astype(np.float32), rng.normal(size=6).astype(np.float32)
+    scale = rng.uniform(0.5, 2, 9).astype(np.float32)
+    exact = rows.T.astype(float) @ np.linalg.solve(np.eye(6) + (rows * scale).astype(float) @ rows.T, c)
+    of_rows = np.float32(np.sqrt(factor))
+    for r, s, h, right, unit in (
+        (of_rows * rows, scale, 1 / factor, of_rows * c, factor),
+        (rows, factor * scale, 1 / factor, c, 1.0),
+        (rows, scale, 1.0, factor * c, factor),
+    ):
+        found = solved(r, np.float32(s), np.float32(h), np.float32(right))
+        np.testing.assert_allclose(np.asarray(found.x, float) / unit, exact, rtol=1e-4, atol=1e-5)
+        assert float(found.error) < 1e-4
+
+
+def test_what_the_rows_do_not_reach_costs_one_iteration():
+    rows = np.vstack([np.random.default_rng(4).normal(size=(5, 3)), np.zeros((2, 3))]).astype(np.float32)
+    unreached = np.r_[np.zeros(5), np.ones(2)].astype(np.float32)
+    for r, c in ((0 * rows, np.ones(7, np.float32)), (rows, unreached)):
+        for h in (1e-3, 1.0, 1e6):
+            found = solved(r, np.ones(3, np.float32), np.float32(h), c)
+            assert int(found.iterations) <= 1
+            np.testing.assert_array_equal(found.x, 0)
+
+
+def test_a_direction_that_vanished_does_not_pass_for_a_solution():
+    """C times the product is beyond float32: CG makes no step, and says so."""
+    b = jnp.array([1.0, 2.0])
+
+    def solution(c):
+        return conjugate_gradients(lambda v: 1e30 * v, c, b, None, tolerance=1e-3, max_iterations=5)
+
+    assert bool(solution(1e-30).descends)
+    assert bool(solution(1e-30).converged)
+    assert not bool(solution(1e30).descends)
+    assert not bool(solution(1e30).converged)
