@@ -6,7 +6,8 @@
 
 Every network is: features (the 64 pixels of a digit; 128 linear features of an MNIST image), one block of
 `rk_optax.networks`, a linear layer. Adam, rate 2e-3 with cosine decay, batches of 128, weights at the nodes 0 to 4 (or
-the same for all t), trained through the block's own grid. Then, with the weights as they are:
+the same for all t), trained through the block's own grid: 60 epochs of 1,437 digits, one epoch of MNIST. Then, with the
+weights as they are, on 360 digits or the first 2,000 test images:
 
 own       test accuracy on the grid and with the method of the training;
 fine      the same weights with RK4 on 64 steps; own minus fine is the transfer gap;
@@ -58,6 +59,7 @@ def mnist(folder: pathlib.Path) -> tuple[np.ndarray, ...]:
     for name in ("train", "t10k"):
         images = read(f"{name}-images-idx3-ubyte.gz", 16).reshape(-1, 784)
         parts += [(images / 255 - 0.1307).astype(np.float32) / 0.3081, read(f"{name}-labels-idx1-ubyte.gz", 8)]
+    parts[2:] = [part[:2000] for part in parts[2:]]
     return tuple(parts)
 
 
@@ -169,7 +171,9 @@ def train(network: Network, data: tuple[np.ndarray, ...], epochs: int, seeds: in
 
 
 def accuracies(network: Network, params: Params, data: tuple[np.ndarray, ...], solver: Any, grid: Any) -> list[float]:
-    right = jax.jit(jax.vmap(lambda p: jnp.mean(network.logits(p, data[2], solver, grid).argmax(-1) == data[3])))
+    right = jax.jit(
+        jax.vmap(lambda p: jnp.mean(network.logits(p, jnp.asarray(data[2]), solver, grid).argmax(-1) == data[3]))
+    )
     return [round(100 * float(a), 2) for a in right(params)]
 
 
@@ -275,7 +279,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=pathlib.Path)
     options = parser.parse_args()
-    epochs = options.epochs or {"digits": 60, "mnist": 2}[options.part]
+    epochs = options.epochs or {"digits": 60, "mnist": 1}[options.part]
     if options.part == "digits":
         results = study_of_digits(epochs, options.seeds)
     else:
