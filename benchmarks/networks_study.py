@@ -6,12 +6,13 @@
 
 Every network is: features (the 64 pixels of a digit; 128 linear features of an MNIST image), one block of
 `rk_optax.networks`, a linear layer. Adam, rate 2e-3 with cosine decay, batches of 128, weights at the nodes 0 to 4 (or
-the same for all t), trained through the block's own grid. Then, with the weights as they are:
+the same for all t), trained through the block's own grid: 60 epochs of 1,437 digits, one epoch of MNIST. Then, with the
+weights as they are, on 360 digits or the first 2,000 test images:
 
 own       test accuracy on the grid and with the method of the training;
 fine      the same weights with RK4 on 64 steps; own minus fine is the transfer gap;
 half      the same weights with Euler's method on half the training's steps;
-NFE       evaluations that an adaptive solver (diffrax's Tsit5, atol = rtol = 1e-6, the test images as one system) needs.
+NFE       evaluations that an adaptive solver (diffrax's Tsit5, tolerances 1e-6, the test images as one system) needs.
 
 Accuracies in percent, mean over the seeds and half their range.
 """
@@ -58,6 +59,7 @@ def mnist(folder: pathlib.Path) -> tuple[np.ndarray, ...]:
     for name in ("train", "t10k"):
         images = read(f"{name}-images-idx3-ubyte.gz", 16).reshape(-1, 784)
         parts += [(images / 255 - 0.1307).astype(np.float32) / 0.3081, read(f"{name}-labels-idx1-ubyte.gz", 8)]
+    parts[2:] = [part[:2000] for part in parts[2:]]
     return tuple(parts)
 
 
@@ -127,7 +129,7 @@ class Network:
 
 
 def error(weight: float) -> Callable[..., jax.Array]:
-    # E is scaled by tolerances of 1e-6; the weights of the literature are for its mean over steps.
+    # E is scaled by tolerances of 1e-6; the weights below are for those of 1e-2.
     return lambda network, params, report, key: weight * 1e-4 * report.error.mean()
 
 
@@ -138,7 +140,7 @@ def stiffness(weight: float) -> Callable[..., jax.Array]:
 def local(network: Network, params: Params, report: Any, key: jax.Array) -> jax.Array:
     seen = local_report(network.layer, params["block"], report.states, network.grid, key, network.solver)
     assert seen.error is not None
-    return 0.1 * 1e-4 * seen.error.mean()
+    return 10.0 * 1e-4 * seen.error.mean()
 
 
 def train(network: Network, data: tuple[np.ndarray, ...], epochs: int, seeds: int) -> Params:
@@ -169,7 +171,9 @@ def train(network: Network, data: tuple[np.ndarray, ...], epochs: int, seeds: in
 
 
 def accuracies(network: Network, params: Params, data: tuple[np.ndarray, ...], solver: Any, grid: Any) -> list[float]:
-    right = jax.jit(jax.vmap(lambda p: jnp.mean(network.logits(p, data[2], solver, grid).argmax(-1) == data[3])))
+    right = jax.jit(
+        jax.vmap(lambda p: jnp.mean(network.logits(p, jnp.asarray(data[2]), solver, grid).argmax(-1) == data[3]))
+    )
     return [round(100 * float(a), 2) for a in right(params)]
 
 
@@ -234,15 +238,15 @@ def study_of_digits(epochs: int, seeds: int) -> dict[str, Any]:
             ask("RK4 x 4, single tanh layer", Network("rk4", 4, single)),
             ask("Bogacki-Shampine x 4", Network("bogacki_shampine", 4)),
             ask("Bogacki-Shampine x 4, error term",
-                Network("bogacki_shampine", 4, penalty=error(0.1), report=["error"])),
+                Network("bogacki_shampine", 4, penalty=error(10.0), report=["error"])),
         ],
         "neural ODE": [
             ask("none", node(), count=True),
             *(
                 ask(f"error, weight {w}", node(penalty=error(w), report=["error"]), count=True)
-                for w in (0.01, 0.1, 1.0)
+                for w in (1.0, 10.0, 100.0)
             ),
-            ask("error of one random step, weight 0.1", node(penalty=local), count=True),
+            ask("error of one random step, weight 10.0", node(penalty=local), count=True),
             ask("stiffness, weight 0.1", node(penalty=stiffness(0.1), report=["stiffness"]), count=True),
         ],
         "u2 family": [
@@ -261,7 +265,7 @@ def study_of_mnist(folder: pathlib.Path, epochs: int, seeds: int) -> dict[str, A
             ask("Heun x 4", network("heun", 4)),
             ask("RK4 x 4", network("rk4", 4)),
             ask("Bogacki-Shampine x 4, error term",
-                network("bogacki_shampine", 4, penalty=error(0.1), report=["error"])),
+                network("bogacki_shampine", 4, penalty=error(10.0), report=["error"])),
         ]
     }  # fmt: skip
 
@@ -275,7 +279,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=pathlib.Path)
     options = parser.parse_args()
-    epochs = options.epochs or {"digits": 60, "mnist": 4}[options.part]
+    epochs = options.epochs or {"digits": 60, "mnist": 1}[options.part]
     if options.part == "digits":
         results = study_of_digits(epochs, options.seeds)
     else:

@@ -59,8 +59,8 @@ class DataConfig(_Checked):
     name: Literal["digits", "mnist", "fashion_mnist", "cifar10", "sums"] = "digits"
     """Data set: digits are those inside scikit-learn, sums a text of sums in words, to be predicted by characters."""
     data_dir: Annotated[Path | None, tyro.conf.arg(aliases=("--data-dir",))] = None
-    """Directory of the four IDX files of mnist or fashion_mnist, which are fetched from OpenML without it; or of the six
-    files of the binary version of cifar10, which needs it."""
+    """Directory of the four IDX files of mnist or fashion_mnist, which are fetched from OpenML without it; or of the
+    six files of the binary version of cifar10, which needs it."""
     validation_fraction: Fraction = 0.15
     """Fraction of the examples (of the training part, where a data set has parts) on which learning rates are tuned."""
     test_fraction: Fraction = 0.2

@@ -39,10 +39,10 @@ class RKNet(nn.Module):
 
 
 class ConvRKNet(nn.Module):
-    """A convolution, three blocks of 16, 32 and 64 channels with 1 × 1 convolutions and pooling between, a linear layer.
+    """Three blocks of 16, 32 and 64 channels, 1 × 1 convolutions and pooling between them, and a linear layer.
 
-    Each block is `double_sym` with 3 × 3 convolutions and `tv_norm`, five nodes in four units of time: 251,866 parameters
-    for 3 input channels and 10 classes. BatchNorm is outside the blocks only.
+    Each block is `double_sym` with 3 × 3 convolutions and `tv_norm`, five nodes in four units of time: 251,866
+    parameters for 3 input channels and 10 classes. BatchNorm is outside the blocks only.
 
     Source: Onken and Ruthotto's poster and its code, DynamicBlocks.
     """

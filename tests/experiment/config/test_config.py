@@ -16,9 +16,9 @@ CONFIGS = sorted((ROOT / "configs").glob("[!_]*.py"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_are_valid(path):
-    if path.stem.startswith("train_"):
+    if path.stem.startswith(("train_", "networks_")):
         load(path, TrainConfig)
-    elif path.stem.startswith("race_"):
+    elif path.stem.startswith(("race_", "lorenz96")):
         Race(load(path, RaceConfig))
     else:
         make_plan(load(path, CompareConfig))
