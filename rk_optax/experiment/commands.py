@@ -107,10 +107,6 @@ def train(argv: Sequence[str]) -> int:
     asked = _read(argv, _TRAIN)
     if asked is None:
         return 0
-    config = asked.config
-    if config.data.data_dir is not None:  # the run may go on from another directory
-        data = dataclasses.replace(config.data, data_dir=config.data.data_dir.absolute())
-        asked = asked._replace(config=dataclasses.replace(config, data=data))
     training = Training(asked.config)
     with _running(_TRAIN, asked, TrainFolder) as (folder, bar):
         last = training.run(folder, bar)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rk_optax.experiment.config import CompareConfig
+from rk_optax.experiment.errors import UsageError
 from rk_optax.experiment.runs.loop import Point, Trainer
 from rk_optax.experiment.runs.plan import Entrant, make_plan
 from rk_optax.experiment.runs.protocol import Reporter, choose, in_turns, piece, seconds_at
@@ -38,7 +39,13 @@ class Runs(NamedTuple):
 
     @classmethod
     def from_json(cls, kept: dict[str, Any]) -> "Runs":
-        """What was written, null being NaN."""
+        """What was written, null being NaN.
+
+        Raises:
+            UsageError: if that was done by an earlier version, which did not count gradients run by run.
+        """
+        if "gradients" not in kept:
+            raise UsageError("the pieces of this run are of another version of rk-optax: start afresh with --out")
         return cls(np.array(kept["steps"]), *(np.array(kept[field], float) for field in cls._fields[1:]))
 
 
@@ -129,12 +136,13 @@ class Comparison:
         seeds, rates, steps = self._config.tuning.seeds, entrant.rates, entrant.tuning_steps
         trainer = self._grid(entrant, seeds, rates, steps)
         loss, accuracy, looks, before = np.zeros((4, len(seeds), len(rates)))
+        done = 0
         whole = min(entrant.tuning_budget, steps * (entrant.optimizer.gradients_per_step or np.inf))
         for point, spent in self._points(trainer, entrant, steps, entrant.tuning_budget):
             # A rate at the edge of stability can end well between two spikes, so that the last point alone would
             # choose it. A run that has spent its budget while others go on is not looked at any more.
             late = (spent > whole / 2 if whole < np.inf else 2 * point.steps > steps) & (before < whole)
-            before = spent
+            before, done = spent, point.steps
             if late.any():
                 score = trainer.score(point, self._task.dataset.validation)
                 loss, accuracy = loss + np.where(late, score.loss, 0), accuracy + np.where(late, score.accuracy, 0)
@@ -142,7 +150,7 @@ class Comparison:
         loss, accuracy = loss / looks, accuracy / looks
         for row, trial in np.ndindex(loss.shape):
             measured = {"validation_loss": loss[row, trial], "validation_accuracy": accuracy[row, trial]}
-            about = "tune", entrant, rates[trial], seeds[row], steps, before[row, trial]
+            about = "tune", entrant, rates[trial], seeds[row], done, before[row, trial]
             self._log(*about, trial=trial, **measured)
         remedy = f"lower optimizers.{entrant.name}.learning_rates"
         choice = choose(entrant.name, loss.mean(axis=0), remedy)
@@ -186,7 +194,8 @@ class Comparison:
                     self._log("time", entrant, rate, seed, point.steps, spent, repeat=repeat, **measured)
         timings = []
         for _, _, trainer, runs in timed:
-            steps, seconds = np.moveaxis(np.array(runs, float), -1, 0)
+            least = min(map(len, runs))  # rounding may end one of them a point earlier
+            steps, seconds = np.moveaxis(np.array([run[:least] for run in runs], float), -1, 0)
             timing = Timing(steps[0], np.median(seconds, axis=0), seconds[:, -1], trainer.compile_seconds)
             timings.append(timing._asdict())
         return timings

@@ -222,4 +222,5 @@ def _strict(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_strict(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    # A run may go on from another directory.
+    return str(value.absolute()) if isinstance(value, Path) else value

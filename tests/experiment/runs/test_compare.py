@@ -206,6 +206,8 @@ def test_a_diverged_trial_and_run_are_remembered_as_such():
     assert Tuned.from_json({"rate": 0.1, "losses": [0.5, None], "at_edge": None}).losses.tolist() == [0.5, np.inf]
     kept = {"steps": [0, 2], "gradients": [[0, 4]], "train_loss": [[1.0, None]], "test_accuracy": [[0.5, 0.25]]}
     assert Runs.from_json(kept).steps.dtype.kind == "i"
+    with pytest.raises(UsageError, match="another version of rk-optax: start afresh with --out"):
+        Runs.from_json({name: value for name, value in kept.items() if name != "gradients"})
     np.testing.assert_array_equal(Runs.from_json(kept).train_loss, [[1.0, np.nan]])
 
 

@@ -261,6 +261,7 @@ def test_a_data_directory_is_stored_whole(tmp_path, monkeypatch):
     assert run_command("train", path, "--data-dir", "data", "--out", "run")[0] == 0
     config = strict_loads((tmp_path / "run" / "config.json").read_text())["config"]
     assert config["data"]["data_dir"] == str(tmp_path / "data")
+    assert run_command("train", path, "--data-dir", "data", "--resume", "run")[0] == 0
     monkeypatch.chdir("/")
     assert run_command("train", "--resume", tmp_path / "run")[0] == 0
 
