@@ -1,6 +1,7 @@
 """Docstrings and signatures as `help()` shows them: ready optimizers get theirs when the package is imported.
 
-The comment behind a field of a class is its docstring. Doctests become blocks of code wherever they stand: in Markdown `>>>` would quote three times.
+The comment behind a field of a class is its docstring. Doctests become blocks of code wherever they stand: in Markdown
+`>>>` would quote three times.
 """
 
 from __future__ import annotations
@@ -60,6 +61,6 @@ def _read_comment(field: griffe.Attribute) -> None:
     if isinstance(field.filepath, list) or field.lineno is None:
         return
     line = field.filepath.read_text(encoding="utf-8").splitlines()[field.lineno - 1]
-    comment = line.rpartition("  # ")[2].rpartition("] # ")[2]  # of two comments on a line, the one for people
-    if comment != line and not comment.startswith("pyright"):
+    _, mark, comment = line.rpartition(" # ")  # of two comments on a line, the one for people comes last
+    if mark and not comment.startswith("pyright"):
         field.docstring = griffe.Docstring(comment, parent=field)
