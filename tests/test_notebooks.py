@@ -108,7 +108,7 @@ def test_the_numbers_of_the_mnist_study_in_its_notebook_are_those_of_the_results
         expected = []
         for size in (16, 64, 1024, 8192):
             (row,) = (r for r in load(size)["table"] if (r["equal"], r["optimizer"]) == (equal, name))
-            expected += [f"{100 * row['test_accuracy'][key]:.2f}" for key in ("mean", "min", "max")]
+            expected += [f"{100 * row['test_accuracy'][key]:.3f}" for key in ("mean", "min", "max")]
         assert numbers == expected, line
 
 
