@@ -159,6 +159,12 @@ class LeastSquares(ModelLoss):
             )
         return Rows(jnp.concatenate(residuals), jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *jacobians))
 
+    def residual(self, params: PyTree, data: Mapping[str, Any]) -> jax.Array:
+        """The residuals alone, flat, weights folded in, in the order of `rows`; shape (N,)."""
+        trees = self.outputs(params, data)
+        trees = {"residual_fn": trees} if self._single else trees
+        return jnp.concatenate([self._flat(trees[name], term, data) for name, term in self._terms.items()])
+
     def count_rows(self, params: PyTree, data: Mapping[str, Any]) -> int:
         """N, the number of residuals, without computing any."""
         return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: self.outputs(params, data))))
@@ -210,14 +216,14 @@ class LeastSquares(ModelLoss):
         shapes = jax.eval_shape(lambda: self._residuals(params, data))
         ones = self._weighted(jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes))
         ones = {"residual_fn": ones} if self._single else ones
-        flat = {}
-        for name, term in self._terms.items():
-            leaves = jax.tree.leaves(ones[name])
-            if self._split(term, data)[0]:  # rows run over points first, then over the residuals of a point
-                flat[name] = jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], axis=1).ravel()
-            else:
-                flat[name] = jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
-        return flat
+        return {name: self._flat(ones[name], term, data) for name, term in self._terms.items()}
+
+    def _flat(self, tree: PyTree, term: DataFunction, data: Mapping[str, Any]) -> jax.Array:
+        """One function's residuals in the order of its rows: over points first, then over those of a point."""
+        leaves = jax.tree.leaves(tree)
+        if self._split(term, data)[0]:
+            return jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], axis=1).ravel()
+        return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
 
 
 def _rows_of(flat: Callable[..., jax.Array], params: PyTree, points: Any) -> tuple[jax.Array, PyTree]:
