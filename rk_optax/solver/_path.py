@@ -154,7 +154,8 @@ class LeastSquaresPath(Path):
         residual = self.field.residual(params)
         loss = 0.5 * jnp.sum(residual * residual)
         if self.field.l2 is not None:
-            loss = loss + 0.5 * self.field.l2 * _tree.inner(params, params)
+            square = _tree.inner(params, params).astype(loss.dtype)
+            loss = loss + 0.5 * jnp.asarray(self.field.l2, loss.dtype) * square
         return Trial(loss, residual.astype(self.rows.dtype))
 
 
