@@ -41,6 +41,7 @@ from rk_optax.curvature_rules import Corridor, SharpnessCapped, SharpnessCappedS
 from rk_optax.field import SmoothField, VectorField
 from rk_optax.gradient_flow import Flow, FlowResult, FlowState, gradient_flow
 from rk_optax.learning_rate_rules import Dal, SgdG2, dal, sgd_g2
+from rk_optax.path_control import PathControl, path_control
 from rk_optax.preconditioner import (
     AdagradPreconditioner,
     AdamPreconditioner,
@@ -105,6 +106,7 @@ __all__ = [
     "LeastSquares",
     "ModelLoss",
     "OptaxPreconditioner",
+    "PathControl",
     "Preconditioner",
     "Proposal",
     "Reason",
@@ -144,6 +146,7 @@ __all__ = [
     "inject_hyperparams",
     "kutta3",
     "midpoint",
+    "path_control",
     "precondition_by",
     "precondition_by_adagrad",
     "precondition_by_adam",

@@ -100,6 +100,7 @@ class BoundStructure:
     of_outputs: Callable[[PyTree], jax.Array]
     rows: Callable[[PyTree], Rows] | None = None  # of least squares
     count_rows: Callable[[PyTree], int] | None = None
+    residual: Callable[[PyTree], jax.Array] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +182,13 @@ class VectorField:
         if structure.rows is None:
             raise ValueError(f"This field has no residuals: {_REMEDIES['rows']}.")
         return structure.rows(params)
+
+    def residual(self, params: PyTree) -> jax.Array:
+        """The residuals alone, flat, in the order of `rows`. Costs one loss."""
+        structure = self._structured("rows")
+        if structure.residual is None:
+            raise ValueError(f"This field has no residuals: {_REMEDIES['rows']}.")
+        return structure.residual(params)
 
     def count_rows(self, params: PyTree) -> int:
         """N, the number of residuals, an integer also under jit. Costs nothing."""
@@ -363,6 +371,7 @@ def _bound_structure(loss: ModelLoss, data: Mapping[str, Any], view: ParameterVi
         of_outputs,
         lambda moving: loss.rows(moving, data, view.whole),
         lambda moving: loss.count_rows(view.whole(moving), data),
+        lambda moving: loss.residual(view.whole(moving), data),
     )
 
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 
 from rk_optax import _checks, _tree
 from rk_optax._arguments import DataFunction, read_data_function
@@ -62,7 +65,12 @@ class ModelLoss:
 
     def __call__(self, params: PyTree, *args: Any, **data: Any) -> jax.Array:
         """The loss, a scalar."""
-        bound = self.__signature__.bind(params, *args, **data).arguments
+        try:
+            bound = self.__signature__.bind(params, *args, **data).arguments
+        except TypeError as error:
+            names = list(self.__signature__.parameters)[1:]
+            example = ", ".join(f"{name}=..." for name in names)
+            raise TypeError(f"{error}; pass data by name: loss_fn(params{', ' if names else ''}{example}).") from None
         del bound["params"]
         return self.of_outputs(self.outputs(params, bound), bound)
 
@@ -84,15 +92,18 @@ class LeastSquares(ModelLoss):
 
     Args:
       residual_fn: `residual_fn(params, *data) -> residuals`, a pytree of real arrays; or a dict of such functions.
-      weights: w_k > 0, a number for all residuals, or a tree of numbers that is a prefix of the residuals (of a dict of
-        functions, a dict); None for 1.
+      weights: w_k ≥ 0, a number for all residuals, or a tree that is a prefix of the residuals (of a dict of functions,
+        a dict); None for 1. An array in the place of a number weighs each residual by itself: of the shape of the
+        residuals, or of their first axis alone, the points.
       pointwise: names of the data arguments whose first axis runs over points; each function is then written for one
-        point of those it takes, and mapped. A function that takes none of them is called once.
+        point of those it takes, and mapped. A function that takes none of them is called once. Where functions differ,
+        a dict from the name of a function to its names: `{"equation": ["x"]}` leaves a function `mean` that sees all of
+        x at once, for a mean or an integral over the points.
       reduction: "sum", or "mean" for ½ Σ_k w_k mean(r_k²), which does not change its scale with the number of points.
 
     Raises:
-      TypeError, ValueError: arguments that cannot be read by name, weights that are not positive, names in `pointwise`
-        that no function takes.
+      TypeError, ValueError: arguments that cannot be read by name, weights that are negative, names in `pointwise`
+        that no function takes; when called, a residual function that returns nothing.
     """
 
     def __init__(
@@ -100,7 +111,7 @@ class LeastSquares(ModelLoss):
         residual_fn: Callable[..., PyTree] | Mapping[str, Callable[..., PyTree]],
         *,
         weights: PyTree = None,
-        pointwise: Sequence[str] | str = (),
+        pointwise: Sequence[str] | str | Mapping[str, Sequence[str] | str] = (),
         reduction: Literal["sum", "mean"] = "sum",
     ):
         self._single = not isinstance(residual_fn, Mapping)
@@ -109,19 +120,36 @@ class LeastSquares(ModelLoss):
         if not functions:
             raise ValueError("residual_fn is an empty dict: name at least one residual function.")
         self._terms = {name: read_data_function(function, name) for name, function in functions.items()}
-        self._pointwise = (pointwise,) if isinstance(pointwise, str) else tuple(pointwise)
-        for name in self._pointwise:
-            if not any(name in (*term.required, *term.optional) for term in self._terms.values()):
-                raise ValueError(f"pointwise has {name!r}, which no residual function takes.")
+        self._pointwise = self._read_pointwise(pointwise)
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}.")
         self._mean = reduction == "mean"
-        self._weights = jax.tree.map(lambda w: _checks.number(w, "weights", "positive"), weights)
+        self._weights = jax.tree.map(_read_weight, weights)
         if isinstance(weights, Mapping) and not self._single and set(weights) != set(self._terms):
             raise ValueError(
                 f"weights has {sorted(weights)!r}, and the residual functions are {sorted(self._terms)!r}."
             )
         self.__signature__ = _joint_signature(list(self._terms.values()))
+
+    def _read_pointwise(self, pointwise: Any) -> dict[str, tuple[str, ...]]:
+        """The names that each function is mapped over."""
+        if not isinstance(pointwise, Mapping):
+            names = (pointwise,) if isinstance(pointwise, str) else tuple(pointwise)
+            for name in names:
+                if not any(name in (*term.required, *term.optional) for term in self._terms.values()):
+                    raise ValueError(f"pointwise has {name!r}, which no residual function takes.")
+            return dict.fromkeys(self._terms, names)
+        if self._single:
+            raise ValueError("pointwise is a dict, which is for a dict of residual functions: pass the names alone.")
+        read = dict.fromkeys(self._terms, ())
+        for function, names in pointwise.items():
+            if function not in self._terms:
+                raise ValueError(f"pointwise has {function!r}; the residual functions are {sorted(self._terms)!r}.")
+            read[function] = (names,) if isinstance(names, str) else tuple(names)
+            term = self._terms[function]
+            for name in set(read[function]) - {*term.required, *term.optional}:
+                raise ValueError(f"pointwise[{function!r}] has {name!r}, which that function does not take.")
+        return read
 
     def outputs(self, params: PyTree, data: Mapping[str, Any]) -> PyTree:
         """The residuals as a tree, weights folded in."""
@@ -159,6 +187,12 @@ class LeastSquares(ModelLoss):
             )
         return Rows(jnp.concatenate(residuals), jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *jacobians))
 
+    def residual(self, params: PyTree, data: Mapping[str, Any]) -> jax.Array:
+        """The residuals alone, flat, weights folded in, in the order of `rows`; shape (N,)."""
+        trees = self.outputs(params, data)
+        trees = {"residual_fn": trees} if self._single else trees
+        return jnp.concatenate([self._flat(trees[name], term, data) for name, term in self._terms.items()])
+
     def count_rows(self, params: PyTree, data: Mapping[str, Any]) -> int:
         """N, the number of residuals, without computing any."""
         return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: self.outputs(params, data))))
@@ -166,7 +200,7 @@ class LeastSquares(ModelLoss):
     def _split(self, term: DataFunction, data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """What of a term's data is mapped over points, and what is not."""
         data = _pick(term, data)
-        mapped = {name: data.pop(name) for name in self._pointwise if name in data}
+        mapped = {name: data.pop(name) for name in self._pointwise[term.role] if name in data}
         return mapped, data
 
     def _residuals(self, params: PyTree, data: Mapping[str, Any]) -> dict[str, PyTree]:
@@ -179,6 +213,8 @@ class LeastSquares(ModelLoss):
                 return term(params, {**rest, **points})
 
             trees[name] = jax.vmap(at)(mapped) if mapped else at({})
+            if not jax.tree.leaves(trees[name]):
+                raise TypeError(f"The residual function {name!r} returned no residuals: does it lack a `return`?")
         return trees
 
     def _weighted(self, trees: PyTree) -> PyTree:
@@ -192,7 +228,12 @@ class LeastSquares(ModelLoss):
 
         def scaled(weight: Any, leaf: Any) -> jax.Array:
             leaf = jnp.asarray(leaf)
-            return jnp.asarray(jnp.sqrt(weight / leaf.size if self._mean else weight), leaf.dtype) * leaf
+            weight = jnp.asarray(weight, leaf.dtype)
+            if weight.ndim and weight.shape != leaf.shape:
+                if weight.shape != leaf.shape[:1]:
+                    raise ValueError(f"an array of weights of shape {weight.shape} for residuals of shape {leaf.shape}")
+                weight = weight.reshape(-1, *(1,) * (leaf.ndim - 1))
+            return jnp.sqrt(weight / max(leaf.size, 1) if self._mean else weight) * leaf
 
         if self._single:
             trees = trees["residual_fn"]
@@ -210,14 +251,22 @@ class LeastSquares(ModelLoss):
         shapes = jax.eval_shape(lambda: self._residuals(params, data))
         ones = self._weighted(jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes))
         ones = {"residual_fn": ones} if self._single else ones
-        flat = {}
-        for name, term in self._terms.items():
-            leaves = jax.tree.leaves(ones[name])
-            if self._split(term, data)[0]:  # rows run over points first, then over the residuals of a point
-                flat[name] = jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], axis=1).ravel()
-            else:
-                flat[name] = jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
-        return flat
+        return {name: self._flat(ones[name], term, data) for name, term in self._terms.items()}
+
+    def _flat(self, tree: PyTree, term: DataFunction, data: Mapping[str, Any]) -> jax.Array:
+        """One function's residuals in the order of its rows: over points first, then over those of a point."""
+        leaves = jax.tree.leaves(tree)
+        if self._split(term, data)[0]:
+            return jnp.concatenate([leaf.reshape(len(leaf), math.prod(leaf.shape[1:])) for leaf in leaves], axis=1).ravel()
+        return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
+
+
+def _read_weight(weight: Any) -> Any:
+    if np.ndim(weight) == 0:
+        return _checks.number(weight, "weights", "not negative")
+    if not isinstance(weight, jax.core.Tracer) and not (np.isfinite(weight) & (np.asarray(weight) >= 0)).all():
+        raise ValueError("weights must be finite and not negative, in every entry of an array.")
+    return weight
 
 
 def _rows_of(flat: Callable[..., jax.Array], params: PyTree, points: Any) -> tuple[jax.Array, PyTree]:

@@ -203,7 +203,7 @@ def test_trust_ratio_control_is_its_reference(factory, x64):
 def test_trust_ratio_control_lengthens_an_unresolved_step_where_a_fall_is_foretold(start, seen, then):
     """Else h collapses at convergence, and the next points would find it there."""
     loss = LeastSquares(lambda theta: jnp.concatenate([jnp.array([1e4]), 1e-3 * theta]))
-    tx, theta = rk_optax.residual_euler(loss), np.full(1, start, np.float32)
+    tx, theta = rk_optax.residual_euler(loss, trust_ratio_control()), np.full(1, start, np.float32)
     state = tx.init(theta)
     state = state._replace(rule=state.rule._replace(ratio=jnp.full_like(state.rule.ratio, seen)))
     for _ in range(5):
@@ -311,7 +311,7 @@ def test_the_candidate_that_is_judged_has_the_momentum_in_it():
 def test_both_losses_are_those_of_the_steps_own_batch(name):
     """A batch of far greater loss than the last one is no rise of the loss."""
     loss = LeastSquares(lambda theta, x: x * theta)
-    tx = rk_optax.rkc(loss, max_stages=20) if name == "descent" else rk_optax.residual_euler(loss)
+    tx = rk_optax.rkc(loss, max_stages=20) if name == "descent" else rk_optax.residual_euler(loss, trust_ratio_control())
     theta = jnp.array([1.0, 1.0])
     state = tx.init(theta)
     for scale in (1e-2, 3.0, 1e-2):
@@ -380,8 +380,8 @@ def square(theta):
         (lambda: rk_optax.rkc(square, error_control()), "Stabilized does not offer"),
         (lambda: rk_optax.rk4(square, trust_ratio_control()), "the tableau 'rk4' does not offer"),
         (lambda: rk_optax.rkc(square, trust_ratio_control()), "Stabilized does not offer"),
-        (lambda: rk_optax.residual_euler(LeastSquares(valley), momentum=0.9), "momentum, after or weight_decay"),
-        (lambda: rk_optax.residual_euler(LeastSquares(valley), weight_decay=0.1), "momentum, after or weight_decay"),
+        (lambda: rk_optax.residual_euler(LeastSquares(valley), trust_ratio_control(), momentum=0.9), "momentum, after or weight_decay"),
+        (lambda: rk_optax.residual_euler(LeastSquares(valley), trust_ratio_control(), weight_decay=0.1), "momentum, after or weight_decay"),
         (lambda: rk_optax.rk4(None, descent_control(), grad_fn=square), "'loss': pass loss_fn"),
         (lambda: error_control(rtol=-1.0), "rtol"),
         (lambda: error_control(atol=0.0), "atol must be positive"),

@@ -126,6 +126,7 @@ RULES = {
     "`error_control()`": rk_optax.error_control(),
     "`descent_control()`": rk_optax.descent_control(),
     "`trust_ratio_control()`": rk_optax.trust_ratio_control(),
+    "`path_control()`": rk_optax.path_control(),
 }
 # What a cell means that says neither yes nor no: which of the solvers of its column take the rule.
 SOME = {
@@ -168,7 +169,7 @@ def test_the_defaults_of_the_table_are_the_defaults():
     for make, state in {
         rk_optax.rkc: "DescentControlState",
         rk_optax.ros2: "DescentControlState",
-        rk_optax.residual_euler: "TrustRatioState",
+        rk_optax.residual_euler: "PathControlState",
         rk_optax.rosenbrock_euler: "TrustRatioState",
     }.items():
         assert type(make(LEAST_SQUARES).init(w).rule).__name__ == state

@@ -226,9 +226,8 @@ def test_new_points_of_the_same_number_do_not_retrace_and_a_mask_keeps_leaves():
     [
         (lambda: LeastSquares({}), "empty dict"),
         (lambda: LeastSquares(interior, pointwise=["x", "y"]), "pointwise has 'y'"),
-        (lambda: LeastSquares(interior, weights=-1.0), "weights must be positive"),
-        (lambda: LeastSquares(interior, weights=0.0), "weights must be positive"),
-        (lambda: LeastSquares(interior, weights={"sum": np.nan}), "weights must be positive"),
+        (lambda: LeastSquares(interior, weights=-1.0), "weights must be finite and not negative"),
+        (lambda: LeastSquares(interior, weights={"sum": np.nan}), "weights must be finite and not negative"),
         (lambda: LeastSquares(TERMS, weights={"interior": 1.0}), r"weights has \['interior'\]"),
         (lambda: LeastSquares(interior, reduction="max"), "reduction must be"),  # pyright: ignore[reportArgumentType]
         (lambda: LeastSquares(lambda params, **data: params), r"cannot be read from its signature"),
@@ -259,3 +258,78 @@ def test_weights_that_are_no_prefix_of_the_residuals_are_told():
     loss = LeastSquares(lambda params: {"u": params, "v": params}, weights={"u": 1.0})
     with pytest.raises(ValueError, match="prefix of the residuals"):
         loss(jnp.ones(2))
+
+
+# --- weights and points as a physics-informed network has them ---
+
+
+def at_point(params, x):
+    return params["a"] * x - jnp.sin(x)
+
+
+def over_all(params, x):
+    """An integral constraint: it sees every point at once."""
+    return params["a"] * jnp.mean(x) - params["b"]
+
+
+POINTS = np.array([0.2, 0.5, 1.1, 1.4, 2.0])
+AB = {"a": np.float64(0.6), "b": np.float64(0.3)}
+
+
+def by_hand(params, weights, mean_weight=1.0):
+    at_points = params["a"] * POINTS - np.sin(POINTS)
+    over = params["a"] * POINTS.mean() - params["b"]
+    return 0.5 * np.mean(weights * at_points**2) + 0.5 * mean_weight * over**2
+
+
+@pytest.mark.parametrize("weights", [np.ones(5), np.array([0.0, 2.0, 1.0, 0.0, 5.0]), np.zeros(5)])
+def test_a_constraint_over_points_that_are_pointwise_elsewhere_and_a_weight_for_each_point(weights, x64):
+    loss = LeastSquares(
+        {"equation": at_point, "integral": over_all},
+        weights={"equation": weights, "integral": 3.0},
+        pointwise={"equation": ["x"]},
+        reduction="mean",
+    )
+    params = jax.tree.map(jnp.asarray, AB)
+    assert float(loss(params, x=POINTS)) == pytest.approx(by_hand(AB, weights, 3.0), rel=1e-12)
+    rows = loss.rows(params, {"x": POINTS})
+    assert rows.residual.shape == (6,)  # and not ten, of an integral over each point
+    np.testing.assert_allclose(loss.residual(params, {"x": POINTS}), rows.residual)
+    flat = jax.grad(lambda p: loss(p, x=POINTS))(params)
+    for name in AB:
+        np.testing.assert_allclose(rows.jacobian[name] @ rows.residual, flat[name], rtol=1e-12)
+    tx = rk_optax.residual_euler(loss)
+    updates, state = jax.jit(tx.update)(flat, tx.init(params), params, x=POINTS)
+    assert bool(state.accepted)
+    after = jax.tree.map(lambda p, u: np.asarray(p + u), params, updates)
+    assert float(state.rule.loss) == pytest.approx(by_hand(after, weights, 3.0), rel=1e-9)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_a_term_without_points_contributes_nothing(reduction):
+    functions, options = {"inside": at_point, "edge": lambda params, edge: params["b"] - edge}, {"reduction": reduction}
+    loss = LeastSquares(functions, pointwise=["x", "edge"], **options)
+    alone = LeastSquares({"inside": at_point}, pointwise="x", **options)
+    params, none = jax.tree.map(jnp.float32, AB), np.zeros((0,), np.float32)
+    assert float(loss(params, x=POINTS, edge=none)) == pytest.approx(float(alone(params, x=POINTS)))
+    gradient = jax.grad(lambda p: loss(p, x=POINTS, edge=none))(params)
+    assert float(gradient["b"]) == 0
+    assert loss.rows(params, {"x": POINTS, "edge": none}).residual.shape == (5,)
+    assert loss.residual(params, {"x": POINTS, "edge": none}).shape == (5,)
+
+
+def test_mistakes_of_a_least_squares_loss_are_named():
+    with pytest.raises(TypeError, match=r"'edge' returned no residuals: does it lack a `return`"):
+        LeastSquares({"x": at_point, "edge": lambda params: None})({"a": 1.0}, x=1.0)
+    with pytest.raises(TypeError, match=r"pass data by name: loss_fn\(params, x=\.\.\.\)"):
+        LeastSquares({"equation": at_point, "integral": over_all})(AB, POINTS)
+    with pytest.raises(ValueError, match=r"pointwise has 'x'; the residual functions are"):
+        LeastSquares({"equation": at_point}, pointwise={"x": ["x"]})
+    with pytest.raises(ValueError, match=r"pointwise\['equation'\] has 'y'"):
+        LeastSquares({"equation": at_point}, pointwise={"equation": "y"})
+    with pytest.raises(ValueError, match="for a dict of residual functions"):
+        LeastSquares(at_point, pointwise={"at_point": "x"})
+    with pytest.raises(ValueError, match="not negative"):
+        LeastSquares(at_point, weights=np.array([1.0, -1.0]))
+    with pytest.raises(ValueError, match=r"weights of shape \(3,\)"):
+        LeastSquares(at_point, weights=np.ones(3), pointwise="x")(AB, x=POINTS)

@@ -9,14 +9,14 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.flatten_util
 import jax.numpy as jnp
 
 from rk_optax import _checks, _tree
-from rk_optax.field import Capability, VectorField
+from rk_optax.field import Capability, Linear, VectorField
 from rk_optax.solver._base import Cost, Quantity, Solver, Step, check_offers
 from rk_optax.solver._diagonal import DiagonalCurvature
-from rk_optax.solver._linear import Solution, conjugate_gradients, real_matmul, solve_in_row_space
+from rk_optax.solver._linear import Solution, conjugate_gradients
+from rk_optax.solver._path import krylov_path
 
 PyTree = Any
 Curvature = Literal["hessian", "gauss_newton", "diagonal", "zero"] | DiagonalCurvature
@@ -27,7 +27,7 @@ class LinearState(NamedTuple):
     """State of the linearly implicit solvers: what the latest linear solve looked like."""
 
     iterations: jax.Array  # shape=(), int32: CG iterations of the step; 0 for a diagonal curvature
-    residual: jax.Array  # shape=(), float: relative residual of the last linear system; `ResidualEuler`: error of g*
+    residual: jax.Array  # shape=(), float: relative residual of the last linear system
     negative_curvature: jax.Array  # shape=(), bool: whether CG stopped at a direction of negative curvature
     diagonal: PyTree = ()  # a `DiagonalState` where the curvature is such an estimate
 
@@ -76,6 +76,9 @@ class _Rosenbrock(Solver):
             return self.curvature
         return DiagonalCurvature() if self.curvature == "diagonal" else None
 
+    def _product(self, field: VectorField, params: PyTree) -> Linear:
+        return field.hessian(params) if self.curvature == "hessian" else field.gauss_newton(params)
+
     def _system(self, field: VectorField, params: PyTree, state: LinearState) -> tuple[_Solve, PyTree, Cost]:
         """`solve(c, b)` for (I + c·PB) x = b, the estimator's new state, and what B cost."""
         if self._estimator is not None:
@@ -86,7 +89,7 @@ class _Rosenbrock(Solver):
         if self.curvature == "zero":
             return functools.partial(_divide, None), (), Cost()
         # Linearising runs the gradient once more; CG then calls its linear part alone.
-        product = field.hessian(params) if self.curvature == "hessian" else field.gauss_newton(params)
+        product = self._product(field, params)
 
         def solve(c: Any, b: PyTree) -> Solution:
             return conjugate_gradients(
@@ -137,8 +140,9 @@ class RosenbrockEuler(_Rosenbrock):
 
     @property
     def offers(self) -> frozenset[Quantity]:
-        """The fall of the quadratic model with B for its Hessian."""
-        return frozenset({"predicted_fall"})
+        """The fall of the quadratic model with B for its Hessian; where B is a matrix, the steps of all h too."""
+        matrix = self.curvature in ("hessian", "gauss_newton")
+        return frozenset({"predicted_fall", "path"}) if matrix else frozenset({"predicted_fall"})
 
     def step(
         self,
@@ -152,6 +156,8 @@ class RosenbrockEuler(_Rosenbrock):
     ) -> Step:
         """One step; see `Solver.step`."""
         check_offers(self, wants, "This step")
+        if "path" in wants:
+            return self._path(field, params, k1)
         solve, diagonal, cost = self._system(field, params, state)
         solution = solve(h, k1)
         residual = solution.residual.astype(_tree.default_float())
@@ -167,6 +173,14 @@ class RosenbrockEuler(_Rosenbrock):
             state=new,
             refused_state=new,
         )
+
+    def _path(self, field: VectorField, params: PyTree, k1: PyTree) -> Step:
+        """The direction is not computed: it is the rule's choice."""
+        path = krylov_path(field, params, k1, self._product(field, params), self.max_iterations)
+        count = jnp.full([], len(path.space), jnp.int32)
+        new = _initial_state()._replace(iterations=count, negative_curvature=jnp.any(path.eigenvalues < 0))
+        cost = Cost(gradients=2, products=len(path.space))
+        return Step(k1, cost, quantities={"path": path}, state=new, refused_state=new)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,102 +249,6 @@ class Ros2(_Rosenbrock):
             _total(cost, 2, first, second),
             solved=first.converged & second.converged,
             quantities=quantities,
-            state=new,
-            refused_state=new,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class ResidualEuler(Solver):
-    """Linearly implicit Euler for least squares, its linear system solved directly in the space of the N residuals.
-
-    With R the Jacobian of the residuals r, B = RᵀR + λI and Q = P/(1 + hλP), g* = Q(Rᵀy + λθ) with
-    (I + hRQRᵀ) y = r − hλRQθ: one N×N Cholesky factorisation, and the few iterations of CG that it takes, with that
-    factor as preconditioner, to make good the rounding of RQRᵀ (`state.solver.iterations`; one while h is small). The
-    same step as `RosenbrockEuler("gauss_newton")` with CG run to the end, and it does not care how badly conditioned
-    RᵀR is. Costs N Jacobian rows; the gradient that comes in is used for the predicted fall alone.
-
-    Args:
-      max_rows: the largest N whose N×N matrix is formed; beyond it the system is solved by CG alone, as by
-        `RosenbrockEuler`.
-      tolerance: relative error of g* at which CG stops, in (0, 1); for CG alone, relative residual.
-      max_iterations: cap on either CG.
-
-    Raises:
-      ValueError: an argument out of its range; at construction of the optimizer, a loss that is no
-        `rk_optax.LeastSquares` or a preconditioner that is not diagonal.
-    """
-
-    max_rows: int = 4096
-    tolerance: float = 1e-4
-    max_iterations: int = 100
-
-    def __post_init__(self):
-        _checks.count(self.max_rows, "max_rows")
-        self._beyond  # noqa: B018 # checks the rest
-
-    @property
-    def needs(self) -> frozenset[Capability]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Residuals, and their Gauss–Newton matrix where there are too many; symmetric with a diagonal P alone."""
-        return frozenset({"rows", "gauss_newton", "diagonal_scale"})
-
-    @property
-    def offers(self) -> frozenset[Quantity]:
-        """The fall of the Gauss–Newton model."""
-        return frozenset({"predicted_fall"})
-
-    def init(self, params: PyTree) -> LinearState:
-        """Nothing has been solved yet."""
-        del params
-        return _initial_state()
-
-    @property
-    def _beyond(self) -> RosenbrockEuler:
-        return RosenbrockEuler("gauss_newton", self.tolerance, self.max_iterations)
-
-    def step(
-        self,
-        field: VectorField,
-        params: PyTree,
-        k1: PyTree,
-        h: Any,
-        state: PyTree,
-        *,
-        wants: frozenset[Quantity] = frozenset(),
-    ) -> Step:
-        """One step; see `Solver.step`."""
-        check_offers(self, wants, "This step")
-        count = field.count_rows(params)
-        if count > self.max_rows:
-            return self._beyond.step(field, params, k1, h, state)
-        # Without the barrier XLA fuses the rows into their products, which then cost twice as much.
-        residual, rows = jax.lax.optimization_barrier(field.rows(params))
-        theta, unravel = jax.flatten_util.ravel_pytree(params)
-        # One dtype for the linear algebra, whatever those of the leaves, of the residuals and of h are.
-        real = _tree.common_dtype(jnp.finfo(jnp.result_type(theta, residual)).dtype, jnp.float32)
-        leaves = [leaf.reshape(count, -1) for leaf in jax.tree.leaves(rows)]
-        matrix = jnp.concatenate([jnp.zeros((count, 0), real), *leaves], axis=1)
-        residual, h = residual.astype(real), jnp.asarray(h, real)
-        scale = jnp.ones(theta.shape, real)
-        if field.scale is not None:
-            scale = jax.flatten_util.ravel_pytree(field.scale)[0].astype(real)
-        pull, wanted = jnp.zeros_like(theta), residual
-        if field.l2 is not None:
-            l2 = jnp.asarray(field.l2, real)
-            scale, pull = scale / (1 + h * l2 * scale), l2 * theta
-            wanted = residual - h * real_matmul(matrix, scale * pull)
-        solution = solve_in_row_space(
-            matrix, scale, h, wanted, tolerance=self.tolerance, max_iterations=self.max_iterations
-        )
-        direction = unravel((scale * (solution.x + pull)).astype(theta.dtype))
-        # For what CG left the model falls by a little less or more than for the solution.
-        correction = 0.5 * jnp.sum((residual - solution.left) * solution.left)
-        new = LinearState(solution.iterations, solution.error.astype(_tree.default_float()), jnp.zeros([], bool))
-        return Step(
-            direction,
-            Cost(gradients=1, rows=count),
-            solved=solution.error <= 1,
-            quantities={"predicted_fall": predicted_fall(field, k1, h, direction) + correction},
             state=new,
             refused_state=new,
         )

@@ -1,0 +1,313 @@
+"""All step sizes from one factorisation: the steps of linearly implicit Euler along h, and how to correct them.
+
+g*(h) = (I + hPB)⁻¹P∇L for every h costs one eigendecomposition of B, in the space of the parameters or of the
+residuals, whichever is smaller. The same factor serves the further iterations of simplified Newton that turn the
+linearly implicit step into one of backward Euler.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rk_optax import _tree
+from rk_optax.field import Linear, VectorField
+from rk_optax.solver._linear import real_matmul
+
+PyTree = Any
+
+
+class Trial(NamedTuple):
+    """What is seen at a trial point."""
+
+    loss: jax.Array  # shape=()
+    response: jax.Array  # shape=(N,): the residuals, of which `Path.corrected` makes the next iterate
+
+
+class Path(abc.ABC):
+    """The steps θ − h·g*(h) of all h, from one factorisation at θ.
+
+    A step is carried by its coordinates in the basis of the factorisation. Everything is for k step sizes at once: `h`
+    has shape (k,), and coordinates, directions and trials have a leading axis of that length.
+
+    Attributes:
+      correctable: whether `corrected` improves anything: where the loss is least squares and its rows are at hand.
+      boldness: the part of the best fall for which a longer step is worth taking, where the rule is given none.
+    """
+
+    correctable: ClassVar[bool] = False
+    boldness: ClassVar[float] = 1.0
+
+    @property
+    @abc.abstractmethod
+    def typical(self) -> jax.Array:
+        """A step size to begin with: one at which the larger eigenvalues are stiff and the others are not."""
+
+    @abc.abstractmethod
+    def start(self, h: jax.Array) -> jax.Array:
+        """The coordinates of the linearly implicit steps, shape (k, n)."""
+
+    @abc.abstractmethod
+    def direction(self, h: jax.Array, coordinates: jax.Array) -> PyTree:
+        """g* like params, each leaf with a leading axis of length k."""
+
+    @abc.abstractmethod
+    def predicted_fall(self, h: jax.Array, coordinates: jax.Array) -> jax.Array:
+        """Of the loss, by the quadratic model, for linearly implicit steps; shape (k,)."""
+
+    @abc.abstractmethod
+    def evaluate(self, params: PyTree) -> Trial:
+        """What one trial point shows. Costs one loss."""
+
+    def corrected(self, h: jax.Array, coordinates: jax.Array, response: jax.Array) -> jax.Array:
+        """One more iteration towards backward Euler, from what the trial points θ − h·g* showed, shape (k, N)."""
+        del h, response
+        return coordinates
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RealVectors:
+    """Trees like params as real vectors of one dtype: complex leaves are pairs, their real parts first."""
+
+    like: PyTree
+    dtype: Any
+
+    def flatten(self, tree: PyTree, lead: int = 0) -> jax.Array:
+        """The leaves side by side, after their `lead` leading axes."""
+        parts = []
+        for leaf in jax.tree.leaves(tree):
+            for part in (jnp.real(leaf), jnp.imag(leaf)) if jnp.iscomplexobj(leaf) else (leaf,):
+                parts.append(part.reshape(*part.shape[:lead], -1).astype(self.dtype))
+        return jnp.concatenate(parts, axis=-1) if parts else jnp.zeros((0,), self.dtype)
+
+    def diagonal(self, tree: PyTree | None) -> jax.Array:
+        """A diagonal operator, one real number for each parameter, as a vector; None is the identity."""
+        if tree is None:
+            tree = jax.tree.map(lambda x: jnp.ones(x.shape, self.dtype), self.like)
+        return self.flatten(jax.tree.map(lambda d, x: d * (1 + 1j) if jnp.iscomplexobj(x) else d, tree, self.like))
+
+    def unflatten(self, vectors: jax.Array) -> PyTree:
+        """Trees like params, in their dtypes, from vectors of shape (k, n)."""
+        leaves, treedef = jax.tree.flatten(self.like)
+        sizes = [part for leaf in leaves for part in [leaf.size] * (2 if jnp.iscomplexobj(leaf) else 1)]
+        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+        parts = iter(jnp.split(vectors, ends[:-1], axis=1)) if leaves else iter(())
+        trees = []
+        for leaf in leaves:
+            part = next(parts)
+            if jnp.iscomplexobj(leaf):
+                part = jax.lax.complex(part, next(parts))
+            trees.append(part.reshape(len(vectors), *leaf.shape).astype(leaf.dtype))
+        return treedef.unflatten(trees)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LeastSquaresPath(Path):
+    """By the eigenvalues s and eigenvectors U of a Gram matrix of R, the Jacobian of the residuals r.
+
+    With z the coordinates and σ(h) = h·s, backward Euler with Rᵀ frozen at θ is z = response(z), and each iteration is
+    z ← z − (z − response(z))/(1 + σ), from the linearly implicit z = start/(1 + σ).
+    """
+
+    field: VectorField
+    vectors: RealVectors
+    theta: jax.Array  # shape=(P,)
+    rows: jax.Array  # shape=(N, P)
+    scale: jax.Array  # shape=(P,): P, the preconditioner
+    residual: jax.Array  # shape=(N,)
+    eigenvalues: jax.Array  # shape=(n,), not negative
+    basis: jax.Array  # shape=(n, n): the eigenvectors are its columns
+    correctable: ClassVar[bool] = True
+    boldness: ClassVar[float] = 0.1
+
+    @property
+    def typical(self) -> jax.Array:
+        """The reciprocal of the mean eigenvalue."""
+        mean = jnp.mean(self.eigenvalues) if self.eigenvalues.size else jnp.zeros([], self.rows.dtype)
+        return jnp.where(mean > 0, _tree.ratio(jnp.ones_like(mean), mean), 1)
+
+    @property
+    def l2(self) -> Any:
+        """λ, 0 where there is none."""
+        return jnp.asarray(0.0 if self.field.l2 is None else self.field.l2, self.rows.dtype)
+
+    def direction(self, h: jax.Array, coordinates: jax.Array) -> PyTree:
+        """See `Path.direction`."""
+        return self.vectors.unflatten(self._vectors(h, coordinates))
+
+    def predicted_fall(self, h: jax.Array, coordinates: jax.Array) -> jax.Array:
+        """See `Path.predicted_fall`: h(⟨∇L, g*⟩ + ⟨g*, P⁻¹g*⟩)/2."""
+        direction = self._vectors(h, coordinates)
+        gradient = self.residual @ self.rows + self.l2 * self.theta
+        return 0.5 * h * jnp.sum(direction * (gradient[None] + _tree.ratio(direction, self.scale[None])), axis=1)
+
+    @abc.abstractmethod
+    def _vectors(self, h: jax.Array, coordinates: jax.Array) -> jax.Array:
+        """The directions as vectors, shape (k, P)."""
+
+    def evaluate(self, params: PyTree) -> Trial:
+        """The loss and the residuals at one point."""
+        residual = self.field.residual(params)
+        loss = 0.5 * jnp.sum(residual * residual)
+        if self.field.l2 is not None:
+            square = _tree.inner(params, params).astype(loss.dtype)
+            loss = loss + 0.5 * jnp.asarray(self.field.l2, loss.dtype) * square
+        return Trial(loss, residual.astype(self.rows.dtype))
+
+
+class ParameterPath(LeastSquaresPath):
+    """In the space of the P parameters: P^½(RᵀR + λI)P^½ = USUᵀ, and g* = P^½Uz."""
+
+    @staticmethod
+    def matrix(rows: jax.Array, scale: jax.Array, l2: Any) -> jax.Array:
+        """The matrix to decompose."""
+        scaled = rows * jnp.sqrt(scale)[None]
+        return real_matmul(scaled.T, scaled) + jnp.diag(l2 * scale)
+
+    def start(self, h: jax.Array) -> jax.Array:
+        """See `Path.start`."""
+        pulled = (self.residual @ self.rows + self.l2 * self.theta) * jnp.sqrt(self.scale)
+        return (pulled @ self.basis)[None] / self._stiffness(h)
+
+    def corrected(self, h: jax.Array, coordinates: jax.Array, response: jax.Array) -> jax.Array:
+        """See `Path.corrected`."""
+        moved = self.theta[None] - h[:, None] * self._vectors(h, coordinates)
+        pulled = (response @ self.rows + self.l2 * moved) * jnp.sqrt(self.scale)[None]
+        return coordinates - (coordinates - pulled @ self.basis) / self._stiffness(h)
+
+    def _vectors(self, h: jax.Array, coordinates: jax.Array) -> jax.Array:
+        del h
+        return (coordinates @ self.basis.T) * jnp.sqrt(self.scale)[None]
+
+    def _stiffness(self, h: jax.Array) -> jax.Array:
+        return 1 + h[:, None] * self.eigenvalues[None]
+
+
+class RowPath(LeastSquaresPath):
+    """In the space of the N residuals: RPRᵀ = USUᵀ, and g* = (PRᵀUz + λθ)/(1 + hλ), with P = I where λ is not 0."""
+
+    @staticmethod
+    def matrix(rows: jax.Array, scale: jax.Array, l2: Any) -> jax.Array:
+        """The matrix to decompose."""
+        del l2
+        scaled = rows * jnp.sqrt(scale)[None]
+        return real_matmul(scaled, scaled.T)
+
+    def start(self, h: jax.Array) -> jax.Array:
+        """See `Path.start`."""
+        wanted = self.residual[None] - (self._short(h) * self.l2)[:, None] * (self.rows @ self.theta)[None]
+        return (wanted @ self.basis) / self._stiffness(h)
+
+    def corrected(self, h: jax.Array, coordinates: jax.Array, response: jax.Array) -> jax.Array:
+        """See `Path.corrected`."""
+        return coordinates - (coordinates - response @ self.basis) / self._stiffness(h)
+
+    def _vectors(self, h: jax.Array, coordinates: jax.Array) -> jax.Array:
+        pulled = ((coordinates @ self.basis.T) @ self.rows) * self.scale[None]
+        return (pulled + (self.l2 * self.theta)[None]) / (1 + h * self.l2)[:, None]
+
+    def _short(self, h: jax.Array) -> jax.Array:
+        return h / (1 + h * self.l2)
+
+    def _stiffness(self, h: jax.Array) -> jax.Array:
+        return 1 + self._short(h)[:, None] * self.eigenvalues[None]
+
+
+def least_squares_path(field: VectorField, params: PyTree, *, parameters: bool) -> LeastSquaresPath:
+    """The path at `params`, in the space of the `parameters` or of the residuals. Costs the rows."""
+    # Without the barrier XLA fuses the rows into their products, which then cost twice as much.
+    residual, rows = jax.lax.optimization_barrier(field.rows(params))
+    real = _tree.default_float()
+    vectors = RealVectors(params, real)
+    theta, scale = vectors.flatten(params), vectors.diagonal(field.scale)
+    matrix = vectors.flatten(rows, lead=1) if jax.tree.leaves(rows) else jnp.zeros((len(residual), 0), real)
+    form = ParameterPath if parameters else RowPath
+    l2 = jnp.asarray(0.0 if field.l2 is None else field.l2, real)
+    eigenvalues, basis = jnp.linalg.eigh(form.matrix(matrix, scale, l2), symmetrize_input=False)
+    # Rounding makes small ones negative.
+    eigenvalues = jnp.maximum(eigenvalues, 0)
+    return form(field, vectors, theta, matrix, scale, residual.astype(real), eigenvalues, basis)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KrylovPath(Path):
+    """In the Krylov space of P^½BP^½ and P^½∇L: the shifted systems of all h share it. g* = P^½VᵀQz, T = QSQᵀ.
+
+    With the absolute eigenvalues of an indefinite B the steps leave saddle points instead of seeking them.
+    """
+
+    field: VectorField
+    vectors: RealVectors
+    root: jax.Array  # shape=(P,): P^½
+    space: jax.Array  # shape=(m, P): orthonormal rows V, those after an invariant subspace zero
+    eigenvalues: jax.Array  # shape=(m,): Ritz values
+    basis: jax.Array  # shape=(m, m)
+    size: jax.Array  # shape=(): ‖P^½∇L‖
+
+    @property
+    def typical(self) -> jax.Array:
+        """The reciprocal of the largest Ritz value."""
+        largest = jnp.max(jnp.abs(self.eigenvalues), initial=0)
+        return jnp.where(largest > 0, _tree.ratio(jnp.ones_like(largest), largest), 1)
+
+    def start(self, h: jax.Array) -> jax.Array:
+        """See `Path.start`."""
+        return (self.size * self.basis[0])[None] / (1 + h[:, None] * jnp.abs(self.eigenvalues)[None])
+
+    def direction(self, h: jax.Array, coordinates: jax.Array) -> PyTree:
+        """See `Path.direction`."""
+        del h
+        return self.vectors.unflatten(((coordinates @ self.basis.T) @ self.space) * self.root[None])
+
+    def predicted_fall(self, h: jax.Array, coordinates: jax.Array) -> jax.Array:
+        """See `Path.predicted_fall`."""
+        return 0.5 * h * jnp.sum(coordinates * ((self.size * self.basis[0])[None] + coordinates), axis=1)
+
+    def evaluate(self, params: PyTree) -> Trial:
+        """The loss at one point."""
+        return Trial(self.field.loss(params), jnp.zeros((0,), self.space.dtype))
+
+
+def krylov_path(field: VectorField, params: PyTree, k1: PyTree, product: Linear, dimension: int) -> KrylovPath:
+    """The path at `params` with the matrix whose products are given. Costs `dimension` products."""
+    real = _tree.default_float()
+    vectors = RealVectors(params, real)
+    root = jnp.sqrt(vectors.diagonal(field.scale))
+    b = _tree.ratio(vectors.flatten(k1), root)
+    size = length(b)
+    dimension = max(min(dimension, b.size), 1)
+
+    def operate(v: jax.Array) -> jax.Array:
+        tree = jax.tree.map(lambda leaf: leaf[0], vectors.unflatten((root * v)[None]))
+        return root * vectors.flatten(product(tree))
+
+    def extend(i: Any, carry: Any) -> Any:
+        space, diagonal, below = carry
+        w = operate(space[i])
+        diagonal = diagonal.at[i].set(space[i] @ w)
+        norm = length(w)
+        for _ in range(2):  # full orthogonalisation, twice: rounding would bring found directions back
+            w = w - (space @ w) @ space
+        new = length(w)
+        new = jnp.where(new > 10 * jnp.finfo(real).eps * norm, new, 0)
+        space = space.at[i + 1].set(_tree.ratio(w, new), mode="drop")
+        return space, diagonal, below.at[i].set(new)
+
+    space = jnp.zeros((dimension, b.size), real).at[0].set(_tree.ratio(b, size))
+    space, diagonal, below = jax.lax.fori_loop(
+        0, dimension, extend, (space, jnp.zeros(dimension, real), jnp.zeros(dimension, real))
+    )
+    off = below[:-1]
+    eigenvalues, basis = jnp.linalg.eigh(jnp.diag(diagonal) + jnp.diag(off, 1) + jnp.diag(off, -1))
+    return KrylovPath(field, vectors, root, space, eigenvalues, basis, size)
+
+
+def length(vector: jax.Array) -> jax.Array:
+    """The 2-norm of a real vector of any size: scaled before it is squared."""
+    largest = jnp.max(jnp.abs(vector), initial=0)
+    scaled = _tree.ratio(vector, largest)
+    return largest * jnp.sqrt(jnp.sum(scaled * scaled))

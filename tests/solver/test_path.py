@@ -1,0 +1,153 @@
+"""The steps of all step sizes from one factorisation: against dense solves, and backward Euler by scipy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+from jax.flatten_util import ravel_pytree
+
+from rk_optax import LeastSquares, ResidualEuler, RosenbrockEuler
+from rk_optax.field import Objective, ParameterView
+
+X = np.linspace(-1, 1, 7)
+THETA = {"a": np.array([0.7, -0.4]), "b": np.array([[0.3], [0.9]])}
+P = np.array([0.5, 2.0, 0.1, 3.0])
+SIZES = np.array([1e-3, 0.2, 5.0, 1e3])
+
+
+def many(params):
+    """Nine residuals of four parameters."""
+    fit = jnp.tanh(params["a"][0] * X + params["a"][1]) * params["b"][0, 0] + params["b"][1, 0] * X**2 - np.sin(2 * X)
+    return {"fit": fit, "pull": 0.5 * params["a"]}
+
+
+def few(params):
+    """Three."""
+    return many(params)["fit"][1:4]
+
+
+RESIDUALS = {"parameters": many, "rows": few}
+
+
+def path_of(residuals, solver=None, *, l2=None, scale=None, params=THETA):
+    """The path, the field, params flat, and the function that makes trees of vectors."""
+    solver = ResidualEuler() if solver is None else solver
+    params = jax.tree.map(jnp.asarray, params)
+    loss = residuals if isinstance(residuals, LeastSquares) else LeastSquares(residuals)
+    field = Objective(loss, needs=solver.needs, l2=l2).bind({}, ParameterView.of(params, stage_dtype=None))
+    theta, unravel = ravel_pytree(params)
+    if scale is not None:
+        tree = unravel(jnp.asarray(scale))
+        field = field.preconditioned(lambda g: jax.tree.map(jnp.multiply, tree, g), tree)
+    step = solver.step(field, params, field(params), 0.0, solver.init(params), wants=frozenset({"path"}))
+    return step, field, np.asarray(theta), unravel
+
+
+def dense(residuals, theta, unravel):
+    flat = lambda t: ravel_pytree(residuals(unravel(t)))[0]  # noqa: E731
+    return flat, np.asarray(jax.jacfwd(flat)(theta)), np.asarray(flat(theta))
+
+
+def rows_of(tree):
+    return np.stack([ravel_pytree(jax.tree.map(lambda leaf, i=i: leaf[i], tree))[0] for i in range(len(SIZES))])
+
+
+@pytest.mark.parametrize(("l2", "scale"), [(None, None), (0.3, None), (None, P), (0.3, P)])
+@pytest.mark.parametrize("form", RESIDUALS)
+def test_one_factorisation_has_the_steps_and_falls_of_all_step_sizes(form, l2, scale, x64):
+    step, _, theta, unravel = path_of(RESIDUALS[form], l2=l2, scale=scale)
+    path = step.quantities["path"]
+    _, jacobian, residual = dense(RESIDUALS[form], theta, unravel)
+    matrix = jacobian.T @ jacobian + (l2 or 0) * np.eye(4)
+    gradient = jacobian.T @ residual + (l2 or 0) * theta
+    diagonal = np.ones(4) if scale is None else scale
+    coordinates = path.start(jnp.asarray(SIZES))
+    found = rows_of(path.direction(jnp.asarray(SIZES), coordinates))
+    falls = path.predicted_fall(jnp.asarray(SIZES), coordinates)
+    for h, direction, fall in zip(SIZES, found, falls, strict=True):
+        expected = np.linalg.solve(np.eye(4) + h * diagonal[:, None] * matrix, diagonal * gradient)
+        np.testing.assert_allclose(direction, expected, rtol=1e-8, atol=1e-12)
+        assert fall == pytest.approx(h * gradient @ expected - 0.5 * h**2 * expected @ matrix @ expected, rel=1e-8)
+    # With both a preconditioner and l2 the matrix of the residuals would change with h.
+    by_parameters = form == "parameters" or (l2 and scale is not None)
+    assert int(step.state.form) == bool(by_parameters)
+    assert len(path.eigenvalues) == (4 if by_parameters else 3)
+
+
+@pytest.mark.parametrize(("l2", "scale"), [(None, None), (0.3, None), (0.3, P)])
+@pytest.mark.parametrize("form", RESIDUALS)
+def test_corrections_lead_to_backward_euler_with_the_jacobian_of_its_start(form, l2, scale, x64):
+    step, field, theta, unravel = path_of(RESIDUALS[form], l2=l2, scale=scale)
+    path, h = step.quantities["path"], jnp.array([0.3])
+    flat, jacobian, _ = dense(RESIDUALS[form], theta, unravel)
+    diagonal = np.ones(4) if scale is None else scale
+
+    def left(t):
+        return t - theta + 0.3 * diagonal * (jacobian.T @ np.asarray(flat(t)) + (l2 or 0) * t)
+
+    end = scipy.optimize.root(left, theta, tol=1e-13).x
+    coordinates, errors = path.start(h), []
+    for _ in range(8):
+        direction = jax.tree.map(lambda leaf: leaf[0], path.direction(h, coordinates))
+        point = theta - 0.3 * np.asarray(ravel_pytree(direction)[0])
+        errors.append(np.linalg.norm(point - end))
+        trial = path.evaluate(unravel(jnp.asarray(point)))
+        assert float(trial.loss) == pytest.approx(float(field.loss(unravel(jnp.asarray(point)))), rel=1e-12)
+        coordinates = path.corrected(h, coordinates, trial.response[None])
+    assert errors[0] > 1e-4
+    assert errors[1] < 0.4 * errors[0]
+    assert errors[-1] < 1e-3 * errors[0]
+
+
+def test_complex_leaves_are_pairs_of_reals_on_the_path(x64):
+    z = np.array([1.0 + 0.5j, -0.3 + 2.0j])
+
+    def residuals(params):
+        u, v = params["z"]
+        return jnp.stack([jnp.real(u * v), jnp.imag(u) - 0.5, jnp.abs(v) ** 2])
+
+    step, *_ = path_of(residuals, params={"z": z})
+    pairs = jnp.concatenate([z.real, z.imag])
+    of_pairs = lambda t: residuals({"z": t[:2] + 1j * t[2:]})  # noqa: E731
+    jacobian, r = np.asarray(jax.jacfwd(of_pairs)(pairs)), np.asarray(of_pairs(pairs))
+    expected = np.linalg.solve(np.eye(4) + 0.7 * jacobian.T @ jacobian, jacobian.T @ r)
+    path, h = step.quantities["path"], jnp.array([0.7])
+    np.testing.assert_allclose(
+        path.direction(h, path.start(h))["z"][0], expected[:2] + 1j * expected[2:], rtol=1e-10
+    )
+
+
+@pytest.mark.parametrize("curvature", ["gauss_newton", "hessian"])
+@pytest.mark.parametrize("scale", [None, P])
+def test_a_krylov_space_of_full_dimension_has_the_exact_steps_with_absolute_eigenvalues(curvature, scale, x64):
+    step, field, theta, unravel = path_of(many, RosenbrockEuler(curvature, max_iterations=9), scale=scale)
+    flat, jacobian, residual = dense(many, theta, unravel)
+    matrix = jacobian.T @ jacobian
+    if curvature == "hessian":
+        matrix = np.asarray(jax.hessian(lambda t: 0.5 * jnp.sum(flat(t) ** 2))(jnp.asarray(theta)))
+    root = np.sqrt(np.ones(4) if scale is None else scale)
+    s, v = np.linalg.eigh(root[:, None] * matrix * root)
+    assert (s.min() < -1e-3) == (curvature == "hessian") == bool(step.state.negative_curvature)
+    path = step.quantities["path"]
+    found = rows_of(path.direction(jnp.asarray(SIZES), path.start(jnp.asarray(SIZES))))
+    for h, direction in zip(SIZES, found, strict=True):
+        inner = v.T @ (root * (jacobian.T @ residual)) / (1 + h * np.abs(s))
+        np.testing.assert_allclose(direction, root * (v @ inner), rtol=1e-7, atol=1e-12)
+    assert int(step.cost.products) == 4
+
+
+def test_a_matrix_beyond_max_rows_is_replaced_by_a_krylov_space_and_the_state_says_so(x64):
+    direct, *_ = path_of(many)
+    products, *_ = path_of(many, ResidualEuler(max_rows=3, max_iterations=4))
+    assert [int(s.state.form) for s in (direct, products)] == [1, 2]
+    assert (int(products.cost.rows), int(products.cost.products)) == (0, 4)
+    h = jnp.asarray(SIZES)
+    a, b = (rows_of(s.quantities["path"].direction(h, s.quantities["path"].start(h))) for s in (direct, products))
+    np.testing.assert_allclose(a, b, rtol=1e-7)
+
+
+def test_an_invariant_krylov_space_ends_early():
+    step, *_ = path_of(lambda params: 3.0 * params["a"], RosenbrockEuler(), params={"a": np.ones(5, np.float32)})
+    path, h = step.quantities["path"], jnp.array([0.0, 2.0])
+    np.testing.assert_allclose(path.direction(h, path.start(h))["a"][1], 9 / (1 + 2 * 9), rtol=1e-5)

@@ -1,0 +1,178 @@
+"""The rule that chooses among the steps of one factorisation: against choices made by NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rk_optax
+from rk_optax import LeastSquares, Reason, path_control
+
+
+def curve(theta, x, y):
+    return theta[0] * jnp.tanh(theta[1] * x) + theta[2] * jnp.sin(theta[3] * x) - y
+
+
+LOSS = LeastSquares(curve)
+X = np.linspace(-2, 2, 12)
+START = np.array([0.3, 1.5, -0.4, 2.0])
+
+
+def target(noise=0.0, seed=0):
+    return np.asarray(curve(np.array([1.0, 0.7, 0.5, 1.3]), X, 0.0)) + noise * np.random.default_rng(seed).normal(size=12)
+
+
+def stepper(rule, loss=LOSS, solver=rk_optax.residual_euler, **options):
+    tx = solver(loss, rule, **options)
+
+    @jax.jit
+    def step(theta, state, data):
+        updates, state = tx.update(jax.grad(loss)(theta, **data), state, theta, **data)
+        return theta + updates, state
+
+    return tx, step
+
+
+def run(rule, count, data, start=START, **options):
+    tx, step = stepper(rule, **options)
+    theta = jnp.asarray(start, float)
+    state, seen = tx.init(theta), []
+    for i in range(count):
+        theta, state = step(theta, state, data(i) if callable(data) else data)
+        seen.append((np.asarray(theta), state))
+    return seen
+
+
+@pytest.mark.parametrize("boldness", [0.1, 0.6, 1.0])
+@pytest.mark.parametrize("corrections", [0, 2])
+def test_it_takes_the_longest_trial_step_with_a_fair_part_of_the_best_fall(boldness, corrections, x64):
+    y, theta, h = target(), START, 0.7
+    rule = path_control(h, probes=7, width=20.0, boldness=boldness, corrections=corrections)
+    for found, state in run(rule, 4, {"x": X, "y": y}):
+        residual = lambda t: np.asarray(curve(t, X, y))  # noqa: E731
+        jacobian, r = np.asarray(jax.jacfwd(curve)(jnp.asarray(theta), X, y)), residual(theta)
+        losses, ends = [], []
+        sizes = h * 20.0 ** np.linspace(-1, 1, 7)
+        for size in sizes:
+            solve = lambda g, size=size: np.linalg.solve(np.eye(4) + size * jacobian.T @ jacobian, g)  # noqa: E731
+            d, iterates = solve(jacobian.T @ r), []
+            for _ in range(corrections + 1):
+                iterates.append(theta - size * d)
+                d = d - solve(d - jacobian.T @ residual(theta - size * d))
+            values = [0.5 * np.sum(residual(t) ** 2) for t in iterates]
+            losses.append(min(values))
+            ends.append(iterates[int(np.argmin(values))])
+        falls = 0.5 * np.sum(r**2) - np.array(losses)
+        index = np.flatnonzero(falls >= boldness * falls.max())[-1]
+        np.testing.assert_allclose(found, ends[index], rtol=1e-6)
+        assert float(state.step_size) == float(state.rule.next_step_size) == pytest.approx(sizes[index])
+        assert float(state.rule.loss) == pytest.approx(losses[index])
+        theta, h = found, sizes[index]
+    assert int(state.cost.losses) == 4 * (7 * (corrections + 1) + 2)
+
+
+def test_units_change_nothing():
+    data = {"x": X.astype(np.float32), "y": target().astype(np.float32)}
+    plain = run(path_control(), 3, data)
+    for c in (1e-24, 1e-12, 1e12, 1e24):
+        loss = LeastSquares(curve, weights=float(c))
+        for (theta, a), (other, b) in zip(plain, run(path_control(), 3, data, loss=loss), strict=True):
+            np.testing.assert_allclose(other, theta, rtol=2e-3)
+            assert float(b.step_size) * c == pytest.approx(float(a.step_size), rel=1e-3)
+
+
+def test_where_the_data_change_it_is_trust_ratio_control(x64):
+    def batch(i):
+        return {"x": X, "y": target(0.3, seed=i)}
+
+    ours = run(path_control(0.5), 8, batch)
+    assert [int(state.rule.changing) for _, state in ours] == [0] + 7 * [2]
+    first, state = ours[0]
+    h = float(state.step_size)
+    theirs = run(rk_optax.trust_ratio_control(h), 7, lambda i: batch(i + 1), start=first)
+    for (theta, a), (other, b) in zip(ours[1:], theirs, strict=True):
+        np.testing.assert_allclose(theta, other, rtol=1e-7)
+        assert float(a.step_size) == pytest.approx(float(b.step_size))
+
+
+def test_when_the_data_stay_again_so_do_the_trials(x64):
+    seen = run(path_control(), 6, lambda i: {"x": X, "y": target(0.3, seed=min(i, 2))})
+    assert [int(state.rule.changing) for _, state in seen] == [0, 2, 2, 1, 0, 0]
+
+
+def test_it_needs_a_fraction_of_the_steps_of_the_trust_ratio_in_a_curved_valley(x64):
+    data, steps = {"x": X, "y": target()}, []
+    for rule in (path_control(), rk_optax.trust_ratio_control()):
+        seen = run(rule, 30, data, start=np.full(4, 0.1))
+        losses = np.array([0.5 * np.sum(np.asarray(curve(theta, X, data["y"])) ** 2) for theta, _ in seen])
+        steps.append(int(np.argmax(losses < 1e-14)))
+    assert steps[0] <= 7
+    assert steps[1] >= 25
+
+
+def test_no_step_is_the_last(x64):
+    """Refused all over, then with a loss that can fall again; the loss rises in every direction that the model knows."""
+    loss = LeastSquares(lambda theta, wall: jnp.where(jnp.all(theta == 1.0) | (wall == 0), theta, jnp.nan))
+    tx, step = stepper(path_control(), loss)
+    theta = jnp.ones(2)
+    state = tx.init(theta)
+    for _ in range(30):
+        theta, state = step(theta, state, {"wall": jnp.ones([])})
+    assert int(state.rejected) >= 15  # until a step is below the rounding of params
+    np.testing.assert_array_equal(theta, 1.0)
+    for _ in range(60):
+        theta, state = step(theta, state, {"wall": jnp.zeros([])})
+    assert np.abs(theta).max() < 1e-6
+
+
+def test_at_a_minimum_nothing_moves_and_the_reason_says_why():
+    data = {"x": X.astype(np.float32), "y": target(0.3).astype(np.float32)}
+    seen = run(path_control(), 40, data)
+    assert int(seen[-1][1].reason) in (Reason.ACCEPTED, Reason.UNRESOLVED)
+    gradient = jax.grad(LOSS)(jnp.asarray(seen[-1][0]), **data)
+    assert np.abs(gradient).max() < 1e-4
+    assert np.isfinite(seen[-1][1].rule.next_step_size)
+
+
+def test_momentum_is_judged_with_the_step(x64):
+    data = {"x": X, "y": target()}
+    seen = run(path_control(), 12, data, momentum=0.5)
+    losses = [float(state.rule.loss) for _, state in seen]
+    actual = [float(LOSS(jnp.asarray(theta), **data)) for theta, _ in seen]
+    np.testing.assert_allclose(losses, actual, rtol=1e-9)
+    assert all(b <= a for a, b in zip(losses, losses[1:], strict=False))
+
+
+def test_other_losses_take_the_least_of_the_trials_in_a_krylov_space(x64):
+    def loss(theta):
+        return jnp.sum((theta[0] ** 2 - 1) ** 2) + 0.5 * theta[1] ** 2
+
+    tx = rk_optax.rosenbrock_euler(loss, path_control(), curvature="hessian")
+    theta = jnp.array([0.1, 1.0])  # of negative curvature
+    state = tx.init(theta)
+    for _ in range(12):
+        updates, state = jax.jit(tx.update)(jax.grad(loss)(theta), state, theta)
+        theta = theta + updates
+    np.testing.assert_allclose(theta, [1, 0], atol=1e-7)
+    assert int(state.cost.losses) == 12 * (12 + 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"initial_step_size": 0.0}, "initial_step_size"),
+        ({"probes": 0}, "probes"),
+        ({"width": 1.0}, "width"),
+        ({"boldness": 0.0}, "boldness"),
+        ({"boldness": 1.5}, "boldness"),
+        ({"corrections": -1}, "corrections"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        path_control(**options)
+
+
+def test_solvers_without_a_path_are_refused():
+    with pytest.raises(ValueError, match="one factorisation"):
+        rk_optax.rk4(LOSS, path_control())
