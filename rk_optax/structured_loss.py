@@ -257,7 +257,9 @@ class LeastSquares(ModelLoss):
         """One function's residuals in the order of its rows: over points first, then over those of a point."""
         leaves = jax.tree.leaves(tree)
         if self._split(term, data)[0]:
-            return jnp.concatenate([leaf.reshape(len(leaf), math.prod(leaf.shape[1:])) for leaf in leaves], axis=1).ravel()
+            return jnp.concatenate(
+                [leaf.reshape(len(leaf), math.prod(leaf.shape[1:])) for leaf in leaves], axis=1
+            ).ravel()
         return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
 
 

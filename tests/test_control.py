@@ -311,7 +311,9 @@ def test_the_candidate_that_is_judged_has_the_momentum_in_it():
 def test_both_losses_are_those_of_the_steps_own_batch(name):
     """A batch of far greater loss than the last one is no rise of the loss."""
     loss = LeastSquares(lambda theta, x: x * theta)
-    tx = rk_optax.rkc(loss, max_stages=20) if name == "descent" else rk_optax.residual_euler(loss, trust_ratio_control())
+    tx = (
+        rk_optax.rkc(loss, max_stages=20) if name == "descent" else rk_optax.residual_euler(loss, trust_ratio_control())
+    )
     theta = jnp.array([1.0, 1.0])
     state = tx.init(theta)
     for scale in (1e-2, 3.0, 1e-2):
@@ -380,8 +382,14 @@ def square(theta):
         (lambda: rk_optax.rkc(square, error_control()), "Stabilized does not offer"),
         (lambda: rk_optax.rk4(square, trust_ratio_control()), "the tableau 'rk4' does not offer"),
         (lambda: rk_optax.rkc(square, trust_ratio_control()), "Stabilized does not offer"),
-        (lambda: rk_optax.residual_euler(LeastSquares(valley), trust_ratio_control(), momentum=0.9), "momentum, after or weight_decay"),
-        (lambda: rk_optax.residual_euler(LeastSquares(valley), trust_ratio_control(), weight_decay=0.1), "momentum, after or weight_decay"),
+        (
+            lambda: rk_optax.residual_euler(LeastSquares(valley), trust_ratio_control(), momentum=0.9),
+            "momentum, after or weight_decay",
+        ),
+        (
+            lambda: rk_optax.residual_euler(LeastSquares(valley), trust_ratio_control(), weight_decay=0.1),
+            "momentum, after or weight_decay",
+        ),
         (lambda: rk_optax.rk4(None, descent_control(), grad_fn=square), "'loss': pass loss_fn"),
         (lambda: error_control(rtol=-1.0), "rtol"),
         (lambda: error_control(atol=0.0), "atol must be positive"),

@@ -19,7 +19,9 @@ START = np.array([0.3, 1.5, -0.4, 2.0])
 
 
 def target(noise=0.0, seed=0):
-    return np.asarray(curve(np.array([1.0, 0.7, 0.5, 1.3]), X, 0.0)) + noise * np.random.default_rng(seed).normal(size=12)
+    return np.asarray(curve(np.array([1.0, 0.7, 0.5, 1.3]), X, 0.0)) + noise * np.random.default_rng(seed).normal(
+        size=12
+    )
 
 
 def stepper(rule, loss=LOSS, solver=rk_optax.residual_euler, **options):

@@ -113,9 +113,7 @@ def test_complex_leaves_are_pairs_of_reals_on_the_path(x64):
     jacobian, r = np.asarray(jax.jacfwd(of_pairs)(pairs)), np.asarray(of_pairs(pairs))
     expected = np.linalg.solve(np.eye(4) + 0.7 * jacobian.T @ jacobian, jacobian.T @ r)
     path, h = step.quantities["path"], jnp.array([0.7])
-    np.testing.assert_allclose(
-        path.direction(h, path.start(h))["z"][0], expected[:2] + 1j * expected[2:], rtol=1e-10
-    )
+    np.testing.assert_allclose(path.direction(h, path.start(h))["z"][0], expected[:2] + 1j * expected[2:], rtol=1e-10)
 
 
 @pytest.mark.parametrize("curvature", ["gauss_newton", "hessian"])
