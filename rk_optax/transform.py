@@ -522,7 +522,8 @@ def _turns_round(after: optax.GradientTransformation) -> bool:
     def probe(sign: float) -> jax.Array:
         gradient = jnp.full([1], sign)
         known = {"value": jnp.zeros([]), "grad": gradient, "value_fn": lambda params: jnp.sum(sign * params)}
-        return optax.with_extra_args_support(after).update(gradient, after.init(place), place, **known)[0]
+        turned, _ = optax.with_extra_args_support(after).update(gradient, after.init(place), place, **known)
+        return jnp.asarray(turned)
 
     with jax.ensure_compile_time_eval():
         place = jnp.zeros([1])
