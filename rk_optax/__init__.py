@@ -75,7 +75,8 @@ from rk_optax.stage_batches import first_stage_batch
 from rk_optax.step_size import Attempt, Choice, Proposal, Reason, StepSizeRule, Verdict
 from rk_optax.structured_loss import LeastSquares, ModelLoss
 from rk_optax.tableau import TABLEAUS, ButcherTableau, rk2, rk3, rk4_family
-from rk_optax.transform import RungeKuttaState, inject_hyperparams, runge_kutta, scale_by_rk
+from rk_optax.transform import inject_hyperparams, runge_kutta, scale_by_rk
+from rk_optax.update import RungeKuttaState
 
 __version__ = "0.1.0"
 

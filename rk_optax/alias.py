@@ -9,6 +9,7 @@ import jax
 import optax
 
 from rk_optax import tableau
+from rk_optax._options import Options, with_options_of
 from rk_optax.control import descent_control, trust_ratio_control
 from rk_optax.path_control import path_control
 from rk_optax.solver import Etd, ResidualEuler, Ros2, RosenbrockEuler, Stabilized, as_solver, implicit
@@ -16,7 +17,7 @@ from rk_optax.solver.exponential import Linear
 from rk_optax.solver.linearly_implicit import Curvature
 from rk_optax.step_size import LearningRate
 from rk_optax.tableau import ButcherTableau
-from rk_optax.transform import Options, runge_kutta, with_options_of
+from rk_optax.transform import runge_kutta
 
 Loss = Callable[..., Any] | None
 Momentum = float | jax.Array | None

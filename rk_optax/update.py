@@ -1,0 +1,225 @@
+"""One update of an optimizer: prepare the field, attempt a step, commit it or leave all as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rk_optax import _tree
+from rk_optax._explanations import causes_explained
+from rk_optax.field import Objective, VectorField
+from rk_optax.parameter_view import Mask, ParameterView, promote, refuse_masked_nodes
+from rk_optax.preconditioner import Preconditioner
+from rk_optax.solver import Cost, Solver, Step, saturating_sum
+from rk_optax.step_size import Attempt, Reason, StepSizeRule
+
+PyTree = Any
+
+
+class RungeKuttaState(NamedTuple):
+    """State of `scale_by_rk` and of every ready optimizer.
+
+    `rk_optax.Reason(int(state.reason)).message` says in words why the latest step was refused.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] # shape=(), int32: updates so far, refused ones included
+    step_size: jax.Array  # shape=(), float: h of the latest update
+    time: jax.Array  # shape=(), float: the time of the flow, which is the sum of h over the steps that were taken
+    time_rounding: jax.Array  # shape=(), float: what rounding has taken from time (and added to, where negative)
+    cost: Cost  # shape=(), int32 each: work so far, stage 1 included
+    accepted: jax.Array  # shape=(), bool: whether the latest step was taken
+    reason: jax.Array  # shape=(), int32: a `Reason`
+    rejected: jax.Array  # shape=(), int32: refused updates so far
+    solver: PyTree  # the solver's own
+    after: PyTree  # of the transformation between solver and step size
+    rule: PyTree  # of the step-size rule, with what it saw: `state.rule.ratio` of `dal`
+    preconditioner: PyTree  # of the preconditioner
+
+
+class _Prepared(NamedTuple):
+    """What an update starts from."""
+
+    view: ParameterView
+    field: VectorField  # preconditioned
+    k1: PyTree  # it at view.theta
+    preconditioner: PyTree  # its state, if the step is taken
+    cost: Cost
+
+
+class _Attempted(NamedTuple):
+    """A step that has been made and judged, and that is not taken yet."""
+
+    step_size: jax.Array
+    step: Step
+    emitted: PyTree  # of the leaves that move, in the dtypes of params
+    after: PyTree  # its state, if the step is taken
+    rule: PyTree  # its state, whether the step is taken or not
+    accepted: jax.Array
+    reason: jax.Array
+    cost: Cost  # of the rule
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Update:
+    """All that a transformation is made of, and the three parts of its update: prepare, attempt, commit."""
+
+    objective: Objective
+    solver: Solver
+    rule: StepSizeRule
+    preconditioner: Preconditioner
+    after: optax.GradientTransformationExtraArgs | None
+    applies_step_size: bool  # emits −h·g*, not g*
+    mask: Mask = None
+    stage_dtype: Any = "float32"
+    reuse_updates: bool = True
+    skip_nonfinite: bool = True
+
+    def init(self, params: PyTree) -> RungeKuttaState:
+        """The state before the first update; `params` may be abstract."""
+        refuse_masked_nodes(params)
+        moving = _tree.partition(self.mask, params).moving(params)
+
+        def zero(dtype: Any) -> jax.Array:
+            return jnp.zeros([], dtype)
+
+        return RungeKuttaState(
+            count=zero(jnp.int32),
+            step_size=zero(_tree.default_float()),
+            time=zero(_tree.default_float()),
+            time_rounding=zero(_tree.default_float()),
+            # Separate buffers: one shared by all fields could not be donated.
+            cost=Cost(*(zero(jnp.int32) for _ in Cost._fields)),
+            accepted=jnp.ones([], bool),
+            reason=zero(jnp.int32),
+            rejected=zero(jnp.int32),
+            solver=self.solver.init(moving),
+            after=optax.EmptyState() if self.after is None else self.after.init(moving),
+            rule=self.rule.init(moving),
+            preconditioner=self.preconditioner.init(moving),
+        )
+
+    def update(
+        self, updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, RungeKuttaState]:
+        """The update to add to params, in their dtypes, and the new state."""
+        if params is None:
+            raise ValueError(
+                "params is None: a Runge–Kutta step evaluates the loss around params, so pass them: "
+                "tx.update(grads, state, params, **data)."
+            )
+        view = ParameterView.of(params, self.mask, self.stage_dtype)
+        with causes_explained():
+            prepared = self._prepare(updates, state, view, extra_args)
+            attempted = self._attempt(prepared, state, extra_args)
+        return self._commit(prepared, attempted, state)
+
+    def _prepare(self, updates: PyTree, state: RungeKuttaState, view: ParameterView, extra_args: Any) -> _Prepared:
+        """Binds the field to this update's data, and freezes its preconditioner with what stage 1 shows."""
+        refuse_masked_nodes(updates)
+        incoming = view.taken_in(updates, "updates")
+        field = self.objective.bind(extra_args, view)
+        if self.reuse_updates:
+            k1 = field.with_l2(incoming, view.theta)
+            field = dataclasses.replace(field, rounding=_tree.unit_roundoff(view.moving(updates)))
+        else:
+            k1 = field(view.theta)
+        frozen, new, cost = self.preconditioner.update(k1, state.preconditioner, view.theta, field)
+        field = field.preconditioned(
+            lambda gradient: self.preconditioner.apply(gradient, frozen), self.preconditioner.diagonal(frozen)
+        )
+        return _Prepared(view, field, self.preconditioner.apply(k1, frozen), new, cost)
+
+    def _attempt(self, prepared: _Prepared, state: RungeKuttaState, extra_args: Any) -> _Attempted:
+        """Makes a step and judges it; what is judged is what would be emitted, momentum and all."""
+        view, field, k1 = prepared.view, prepared.field, prepared.k1
+        theta = view.theta
+        h, rule_state, propose_cost = self.rule.propose(state.count, state.rule, field, theta, k1)
+        proposed, h, sensible = h, *_sensible(h)
+        step = self.solver.step(field, theta, k1, h, state.solver, wants=self.rule.wants)
+        h, step, rule_state, choose_cost = self.rule.choose(rule_state, field, theta, k1, h, step)
+        direction, after = self._apply_after(step.direction, state.after, theta, extra_args)
+        emitted = view.handed_out(_tree.scale(-h, direction) if self.applies_step_size else direction)
+
+        finite = jnp.asarray(True)
+        if self.skip_nonfinite:
+            # What is emitted, because h·g* may overflow, and g* before an `after` that may clip an infinity.
+            finite = step.finite & _tree.all_finite((emitted, () if self.after is None else step.direction))
+        usable = finite & step.solved
+        attempt = Attempt(self.solver, field, theta, k1, view.after(emitted), jnp.asarray(h), step, usable)
+        verdict = self.rule.judge(rule_state, attempt)
+        reason = jnp.where(finite, jnp.where(step.solved, verdict.reason, Reason.NOT_SOLVED), Reason.NOT_FINITE)
+        return _Attempted(
+            jnp.asarray(jnp.where(sensible, h, proposed), state.step_size.dtype),
+            step,
+            emitted,
+            after,
+            # A stage 1 that is not finite says nothing about h; a later one does.
+            _tree.select(_tree.all_finite(k1), verdict.state, state.rule),
+            sensible & usable & verdict.accepted,
+            jnp.where(sensible, reason, Reason.BAD_STEP_SIZE).astype(jnp.int32),
+            propose_cost.plus(choose_cost).plus(verdict.cost),
+        )
+
+    def _apply_after(self, direction: PyTree, state: PyTree, theta: PyTree, extra_args: Any) -> tuple[PyTree, PyTree]:
+        """`after` of g*, in the stage dtype, from which only its state is cast back to what it was."""
+        if self.after is None:
+            return direction, state
+        state = jax.tree.map(jnp.asarray, state)
+        try:
+            direction, new = self.after.update(direction, promote(state, self.stage_dtype), theta, **extra_args)
+        except TypeError as error:
+            if "required keyword-only argument" in str(error):  # as optax.contrib.reduce_on_plateau has one, value
+                error.add_note(
+                    "It is a keyword that the transformation given as after= takes: pass it to update beside the "
+                    "loss's data, as in tx.update(grads, state, params, value=loss, x=x)."
+                )
+            raise
+        return _tree.cast_like(direction, theta), _tree.cast_like(new, state)
+
+    def _commit(
+        self, prepared: _Prepared, attempted: _Attempted, state: RungeKuttaState
+    ) -> tuple[PyTree, RungeKuttaState]:
+        """Takes the step, or leaves all but the rule as it was."""
+        step, accepted = attempted.step, attempted.accepted
+        time, time_rounding = _sum_with_rounding(state.time, state.time_rounding, attempted.step_size)
+        kept_of_refused = state.solver if step.refused_state is None else step.refused_state
+        emitted, solver, after, preconditioner, time, time_rounding = _tree.select(
+            accepted,
+            (attempted.emitted, step.state, attempted.after, prepared.preconditioner, time, time_rounding),
+            (
+                jax.tree.map(jnp.zeros_like, attempted.emitted),
+                *(kept_of_refused, state.after, state.preconditioner, state.time, state.time_rounding),
+            ),
+        )
+        return prepared.view.update(emitted), RungeKuttaState(
+            count=jnp.asarray(optax.safe_increment(state.count)),
+            step_size=attempted.step_size,
+            time=time,
+            time_rounding=time_rounding,
+            cost=state.cost.plus(prepared.cost).plus(step.cost).plus(attempted.cost),
+            accepted=accepted,
+            reason=attempted.reason,
+            rejected=saturating_sum(state.rejected, ~accepted),
+            solver=solver,
+            after=after,
+            rule=attempted.rule,
+            preconditioner=preconditioner,
+        )
+
+
+def _sensible(h: Any) -> tuple[Any, jax.Array]:
+    """What to make the step with, 0 in place of an h that is negative or not finite, and whether h is neither."""
+    sensible = jnp.isfinite(h) & (h >= 0)
+    # A Python number, which has been checked, stays one, so that each leaf sees it in full precision.
+    return jnp.where(sensible, h, 0) if isinstance(h, jax.Array) else h, sensible
+
+
+def _sum_with_rounding(total: jax.Array, rounding: jax.Array, term: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`total + term`, and what rounding has taken from it so far, which the next sum makes good (Kahan's sum)."""
+    term = term - rounding
+    new = jnp.minimum(total + term, jnp.finfo(total.dtype).max)
+    return new, (new - total) - term
