@@ -146,10 +146,12 @@ def replicated(tree: PyTree) -> PyTree:
 
 
 def placed_like(tree: PyTree, like: PyTree) -> PyTree:
-    """`tree` split along explicit mesh axes as `like` is."""
+    """`tree` split along explicit mesh axes as `like` is, but for leading axes of its own."""
 
     def place(x: jax.Array, y: jax.Array) -> jax.Array:
         spec = _explicit_spec(y)
+        if spec is not None:
+            spec = jax.sharding.PartitionSpec(*[None] * (x.ndim - y.ndim), *spec)
         return x if spec == _explicit_spec(x) else jax.sharding.reshard(x, spec or jax.sharding.PartitionSpec())
 
     return jax.tree.map(place, tree, like)

@@ -79,7 +79,7 @@ class RealVectors:
     def flatten(self, tree: PyTree, lead: int = 0) -> jax.Array:
         """The leaves side by side, after their `lead` leading axes."""
         parts = []
-        for leaf in jax.tree.leaves(tree):
+        for leaf in jax.tree.leaves(_tree.replicated(tree)):
             for part in (jnp.real(leaf), jnp.imag(leaf)) if jnp.iscomplexobj(leaf) else (leaf,):
                 parts.append(part.reshape(*part.shape[:lead], -1).astype(self.dtype))
         return jnp.concatenate(parts, axis=-1) if parts else jnp.zeros((0,), self.dtype)
@@ -102,7 +102,7 @@ class RealVectors:
             if jnp.iscomplexobj(leaf):
                 part = jax.lax.complex(part, next(parts))
             trees.append(part.reshape(len(vectors), *leaf.shape).astype(leaf.dtype))
-        return treedef.unflatten(trees)
+        return _tree.placed_like(treedef.unflatten(trees), self.like)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
