@@ -91,8 +91,9 @@ class PathControl(StepSizeRule):
         if self.corrections != 0 or isinstance(self.corrections, bool):
             _checks.count(self.corrections, "corrections")
 
-    def init(self) -> PathControlState:
+    def init(self, params: PyTree) -> PathControlState:
         """Nothing has been seen; the first step size comes from the first factorisation, where none is given."""
+        del params
         first = 0.0 if self.initial_step_size is None else self.initial_step_size
         # Separate buffers: one shared by several fields could not be donated.
         values = {"next_step_size": first, "loss": -1.0, "fall": 0, "divisor": 2, "before": 0, "predicted": 0}

@@ -76,7 +76,7 @@ def test_it_takes_the_longest_trial_step_with_a_fair_part_of_the_best_fall(boldn
 def test_units_change_nothing():
     data = {"x": X.astype(np.float32), "y": target().astype(np.float32)}
     plain = run(path_control(), 3, data)
-    for c in (1e-24, 1e-12, 1e12, 1e24):
+    for c in (1e-24, 1e24):
         loss = LeastSquares(curve, weights=float(c))
         for (theta, a), (other, b) in zip(plain, run(path_control(), 3, data, loss=loss), strict=True):
             np.testing.assert_allclose(other, theta, rtol=2e-3)

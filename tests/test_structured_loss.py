@@ -282,7 +282,7 @@ def by_hand(params, weights, mean_weight=1.0):
     return 0.5 * np.mean(weights * at_points**2) + 0.5 * mean_weight * over**2
 
 
-@pytest.mark.parametrize("weights", [np.ones(5), np.array([0.0, 2.0, 1.0, 0.0, 5.0]), np.zeros(5)])
+@pytest.mark.parametrize("weights", [np.array([0.0, 2.0, 1.0, 0.0, 5.0]), np.zeros(5)])
 def test_a_constraint_over_points_that_are_pointwise_elsewhere_and_a_weight_for_each_point(weights, x64):
     loss = LeastSquares(
         {"equation": at_point, "integral": over_all},
