@@ -1,5 +1,7 @@
 """The rule that chooses among the steps of one factorisation: against choices made by NumPy."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -142,7 +144,7 @@ def test_momentum_is_judged_with_the_step(x64):
     losses = [float(state.rule.loss) for _, state in seen]
     actual = [float(LOSS(jnp.asarray(theta), **data)) for theta, _ in seen]
     np.testing.assert_allclose(losses, actual, rtol=1e-9)
-    assert all(b <= a for a, b in zip(losses, losses[1:], strict=False))
+    assert all(b <= a for a, b in itertools.pairwise(losses))
 
 
 def test_other_losses_take_the_least_of_the_trials_in_a_krylov_space(x64):
