@@ -237,6 +237,11 @@ class CentralFlow(Solver):
         falls = _overlaps(thirds, k1, dtype)[entries]
         h = jnp.asarray(h, dtype)
         room = (2 / self.learning_rate) * jnp.eye(k, dtype=dtype) - jnp.diag(pairs.values) + h * falls
+        # Those far below the edge cannot oscillate, and their couplings would only slow the iteration down.
+        near = jnp.diagonal(room) < 0.2 / self.learning_rate
+        both = near[:, None] & near
+        room = jnp.where(both, room, jnp.eye(k, dtype=dtype))
+        overlaps = jnp.where(both[:, :, None, None] & both, overlaps, 0)
         covariance = complementary(room, 0.5 * h * overlaps)
         weights = covariance[i, j] * np.where(i == j, 0.5, 1.0)  # ½Σ over both triangles
         direction = jax.tree.map(jnp.add, k1, _lanczos.combined(thirds, weights))
@@ -257,7 +262,7 @@ def complementary(constant: jax.Array, linear: jax.Array, iterations: int = 2000
     """The X ⪰ 0 with R = A + B[X] ⪰ 0 and ⟨X, R⟩ = 0, for symmetric A and a positive semidefinite operator B.
 
     That is the minimum of ½⟨X, B[X]⟩ + ⟨A, X⟩ over X ⪰ 0, found by projected gradients with momentum and restarts, in
-    units in which the diagonal of B is 1.
+    units in which the diagonal of B is at most 1.
 
     Args:
       constant: A, shape (k, k).
@@ -265,7 +270,7 @@ def complementary(constant: jax.Array, linear: jax.Array, iterations: int = 2000
       iterations: bound on the iterations, each an eigendecomposition of a k × k matrix.
     """
     k = len(constant)
-    diagonal = jnp.einsum("iiii->i", linear)
+    diagonal = jnp.max(jnp.einsum("ijij->ij", linear), axis=1)
     tiny = jnp.finfo(constant.dtype).tiny
     unit = jnp.where(diagonal > 0, jnp.maximum(diagonal, tiny) ** -0.25, 1)
     a = constant * unit[:, None] * unit
