@@ -33,7 +33,7 @@ class RuntimeDocstrings(griffe.Extension):
         if cls.docstring is None or "NamedTuple" not in map(str, cls.bases) or "Attributes:" in cls.docstring.value:
             return
         fields = [field for field in cls.attributes.values() if field.annotation is not None]
-        lines = [f"  {field.name}: {_comment(field) or 'as its type says'}" for field in fields]
+        lines = [f"  {field.name}: {_comment(field) or f'a `{field.annotation}`'}" for field in fields]
         if lines:
             text = "\n".join([cls.docstring.value.rstrip(), "", "Attributes:", *lines])
             cls.docstring = griffe.Docstring(text, parent=cls)
