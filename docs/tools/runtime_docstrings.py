@@ -1,7 +1,7 @@
 """Docstrings and signatures as `help()` shows them: ready optimizers get theirs when the package is imported.
 
-The comment behind a field of a class is its docstring. Doctests become blocks of code wherever they stand: in Markdown
-`>>>` would quote three times.
+The fields of a NamedTuple are listed with the comments behind them. Doctests become blocks of code wherever they stand:
+in Markdown `>>>` would quote three times.
 """
 
 from __future__ import annotations
@@ -23,17 +23,20 @@ class RuntimeDocstrings(griffe.Extension):
         """Called by griffe for everything that it has read."""
         if isinstance(obj, griffe.Function) and obj.parent is not None and obj.parent.is_module:
             _read_function(obj)
-        if (
-            isinstance(obj, griffe.Attribute)
-            and obj.docstring is None
-            and obj.parent is not None
-            and obj.parent.is_class
-        ):
-            _read_comment(obj)
         if obj.docstring is not None:
             text = re.sub(r"^Example:$", "Examples:", inspect.cleandoc(obj.docstring.value), flags=re.MULTILINE)
             text = _DOCTEST.sub(lambda match: f"```pycon\n{match[0]}\n```", text)
             obj.docstring = griffe.Docstring(text, parent=obj)
+
+    def on_class_members(self, *, cls: griffe.Class, **kwargs: Any) -> None:
+        """Called by griffe once it knows the members of a class."""
+        if cls.docstring is None or "NamedTuple" not in map(str, cls.bases) or "Attributes:" in cls.docstring.value:
+            return
+        fields = [field for field in cls.attributes.values() if field.annotation is not None]
+        lines = [f"  {field.name}: {_comment(field) or f'a `{field.annotation}`'}" for field in fields]
+        if lines:
+            text = "\n".join([cls.docstring.value.rstrip(), "", "Attributes:", *lines])
+            cls.docstring = griffe.Docstring(text, parent=cls)
 
 
 def _read_function(function: griffe.Function) -> None:
@@ -57,10 +60,9 @@ def _read_function(function: griffe.Function) -> None:
         )
 
 
-def _read_comment(field: griffe.Attribute) -> None:
+def _comment(field: griffe.Attribute) -> str:
     if isinstance(field.filepath, list) or field.lineno is None:
-        return
+        return ""
     line = field.filepath.read_text(encoding="utf-8").splitlines()[field.lineno - 1]
     _, mark, comment = line.rpartition(" # ")  # of two comments on a line, the one for people comes last
-    if mark and not comment.startswith("pyright"):
-        field.docstring = griffe.Docstring(comment, parent=field)
+    return comment if mark and not comment.startswith("pyright") else ""
