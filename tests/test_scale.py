@@ -39,7 +39,7 @@ RULES = {
     "dal, difference": lambda h: rk_optax.dal(h, estimate="difference"),
     "dal, free": lambda h: rk_optax.dal(h, estimate="free"),
     "descent": rk_optax.descent_control,
-    "error": lambda h: rk_optax.error_control(1e-2, 1e-30, initial_step_size=h),
+    "error": lambda h: rk_optax.error_control(0.3, 1e-30, initial_step_size=h),
     "trust": rk_optax.trust_ratio_control,
     "sgd_g2": rk_optax.sgd_g2,
 }
@@ -95,10 +95,12 @@ def test_units_and_inert_leaves_change_no_step(optimizer, rule):
     with jax.numpy_rank_promotion("raise"), jax.debug_nans(True):
         (expected, _, accepted), *results = (run(*case) for case in [(1.0, 1.0, 1.0), *cases])
     assert np.abs(expected[0]).max() > 1e-3
+    # A difference of gradients has the square root of the rounding for its error.
+    tolerance = 1e-3 if "difference" in rule else 1e-4
     wrong = []
     for case, (found, inert, taken) in zip(cases, results, strict=True):
         error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
-        if not (error < 1e-4 and np.all(taken == accepted) and not np.any(inert)):
+        if not (error < tolerance and np.all(taken == accepted) and not np.any(inert)):
             wrong.append((case, float(error), taken))
     assert not wrong, wrong
 
