@@ -42,8 +42,8 @@ class PathControl(StepSizeRule):
     How bold to be depends on how many steps there are. Relative errors of single seeds, in float64 with 16 trials: on
     a 2-D Poisson network of 2,241 weights after 20, 30 and 40 steps 1.7e-3, 3.6e-7 and 7.7e-8 with 0.1, and 2.2e-4,
     7.0e-6 and 5.4e-7 with 1; on Burgers' equation with 4,608 residuals after 24 steps 4.5e-3 with 0.1 and 3.0e-6
-    with 1. So for a few expensive steps pass `boldness=1.0`. Corrections help either way: without any but one those
-    of Poisson end at 4.3e-5 and 2.3e-5, those of Burgers with boldness 1 at 1.4e-4.
+    with 1. So for a few expensive steps pass `boldness=1.0`. Corrections help either way: with one
+    of them Poisson ends at 4.3e-5 and 2.3e-5, and Burgers' equation, with boldness 1, at 1.4e-4.
 
     Where the loss at params is not the one that the previous update left there, the data have changed and falls on them
     say little: then h follows the quality of the quadratic model, as under `rk_optax.trust_ratio_control`, with one
