@@ -237,8 +237,11 @@ def study_of_digits(epochs: int, seeds: int) -> dict[str, Any]:
             ask("RK4 x 4", Network("rk4", 4)),
             ask("RK4 x 4, single tanh layer", Network("rk4", 4, single)),
             ask("Bogacki-Shampine x 4", Network("bogacki_shampine", 4)),
-            ask("Bogacki-Shampine x 4, error term",
-                Network("bogacki_shampine", 4, penalty=error(10.0), report=["error"])),
+            *(
+                ask(f"Bogacki-Shampine x 4, error term, weight {w}",
+                    Network("bogacki_shampine", 4, penalty=error(w), report=["error"]))
+                for w in (1.0, 10.0)
+            ),
         ],
         "neural ODE": [
             ask("none", node(), count=True),
@@ -264,7 +267,7 @@ def study_of_mnist(folder: pathlib.Path, epochs: int, seeds: int) -> dict[str, A
             ask("Euler x 4", network("euler", 4)),
             ask("Heun x 4", network("heun", 4)),
             ask("RK4 x 4", network("rk4", 4)),
-            ask("Bogacki-Shampine x 4, error term",
+            ask("Bogacki-Shampine x 4, error term, weight 10.0",
                 network("bogacki_shampine", 4, penalty=error(10.0), report=["error"])),
         ]
     }  # fmt: skip
