@@ -173,7 +173,7 @@ def test_error_control_keeps_h_on_batches_without_a_gradient_and_stays_finite_wi
 def test_a_rule_recovers_from_any_h(name, first):
     tx, loss = optimizer(name), loss_of(name)
     if name == "trust_ratio":  # whose own numbers underflow at such an h
-        tx = rk_optax.residual_euler(loss)
+        tx = rk_optax.residual_euler(loss, rk_optax.trust_ratio_control())
     w = jnp.array([0.5, -2.0])
     state = tx.init(w)
     state = state._replace(rule=state.rule._replace(next_step_size=jnp.full([], first)))
