@@ -82,6 +82,7 @@ def test_a_multiple_of_the_loss_with_h_in_its_units_changes_nothing(name):
     np.testing.assert_allclose(h, np.broadcast_to(h[0], h.shape), rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("trust_ratio", "error")])
 def test_a_multiple_of_the_parameters_with_h_in_its_units_changes_nothing(name):
     """θ = s·v: the gradient is divided by s, and h is in units of s²."""
@@ -173,7 +174,7 @@ def test_error_control_keeps_h_on_batches_without_a_gradient_and_stays_finite_wi
 def test_a_rule_recovers_from_any_h(name, first):
     tx, loss = optimizer(name), loss_of(name)
     if name == "trust_ratio":  # whose own numbers underflow at such an h
-        tx = rk_optax.residual_euler(loss)
+        tx = rk_optax.residual_euler(loss, rk_optax.trust_ratio_control())
     w = jnp.array([0.5, -2.0])
     state = tx.init(w)
     state = state._replace(rule=state.rule._replace(next_step_size=jnp.full([], first)))
@@ -416,6 +417,7 @@ def test_the_gradient_through_two_updates_is_right(name, x64):
     check_gradient(end, jnp.array([0.4, -0.3, 0.2, 0.2]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRECONDITIONERS)
 def test_the_gradient_through_a_preconditioner_is_right_where_a_coordinate_has_no_gradient(name, x64):
     tx = rk_optax.heun(bent, 0.1, preconditioner=PRECONDITIONERS[name])
@@ -426,6 +428,7 @@ def test_the_gradient_through_a_preconditioner_is_right_where_a_coordinate_has_n
     check_gradient(end, jnp.array([0.4, -0.3, 0.2]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "trust_ratio"])
 def test_the_gradient_is_finite_where_the_losses_is_zero(name, x64):
     """At the minimum each update is 0 for any h, and so has the derivative −h·H there."""
