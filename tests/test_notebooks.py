@@ -131,6 +131,7 @@ def installed(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_runs_in_an_empty_folder_with_the_installed_package_alone(notebook, installed, tmp_path, monkeypatch):
     monkeypatch.setenv("RK_OPTAX_SMOKE", "1")
     monkeypatch.setenv("PYTHONPATH", str(installed))
