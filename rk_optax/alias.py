@@ -11,7 +11,6 @@ import optax
 from rk_optax import tableau
 from rk_optax._options import Options, with_options_of
 from rk_optax.control import descent_control, trust_ratio_control
-from rk_optax.path_control import path_control
 from rk_optax.solver import Etd, ResidualEuler, Ros2, RosenbrockEuler, Stabilized, as_solver, implicit
 from rk_optax.solver.exponential import Linear
 from rk_optax.solver.linearly_implicit import Curvature
@@ -276,11 +275,11 @@ def residual_euler(
     """Linearly implicit Euler for least squares, solved directly in residual space: the one for PINNs.
 
     Order 1, no stability limit; one factorisation of an N×N or P×P matrix for N residuals and P parameters, whichever
-    is smaller. By default `rk_optax.path_control()` finds h; the loss is a `rk_optax.LeastSquares`. See
-    `rk_optax.ResidualEuler`.
+    is smaller. By default `rk_optax.trust_ratio_control()` finds h; in float64 `rk_optax.path_control()` ends far lower.
+    The loss is a `rk_optax.LeastSquares`. See `rk_optax.ResidualEuler`.
     """
     solver = ResidualEuler(max_rows, tolerance, max_iterations)
-    return runge_kutta(loss_fn, _given_or(learning_rate, path_control), solver, momentum=momentum, **options)
+    return runge_kutta(loss_fn, _given_or(learning_rate, trust_ratio_control), solver, momentum=momentum, **options)
 
 
 @ready(implicit.BACKWARD_EULER)

@@ -169,7 +169,7 @@ def test_the_defaults_of_the_table_are_the_defaults():
     for make, state in {
         rk_optax.rkc: "DescentControlState",
         rk_optax.ros2: "DescentControlState",
-        rk_optax.residual_euler: "PathControlState",
+        rk_optax.residual_euler: "TrustRatioState",
         rk_optax.rosenbrock_euler: "TrustRatioState",
     }.items():
         assert type(make(LEAST_SQUARES).init(w).rule).__name__ == state

@@ -191,8 +191,11 @@ class Stabilized(Solver):
         dtype = state.spectral_radius.dtype
         roundoff = math.sqrt(max(_tree.unit_roundoff(params), field.rounding))
 
+        # Compiled by itself, so that the loss is traced once for the two places that call it.
+        field_at = jax.jit(lambda place: field(place, 0))
+
         def change_along(v: PyTree) -> PyTree:
-            return jax.tree.map(jnp.subtract, field(jax.tree.map(jnp.add, params, v), 0), k1)
+            return jax.tree.map(jnp.subtract, field_at(jax.tree.map(jnp.add, params, v)), k1)
 
         signs = _tree.random_signs(jax.random.key(0), params)
         step = _tree.scale(roundoff, jax.tree.map(jnp.multiply, signs, params))
