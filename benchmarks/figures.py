@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -199,7 +199,7 @@ def draw(name: str, folder: Path = FIGURES) -> Path:
     """Draws one figure; the same bytes each time on one machine."""
     panels, size = FIGURES_TO_DRAW[name]
     path = folder / f"{name}.png"
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(cast(Any, _STYLE)):
         rows = 2 if len(panels) == 4 else 1
         figure, axes = plt.subplots(rows, len(panels) // rows, figsize=size, squeeze=False)
         for ax, panel in zip(axes.flat, panels, strict=True):

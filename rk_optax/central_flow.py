@@ -7,7 +7,7 @@ the field (`field=`), the central flow is a solver (`solver=`).
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -315,7 +315,7 @@ def _overlaps(rows: PyTree, x: PyTree, dtype: Any) -> jax.Array:
         rows,
         x,
     )
-    return sum(jax.tree.leaves(parts)[1:], jax.tree.leaves(parts)[0])
+    return functools.reduce(jnp.add, jax.tree.leaves(parts))
 
 
 def _gram(rows: PyTree, dtype: Any) -> jax.Array:
@@ -324,4 +324,4 @@ def _gram(rows: PyTree, dtype: Any) -> jax.Array:
     for r in jax.tree.leaves(rows):
         flat = r.reshape(len(r), -1)
         parts.append(jnp.real(jnp.matmul(jnp.conj(flat), flat.T, precision=jax.lax.Precision.HIGHEST)).astype(dtype))
-    return sum(itertools.islice(parts, 1, None), parts[0])
+    return functools.reduce(jnp.add, parts)

@@ -189,20 +189,22 @@ def gradient_flow(
     )
     inputs = Inputs(params, times, offsets, data, _scale(preconditioner, params, part, stage_dtype), limits)
     _check_functions(setting, save, event, times, params)
+    current: FlowState
     if state is None:
-        state = start(setting, inputs)
+        current = start(setting, inputs)
     else:
         check_like_params(state.params, part.moving(params), "state.params")
         # What ended it may no longer be a reason; the program finds out.
         ended = (FlowResult.REACHED_END, FlowResult.REFUSED)
         over = jnp.isin(state.result, jnp.array(ended))
-        state = state._replace(result=jnp.where(over, state.result, FlowResult.RUNNING).astype(jnp.int32))
+        current = state._replace(result=jnp.where(over, state.result, FlowResult.RUNNING).astype(jnp.int32))
     if progress is None:
-        return _flow(setting, inputs, advance(setting, inputs, state, jnp.asarray(_UNBOUNDED)))
+        return _flow(setting, inputs, advance(setting, inputs, current, jnp.asarray(_UNBOUNDED)))
     calls = 100 if steps_per_call is None else _checks.count(steps_per_call, "steps_per_call")
-    flow = _flow(setting, inputs, state)
+    flow = _flow(setting, inputs, current)
     while int(flow.result) == FlowResult.RUNNING:
-        flow = _flow(setting, inputs, advance(setting, inputs, flow.state, flow.state.attempts + calls))
+        current = advance(setting, inputs, current, current.attempts + calls)
+        flow = _flow(setting, inputs, current)
         progress(flow)
     return flow
 

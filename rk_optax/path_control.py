@@ -39,11 +39,11 @@ class PathControl(StepSizeRule):
     least loss counts; of all h the largest is taken whose fall of the loss is at least `boldness` of the best. A step
     is taken only if the loss does not rise.
 
-    Use it in float64 and for high accuracy. A 2-D Poisson network of 2,241 weights in float64, relative errors of single
-    seeds: 1.0e-7 after 31 steps, and 1.4e-5 after 34 steps and 25 s of processor time, where `trust_ratio_control` is at
-    6.9e-5 after 139 steps and the same time; but after 17 s that rule is at 1.7e-4 and this one still at 3e-2: a bold
-    path falls late. In float32 the eigenvalues of the matrix keep too few digits: 5e-3 instead of 7e-5 after 25 s. For a
-    few expensive steps `boldness=1.0`, the least loss, may end lower.
+    Use it in float64 and for high accuracy. Relative errors of single seeds on a 2-D Poisson network of 2,241 weights
+    in float64: 1.0e-7 after 31 steps, and 1.4e-5 after 34 steps and 25 s of processor time, in which
+    `trust_ratio_control` makes 139 steps and comes to 6.9e-5. But after 17 s that rule is at 1.7e-4 and this one still
+    at 3e-2: a bold path falls late. In float32 the eigenvalues of the matrix keep too few digits: 5e-3 instead of 7e-5
+    after 25 s. For a few expensive steps `boldness=1.0`, the least loss, may end lower.
 
     Where the loss at params is not the one that the previous update left there, the data have changed and falls on them
     say little: then h follows the quality of the quadratic model, as under `rk_optax.trust_ratio_control`, with one

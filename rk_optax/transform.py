@@ -214,8 +214,11 @@ def _between(
 def _check_after(after: Any) -> None:
     if isinstance(after, Preconditioner):
         raise TypeError("after is a Preconditioner, which acts on every stage: pass it as preconditioner=.")
-    if not (hasattr(after, "init") and hasattr(after, "update")):
-        raise TypeError(f"after must be an optax.GradientTransformation, got {type(after).__name__}.")
+    if isinstance(after, type) or not (hasattr(after, "init") and hasattr(after, "update")):
+        raise TypeError(
+            f"after must be an optax.GradientTransformation, got {type(after).__name__}"
+            + (f" {after.__name__}: call it." if isinstance(after, type) else ".")
+        )
     if _turns_round(after):
         raise ValueError(
             "after turns gradients into descent directions, as optax.adam and every whole optimizer does, and the step "

@@ -363,7 +363,7 @@ def test_stages_can_see_batches_of_their_own():
     ("make", "message"),
     [
         (lambda: Etd(3), "order must be 1 or 2, got 3"),  # pyright: ignore
-        (lambda: Etd(1, "hessian"), "linear must be 'l2', 'diagonal' or a DiagonalCurvature"),  # pyright: ignore
+        (lambda: Etd(1, "hessian"), "linear must be 'l2', 'diagonal', 'given' or a DiagonalCurvature"),  # pyright: ignore
         (lambda: DiagonalCurvature(decay=1.0), r"decay must be in \[0, 1\)"),
         (lambda: DiagonalCurvature(every=0), "every must be an integer of at least 1"),
         (lambda: Ros2("exact"), "curvature must be 'hessian', 'gauss_newton', 'diagonal'"),  # pyright: ignore
@@ -372,7 +372,7 @@ def test_stages_can_see_batches_of_their_own():
         (lambda: rk_optax.etdrk2(None, 0.1, grad_fn=jax.grad(loss_fn)), "'product': pass loss_fn"),
         (
             lambda: rk_optax.etdrk2(loss_fn, 0.1, preconditioner=rk_optax.precondition_by(optax.scale(2.0))),
-            "preconditioner: the linear systems of Etd",
+            "preconditioner: Etd needs a 'diagonal_scale': its linear systems",
         ),
     ],
 )
