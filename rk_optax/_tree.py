@@ -77,12 +77,18 @@ def inner(x: PyTree, y: PyTree) -> jax.Array:
 def magnitude(tree: PyTree) -> jax.Array:
     """A power of two near the largest |x|, by which a tree can be divided without rounding; 1 for zeros and NaN."""
     parts = [part for x in jax.tree.leaves(tree) if x.size for part in _real_parts(jax.lax.stop_gradient(x))]
-    largest = _reduced(jnp.maximum, [_wide(jnp.max(jnp.abs(part))) for part in parts])
+    largest = _reduced(jnp.maximum, [_wide(_largest(part)) for part in parts])
     known = jnp.isfinite(largest) & (largest > 0)
     # Within the range whose inverse, and whose numbers' squares after the division, are far from the ends.
     most = jnp.finfo(largest.dtype).maxexp * 3 // 4
     exponent = jnp.clip(jnp.frexp(jnp.where(known, largest, 1))[1], -most, most)
     return jnp.where(largest == jnp.inf, 2.0**most, jnp.ldexp(jnp.ones_like(largest), exponent))
+
+
+def _largest(x: jax.Array) -> jax.Array:
+    """The largest |x|, first along the leading axis, which CPUs do ten times as fast as all at once."""
+    sizes = jnp.abs(x)
+    return jnp.max(jax.lax.optimization_barrier(jnp.max(sizes, axis=0)) if x.ndim > 1 else sizes)
 
 
 def norm(tree: PyTree) -> jax.Array:

@@ -139,7 +139,8 @@ def _rows(field: VectorField, params: PyTree) -> tuple[RealVectors, jax.Array, j
     real = _tree.common_dtype(*(jnp.finfo(leaf.dtype).dtype for leaf in leaves), jnp.float32)
     vectors = RealVectors(params, real)
     matrix = vectors.flatten(rows, lead=1) if jax.tree.leaves(rows) else jnp.zeros((len(residual), 0), real)
-    return vectors, residual.astype(real), matrix, vectors.diagonal(field.scale)
+    # Nor is it to put the rows together again for each of the products.
+    return vectors, residual.astype(real), jax.lax.optimization_barrier(matrix), vectors.diagonal(field.scale)
 
 
 def _in_row_space(
