@@ -50,18 +50,25 @@ def random_vector(key: jax.Array, like: PyTree) -> PyTree:
 
 
 def _another(seed: jax.Array, like: PyTree) -> PyTree:
-    """Signs that depend on `seed`: any vector will do, and the usual random numbers take long to compile."""
+    """Numbers in [−1, 1) that depend on `seed`: any vector will do, and the usual random ones take long to compile.
 
-    def signs(leaf: int, x: jax.Array) -> jax.Array:
-        mixed = jnp.arange(x.size, dtype=jnp.uint32) + jnp.asarray(seed + 7919 * leaf, jnp.uint32) * np.uint32(
+    No signs: in a few dimensions there are so few that a new one may lie in the space of the old ones.
+    """
+
+    def numbers(stream: int, x: jax.Array) -> jax.Array:
+        mixed = jnp.arange(x.size, dtype=jnp.uint32) + jnp.asarray(seed + 7919 * stream, jnp.uint32) * np.uint32(
             0x9E3779B9
         )
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # the finaliser of MurmurHash3
             mixed = (mixed ^ (mixed >> shift)) * np.uint32(factor)
-        return (1.0 - 2.0 * (mixed >> 31)).reshape(x.shape).astype(x.dtype)
+        return ((mixed >> 8).astype(jnp.float32) / 2**23 - 1).reshape(x.shape).astype(_tree.real_dtype(x))
+
+    def of(leaf: int, x: jax.Array) -> jax.Array:
+        real = numbers(2 * leaf, x)
+        return jax.lax.complex(real, numbers(2 * leaf + 1, x)) if jnp.iscomplexobj(x) else real
 
     leaves, treedef = jax.tree.flatten(like)
-    return treedef.unflatten([signs(i, x) for i, x in enumerate(leaves)])
+    return treedef.unflatten([of(i, x) for i, x in enumerate(leaves)])
 
 
 def combined(basis: PyTree, weights: jax.Array) -> PyTree:

@@ -115,16 +115,16 @@ class ButcherTableau:
                 f"{self.name}: b_hat equals b, so that every error estimate would be zero; "
                 "give the weights of another method, or drop b_hat and order_hat"
             )
+        self._check_row_sums()
+        self._check_order("b", "order")
+        if self.b_hat is not None:
+            self._check_order("b_hat", "order_hat")
         if self.interpolant is not None:
             self._set("interpolant", self._numbers("interpolant"))
             if self.interpolant.ndim != 2 or len(self.interpolant) != stages:
                 raise ValueError(f"{self.name}: interpolant must have a row per stage, got {self.interpolant.shape}")
             if not np.allclose(self.interpolant.sum(axis=1), self.b, rtol=0, atol=1e-12):
                 raise ValueError(f"{self.name}: the rows of interpolant must add up to b, its value at the step's end")
-        self._check_row_sums()
-        self._check_order("b", "order")
-        if self.b_hat is not None:
-            self._check_order("b_hat", "order_hat")
 
     def __repr__(self) -> str:
         orders = f"{self.order}" if self.order_hat is None else f"{self.order}({self.order_hat})"

@@ -298,7 +298,7 @@ def test_a_constraint_over_points_that_are_pointwise_elsewhere_and_a_weight_for_
     flat = jax.grad(lambda p: loss(p, x=NODES))(params)
     for name in AB:
         np.testing.assert_allclose(rows.jacobian[name] @ rows.residual, flat[name], rtol=1e-12)
-    tx = rk_optax.residual_euler(loss)
+    tx = rk_optax.residual_euler(loss, rk_optax.path_control())
     updates, state = jax.jit(tx.update)(flat, tx.init(params), params, x=NODES)
     assert bool(state.accepted)
     after = jax.tree.map(lambda p, u: np.asarray(p + u), params, updates)
