@@ -424,7 +424,7 @@ def test_a_refused_step_asks_for_a_new_estimate():
     tx = rk_optax.runge_kutta(sharp_elsewhere, rk_optax.descent_control(1e-2), solver)
     theta, (state,) = updates(tx, sharp_elsewhere, theta, 1)
     low = state.solver._replace(spectral_radius=jnp.array(0.01), age=jnp.array(1, jnp.int32))
-    state = state._replace(solver=low, rule=state.rule._replace(step_size=jnp.array(5.0)))
+    state = state._replace(solver=low, rule=state.rule._replace(next_step_size=jnp.array(5.0)))
     _, (refused, renewed) = updates(tx, sharp_elsewhere, theta, 2, state)
     assert not bool(refused.accepted)
     assert float(refused.solver.spectral_radius) == pytest.approx(0.01)
