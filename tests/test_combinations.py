@@ -131,7 +131,9 @@ def test_implicit_and_exponential_solvers_go_with_diagonal_preconditioners_and_r
             return rk_optax.runge_kutta(product_loss, RATES[rate], solver, **options)
 
         if scale == "clip" or rate in ("dal, free", "sgd_g2"):
-            with pytest.raises(ValueError, match=r"only with a diagonal preconditioner|first two stages|gradient-descent step"):
+            with pytest.raises(
+                ValueError, match=r"only with a diagonal preconditioner|first two stages|gradient-descent step"
+            ):
                 build_it()
             continue
 
