@@ -105,7 +105,8 @@ class RK4(diffrax.AbstractERK):
     interpolation_cls = diffrax.ThirdOrderHermitePolynomialInterpolation.from_k
     term_structure = diffrax.ODETerm
 
-    def order(self, terms: Any) -> int:  # noqa: D102
+    def order(self, terms: Any) -> int:
+        """The order of a step."""
         return 4
 
 

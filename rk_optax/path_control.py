@@ -155,7 +155,7 @@ class PathControl(StepSizeRule):
             direction = path.direction(h, coordinates)
 
             def trial(i: jax.Array) -> Any:
-                # One after the other: all at once they take no less time on a CPU, and k times the memory.
+                # One after the other: all at once would take k times the memory.
                 end = jax.tree.map(lambda p, d: p - h[i].astype(_tree.real_dtype(p)) * d[i], params, direction)
                 return path.evaluate(end)
 
