@@ -59,7 +59,7 @@ def test_the_commands_of_the_pages_name_files_and_extras_that_exist():
         for names in re.findall(r"(?:\.|rk-optax)\[([\w,]+)\]", line):
             assert set(names.split(",")) <= set(extras), line
         for command in re.findall(r"rk-optax (\w+)", line):
-            assert command in {"compare", "train", "race", "plot", "solvers"}, line
+            assert command in {"compare", "train", "race", "flow", "plot", "solvers"}, line
 
 
 def test_the_readme_is_short_and_its_links_lead_to_files():

@@ -16,6 +16,7 @@ COMMANDS = {
     "compare": ("compare optimizers at an equal budget", "commands"),
     "race": ("race solvers on a stiff full-batch problem", "commands"),
     "train": ("train with one optimizer, or go on with a run", "commands"),
+    "flow": ("follow gradient descent, its gradient flow and its central flow", "commands"),
     "plot": ("overlay runs by steps, cost or seconds", "commands"),
     "solvers": ("list the solvers with their cost and stability", "commands"),
 }

@@ -12,21 +12,23 @@ import jax
 import numpy as np
 import tyro
 
-from rk_optax.experiment.config import CompareConfig, RaceConfig, TrainConfig, load
+from rk_optax.experiment.config import CompareConfig, FlowConfig, RaceConfig, TrainConfig, load
 from rk_optax.experiment.errors import UsageError
 from rk_optax.experiment.runs.compare import Comparison
+from rk_optax.experiment.runs.flow import FlowStudy
 from rk_optax.experiment.runs.race import Race
 from rk_optax.experiment.runs.summary import as_json, summarize
 from rk_optax.experiment.runs.train import Training
 from rk_optax.experiment.show import tables
 from rk_optax.experiment.show.curves import read_curves
-from rk_optax.experiment.show.figures import AXES, plot_comparison, plot_curves, plot_race
+from rk_optax.experiment.show.figures import AXES, plot_comparison, plot_curves, plot_flows, plot_race
+from rk_optax.experiment.show.flow_summary import flow_summary
 from rk_optax.experiment.show.progress import ProgressBar
 from rk_optax.experiment.show.race_summary import race_summary
 from rk_optax.experiment.store.run_folder import RunFolder, TrainFolder, first_difference, stored_config
 from rk_optax.tableau import TABLEAUS
 
-Config = TypeVar("Config", TrainConfig, CompareConfig, RaceConfig)
+Config = TypeVar("Config", TrainConfig, CompareConfig, RaceConfig, FlowConfig)
 
 _HELP = """\
 usage: rk-optax {verb} CONFIG [--out DIR] [--FIELD VALUE ...]
@@ -74,6 +76,15 @@ _RACE = _Verb(
     "--seeds 0 1, or --x64",
     "Runs solvers and optimizers on a full-batch problem with a known solution, each tuned on a seed of its own,\n"
     "and shows what every error costs in gradients, V (one value_and_grad) and seconds.",
+)
+
+_FLOW = _Verb(
+    "flow",
+    FlowConfig,
+    "configs/edge_of_stability.py",
+    "--learning-rate 0.1",
+    "Follows full-batch gradient descent, its gradient flow and its central flow from one start,\n"
+    "and shows their sharpness beside 2/h, their losses and their distances through time.",
 )
 
 
@@ -144,6 +155,20 @@ def race(argv: Sequence[str]) -> int:
     finally:
         jax.config.update("jax_enable_x64", before)
     return _show(folder, [tables.race_table(rows, contest.error_name)])
+
+
+def flow(argv: Sequence[str]) -> int:
+    """`rk-optax flow`; see `train`."""
+    asked = _read(argv, _FLOW)
+    if asked is None:
+        return 0
+    study = FlowStudy(asked.config)
+    with _running(_FLOW, asked, RunFolder) as (folder, bar):
+        results = study.run(folder, bar)
+        summary = flow_summary(results, asked.config.learning_rate)
+        folder.write_json("summary.json", summary)
+        plot_flows(results, asked.config.learning_rate, folder.path / "flow.png")
+    return _show(folder, [tables.flow_table(summary), *tables.flow_notes(summary)])
 
 
 def plot(argv: Sequence[str]) -> int:

@@ -323,3 +323,52 @@ class RaceConfig(_Checked):
             "advantage there",
         )
         return self
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowConfig(_Checked):
+    """Full-batch gradient descent beside its gradient flow and its central flow, all from one start."""
+
+    learning_rate: Rate
+    """Rate h of gradient descent, whose n-th iterate is at the time nh; its edge of stability is a sharpness of 2/h."""
+    steps: Positive
+    """Steps of gradient descent."""
+    save_every: Positive = 10
+    """Steps of gradient descent between two looks at loss, sharpness and distances."""
+    data: DataConfig = DataConfig(batch_size=None)
+    """The data set, of which the loss is the mean over training examples."""
+    model: ModelConfig = ModelConfig(hidden=(32, 32, 32), l2=0.0, loss="squared_error")
+    examples: Positive | None = None
+    """Training examples of the loss, the first ones; None takes all."""
+    micro_batch: Positive | None = None
+    """Examples that are held in memory at once; None for all of the loss."""
+    initial_scale: Rate = 1.0
+    """Factor of the initial parameters: small ones begin with a small sharpness."""
+    eigenvalues: Positive = 3
+    """Largest eigenvalues of the Hessian that are saved."""
+    edge_eigenvalues: Positive = 4
+    """Eigenvalues that the central flow can hold at the edge at once."""
+    central_steps: Positive = 4
+    """Steps of the central flow for one of gradient descent."""
+    rtol: Rate = 1e-4
+    """Relative tolerance of a step of the gradient flow."""
+    atol: Rate = 1e-6
+    """Absolute tolerance of a step of the gradient flow."""
+    checkpoint_every: Positive = 200
+    """Steps between two checkpoints of a flow, and two looks at Ctrl-C."""
+    seed: Seed = 0
+    """Seed of the initial parameters."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        _require(
+            self.steps % self.save_every == 0,
+            f"steps = {self.steps} must be a multiple of save_every = {self.save_every}",
+        )
+        _require(
+            self.data.batch_size is None,
+            f"data.batch_size = {self.data.batch_size} must be None: the flow is that of the loss over all examples "
+            "(micro_batch saves memory)",
+        )
+        _require(self.model.dropout == 0, f"model.dropout = {self.model.dropout} must be 0: a flow has no random masks")
+        return self

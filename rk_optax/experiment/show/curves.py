@@ -35,6 +35,8 @@ def read_curves(path: Path) -> list[Curve]:
     """
     config = _object(_text(path / "config.json", path), path / "config.json")
     read: dict[Any, Callable[[Path, _Record], list[Curve]]] = {"train": _train, "compare": _compare, "race": _race}
+    if config.get("command") == "flow":
+        raise UsageError(f"{path} holds flows, whose figure is {path / 'flow.png'}")
     if config.get("command") not in ("train", "compare", "race"):
         raise UsageError(f"{path / 'config.json'} is damaged: no command of rk-optax made this run")
     try:

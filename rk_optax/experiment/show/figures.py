@@ -10,6 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 
 from rk_optax.experiment.errors import UsageError
 from rk_optax.experiment.runs.compare import Compared
+from rk_optax.experiment.runs.flow import DESCENT, Followed
 from rk_optax.experiment.runs.race import Raced
 from rk_optax.experiment.show.curves import Curve
 from rk_optax.experiment.show.race_summary import on_grid
@@ -75,6 +76,37 @@ def plot_race(results: Sequence[Raced], error_name: str, path: Path) -> None:
     axes[0].set_ylabel(error_name)
     title = f"entrant, tuned value (median and range over {len(results[0].runs)} seeds)"
     _save(figure, axes[0], path, columns=min(len(results), 4), title=title)
+
+
+def plot_flows(results: Sequence[Followed], learning_rate: float, path: Path | None = None) -> Figure:
+    """Sharpness, loss and distance from gradient descent through time; dashed, the edge 2/h.
+
+    Dotted are the further eigenvalues of the central flow. Without a path the figure is returned only, for a notebook.
+    """
+    figure = Figure(figsize=(12, 4), dpi=120, layout="constrained")
+    sharpness, loss, distance = axes = figure.subplots(1, 3)
+    for result, color in zip(results, ("#E69F00", "#0072B2", "#000000"), strict=True):
+        style = {"color": color, "linewidth": 1.4, "label": result.name.replace("_", " ")}
+        sharpness.plot(result.times, result.sharpness, **style)
+        loss.plot(result.times, result.loss, **style)
+        if result.name != DESCENT:
+            distance.plot(result.times, result.distance, **style)
+        if result.name == "central_flow":
+            sharpness.plot(result.times, result.eigenvalues[:, 1:], color=color, linewidth=0.8, linestyle=":")
+    sharpness.axhline(2 / learning_rate, color="0.4", linewidth=1.2, linestyle="--")
+    for axis, label in zip(axes, ("sharpness", "loss", "distance from gradient descent"), strict=True):
+        axis.set(xlabel="time nh", ylabel=label)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    loss.set_yscale("log")
+    for which in (loss.yaxis.set_major_formatter, loss.yaxis.set_minor_formatter):
+        which(FuncFormatter(lambda value, _: f"{value:g}"))
+    loss.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    handles, labels = sharpness.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3)
+    if path is not None:
+        figure.savefig(path)
+    return figure
 
 
 def plot_curves(curves: Sequence[Curve], x: str, path: Path) -> None:

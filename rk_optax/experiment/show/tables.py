@@ -14,6 +14,7 @@ from rich.table import Table
 from rk_optax.experiment.config import CompareConfig
 from rk_optax.experiment.entrants import OPTAX, SOLVERS
 from rk_optax.experiment.runs.compare import Compared
+from rk_optax.experiment.runs.flow import DESCENT
 from rk_optax.experiment.runs.summary import Row, Spread
 from rk_optax.tableau import ButcherTableau
 
@@ -122,6 +123,43 @@ def race_table(rows: Sequence[Mapping[str, Any]], error_name: str) -> Table:
     return table
 
 
+def flow_table(summary: Mapping[str, Any]) -> Table:
+    """Where each of the three flows is in the second half of the time, and what it took."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("", no_wrap=True)
+    table.add_column("sharpness / (2/h)", justify="right", no_wrap=True)
+    table.add_column("distance", justify="right", no_wrap=True)
+    for heading in ("final\nloss", "steps", "gradients", "products", "s"):
+        table.add_column(heading, justify="right")
+    for row in summary["flows"]:
+        distance = "" if row["flow"] == DESCENT else _three(row["distance"])
+        table.add_row(
+            row["flow"].replace("_", " "),
+            _three(row["sharpness"]),
+            distance,
+            f"{row['final_loss']:#.3g}",
+            *(str(row[name]) for name in ("accepted", "gradients", "products")),
+            f"{row['seconds']:.0f}",
+        )
+    return table
+
+
+def flow_notes(summary: Mapping[str, Any]) -> list[str]:
+    """What the table does not say."""
+    reached, ratio = summary["reached_at"], summary["distance_ratio"]
+    edge = (
+        f"Gradient descent reaches 2/h = {summary['edge']:g} at t = {reached if reached is None else f'{reached:g}'}."
+    )
+    if reached is None:
+        edge = f"Gradient descent does not reach 2/h = {summary['edge']:g}: more steps, or a higher learning_rate."
+    return [
+        edge,
+        f"Sharpness, and distance from gradient descent: mean [min, max] from t = {summary['late_from']:g} on, the second "
+        "half.",
+        f"Distance from the central flow over that from the gradient flow: {_three(ratio)}.",
+    ]
+
+
 def solver_table(tableaus: Mapping[str, ButcherTableau]) -> Table:
     """Every solver with its order, cost and stability."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
@@ -159,6 +197,10 @@ def optimizer_table(tableaus: Mapping[str, ButcherTableau]) -> Table:
     table.add_section()
     table.add_row("of Optax", "", ", ".join(sorted(OPTAX)))
     return table
+
+
+def _three(spread: Mapping[str, float]) -> str:
+    return _spread(Spread(**spread), lambda value: f"{value:#.3g}")
 
 
 def _short(value: float | None) -> str:

@@ -59,7 +59,8 @@ class Checkpoints:
         for other in self._manager.all_steps():
             if other >= steps:  # one that was killed before it counted
                 self._manager.delete(other)
-        self._manager.save(steps, args=ocp.args.StandardSave(arrays))
+        # Orbax refuses arrays without entries; there is nothing in them to keep.
+        self._manager.save(steps, args=ocp.args.StandardSave({name: a for name, a in arrays.items() if a.size}))
         folder = self._folder(steps)
         about = {"format": _FORMAT, "seconds": seconds, "layout": _layout(arrays), "files": _checksums(folder)}
         (folder / f"{_ABOUT}.new").write_text(json.dumps(about, indent=1), encoding="utf-8")
@@ -86,10 +87,11 @@ class Checkpoints:
                 self._refuse(steps, f"is damaged: {name} is not what was written")
         empty = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in wanted.items()}
         try:
-            arrays: Any = self._manager.restore(steps, args=ocp.args.StandardRestore(empty))
+            filled = {name: array for name, array in empty.items() if array.size}
+            arrays: Any = self._manager.restore(steps, args=ocp.args.StandardRestore(filled))
         except Exception as error:  # another version of Orbax, perhaps
             self._refuse(steps, f"cannot be read: {_line(error)}")
-        leaves = [arrays[name] for name in wanted]
+        leaves = [arrays.get(name, empty[name]) for name in wanted]
         return steps, about["seconds"], jax.tree.unflatten(jax.tree.structure(like), leaves)
 
     def _counted(self) -> list[int]:

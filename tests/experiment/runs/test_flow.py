@@ -1,0 +1,180 @@
+"""`rk-optax flow`: gradient descent, its gradient flow and its central flow from one start."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.flatten_util
+import numpy as np
+import pytest
+
+from rk_optax.experiment.config import DataConfig, FlowConfig, ModelConfig, checked, load
+from rk_optax.experiment.errors import UsageError
+from rk_optax.experiment.runs.flow import FlowStudy, Followed
+from rk_optax.experiment.show.flow_summary import flow_summary
+from rk_optax.experiment.store.run_folder import RunFolder
+
+from ..helpers import Silent, read_metrics, run_command, strict_loads, write_train_config
+
+NAMES = ["gradient_descent", "gradient_flow", "central_flow"]
+SMALL = FlowConfig(
+    learning_rate=0.1,
+    steps=8,
+    save_every=4,
+    examples=10,
+    initial_scale=0.7,
+    model=ModelConfig(hidden=(3,), l2=0.0, loss="squared_error"),
+    eigenvalues=1,
+    edge_eigenvalues=1,
+    central_steps=2,
+    checkpoint_every=3,
+)
+CONFIG = Path(__file__).parents[3] / "configs" / "edge_of_stability.py"
+
+
+@pytest.fixture(scope="module")
+def followed(tmp_path_factory):
+    """The folder of a whole run from the command line, what it printed, and the study that ran."""
+    folder = tmp_path_factory.mktemp("flow")
+    studies, run = [], FlowStudy.run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FlowStudy, "run", lambda study, *rest: studies.append(study) or run(study, *rest))
+        status, out, err = run_command("flow", write_train_config(folder / "small.py", SMALL), "--out", folder / "run")
+    assert (status, err) == (0, "")
+    return folder / "run", out, studies[0]
+
+
+def pieces(folder):
+    found = {name: strict_loads((folder / "pieces" / f"{name}.json").read_text()) for name in NAMES}
+    return {name: {field: x for field, x in piece.items() if field != "seconds"} for name, piece in found.items()}
+
+
+def test_gradient_descent_is_a_loop_of_ones_own(followed):
+    folder, _, study = followed
+    params, losses = study.params, []
+    step = jax.jit(jax.value_and_grad(lambda p: study.loss_fn(p, **study.data)))
+    for index in range(9):
+        loss, grads = step(params)
+        losses.append(loss)
+        if index < 8:
+            params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+    kept = pieces(folder)
+    np.testing.assert_allclose(kept["gradient_descent"]["loss"], losses[::4], rtol=1e-5)
+    flat, unravel = jax.flatten_util.ravel_pytree(params)
+    hessian = jax.jit(jax.hessian(lambda w: study.loss_fn(unravel(w), **study.data)))(flat)
+    np.testing.assert_allclose(kept["gradient_descent"]["eigenvalues"][-1], np.linalg.eigvalsh(hessian)[-1:], rtol=1e-4)
+    assert kept["gradient_descent"]["distance"] == [0, 0, 0]
+    # The flow is Euler's limit: so much closer to the loop with half the step as that has half the error.
+    assert 0 < kept["gradient_flow"]["distance"][-1] < 0.2
+
+
+def test_the_folder_holds_figure_summary_and_metrics(followed):
+    folder, out, _ = followed
+    summary = strict_loads((folder / "summary.json").read_text())
+    assert summary["edge"] == 20
+    assert [row["flow"] for row in summary["flows"]] == NAMES
+    assert [row["accepted"] for row in summary["flows"]][::2] == [8, 16]
+    assert (folder / "flow.png").stat().st_size > 20_000
+    lines = read_metrics(folder)
+    assert [(line["flow"], line["steps"]) for line in lines] == [(name, n) for name in NAMES for n in (0, 4, 8)]
+    for part in ("gradient descent", "does not reach 2/h = 20", "from t = 0.4 on", f"Written to {folder}"):
+        assert part in out
+    status, _, err = run_command("plot", folder)
+    assert status == 2
+    assert "flow.png" in err
+
+
+class Impatient(Silent):
+    """Presses Ctrl-C at a report."""
+
+    def __init__(self, reports):
+        super().__init__()
+        self.left = reports
+
+    def advance(self, work):
+        super().advance(work)
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("reports", [3, 9])  # within gradient descent, and within the central flow
+def test_an_interrupted_run_goes_on_to_the_same_numbers(followed, tmp_path, reports):
+    folder, _, study = followed
+    report = Impatient(reports)
+    with pytest.raises(KeyboardInterrupt), RunFolder(tmp_path / "run") as stopped:
+        study.run(stopped, report)
+    again = Silent()
+    with RunFolder(tmp_path / "run", resume=True) as resumed:
+        study.run(resumed, again)
+    assert pieces(tmp_path / "run") == pieces(folder)
+    assert [line["flow"] for line in read_metrics(tmp_path / "run")] == [line["flow"] for line in read_metrics(folder)]
+    assert again.done == pytest.approx(again.work)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"save_every": 3}, "steps = 8 must be a multiple of save_every = 3"),
+        ({"data": DataConfig()}, "data.batch_size = 256 must be None"),
+        ({"model": ModelConfig(dropout=0.1)}, "model.dropout = 0.1 must be 0"),
+        ({"model": ModelConfig("cnn", hidden=(2,))}, "keeps statistics of its batches"),
+        ({"examples": 10_000}, "is more than the 1167 training examples"),
+        ({"learning_rate": -1.0}, "learning_rate"),
+    ],
+)
+def test_what_cannot_run_says_so(change, message):
+    with pytest.raises(UsageError, match=message):
+        FlowStudy(dataclasses.replace(SMALL, **change))
+
+
+def test_a_rate_at_which_gradient_descent_diverges_is_named(tmp_path):
+    study = FlowStudy(dataclasses.replace(SMALL, learning_rate=1e20))
+    with (
+        RunFolder(tmp_path / "run") as folder,
+        pytest.raises(UsageError, match=r"gradient descent ended at t = .*lower"),
+    ):
+        study.run(folder, Silent())
+
+
+def test_the_second_half_is_summed_up():
+    def made_up(name, sharpness, distance):
+        arrays = np.arange(5), np.arange(5) / 2, np.ones(5), np.array(sharpness)[:, None], np.array(distance)
+        return Followed(name, *arrays, 4, 0, 5, 0, 1.0)
+
+    results = [
+        made_up("gradient_descent", [1, 5, 4, 4, 4.4], [0, 0, 0, 0, 0]),
+        made_up("gradient_flow", [1, 5, 6, 7, 8], [0, 1, 1, 2, 4]),
+        made_up("central_flow", [1, 4, 4, 4, 4], [0, 1, 0.1, 0.1, 0.1]),
+    ]
+    summary = flow_summary(results, 0.5)
+    assert (summary["edge"], summary["reached_at"], summary["late_from"]) == (4, 0.5, 1)
+    assert summary["flows"][0]["sharpness"] == pytest.approx({"mean": 4.4 / 4 / 3 + 2 / 3, "min": 1, "max": 1.1})
+    assert summary["distance_ratio"] == pytest.approx({"mean": (0.1 + 0.05 + 0.025) / 3, "min": 0.025, "max": 0.1})
+
+
+def test_the_committed_summary_is_that_of_the_config():
+    config = load(CONFIG, FlowConfig)
+    kept = json.loads((CONFIG.parents[1] / "benchmarks" / "results" / "edge_of_stability.json").read_text())
+    assert checked(config) == config
+    assert kept["edge"] == 2 / config.learning_rate
+    assert kept["flows"][0]["accepted"] == config.steps
+    hovers(kept)
+
+
+def hovers(summary):
+    """What makes the edge of stability: gradient descent is at it, the flow beyond, the central flow beside."""
+    descent, flow, central = (row["sharpness"] for row in summary["flows"])
+    assert descent["min"] >= 0.9
+    assert descent["max"] <= 1.1
+    assert flow["min"] > 1.5
+    assert central["max"] <= 1.01
+    assert summary["distance_ratio"]["max"] < 0.1
+
+
+@pytest.mark.slow
+def test_the_edge_of_stability(tmp_path):
+    config = load(CONFIG, FlowConfig)
+    with RunFolder(tmp_path / "run") as folder:
+        hovers(flow_summary(FlowStudy(config).run(folder, Silent()), config.learning_rate))
