@@ -146,17 +146,15 @@ def flow_table(summary: Mapping[str, Any]) -> Table:
 
 def flow_notes(summary: Mapping[str, Any]) -> list[str]:
     """What the table does not say."""
-    reached, ratio = summary["reached_at"], summary["distance_ratio"]
-    edge = (
-        f"Gradient descent reaches 2/h = {summary['edge']:g} at t = {reached if reached is None else f'{reached:g}'}."
-    )
+    reached, edge = summary["reached_at"], f"2/h = {summary['edge']:g}"
+    where = f"reaches {edge} at t = {reached or 0:g}."
     if reached is None:
-        edge = f"Gradient descent does not reach 2/h = {summary['edge']:g}: more steps, or a higher learning_rate."
+        where = f"does not reach {edge}: give it more steps, or a higher learning_rate."
     return [
-        edge,
-        f"Sharpness, and distance from gradient descent: mean [min, max] from t = {summary['late_from']:g} on, the second "
-        "half.",
-        f"Distance from the central flow over that from the gradient flow: {_three(ratio)}.",
+        f"Gradient descent {where}",
+        "Sharpness, and distance from gradient descent: mean [min, max] over the second half, "
+        f"from t = {summary['late_from']:g} on.",
+        f"Distance from the central flow over that from the gradient flow: {_three(summary['distance_ratio'])}.",
     ]
 
 
