@@ -1,9 +1,11 @@
 """What following the gradient flow costs: rk_optax.gradient_flow beside diffrax's diffeqsolve, on a network's loss.
 
-    python benchmarks/flow.py                   # an MLP 64-64-64-10 on 256 of scikit-learn's digits
+    python benchmarks/flow.py                   # an MLP 64-64-64-10 on 256 of scikit-learn's digits, and wider ones
     python benchmarks/flow.py --json FILE       # the same, and the figures as JSON
+    python benchmarks/flow.py --solver bogacki_shampine --tolerance 1e-8
 
-Both take Tsitouras's 5(4) pair with the same tolerances, and save a functional at the same times. Columns:
+Both take the same pair, by default Tsitouras's 5(4), with the same tolerances, and save a functional at the same times.
+Columns:
 
 gradients     evaluations of the field; both use the last stage of a step as the first of the next.
 per gradient  processor time of a whole compiled flow over its gradients, ours over diffrax's. The two take turns, so
@@ -31,6 +33,8 @@ import numpy as np
 
 import rk_optax
 
+PEERS = {"tsit5": diffrax.Tsit5, "dopri5": diffrax.Dopri5, "bogacki_shampine": diffrax.Bosh3}
+
 PyTree = Any
 Run = Callable[[PyTree, dict[str, jax.Array]], tuple[PyTree, jax.Array]]  # the saved, and the gradients it took
 
@@ -55,22 +59,26 @@ def loss_fn(params: PyTree, x: jax.Array, y: jax.Array) -> jax.Array:
     return 0.5 * jnp.mean(jnp.sum((x @ last["w"] + last["b"] - y) ** 2, axis=-1))
 
 
-def ours(ts: Any, tolerance: float, save: Any) -> Run:
+def ours(solver: str, ts: Any, tolerance: float, save: Any) -> Run:
     def run(params: PyTree, data: dict[str, jax.Array]) -> tuple[PyTree, jax.Array]:
-        flow = rk_optax.gradient_flow(loss_fn, params, ts, rtol=tolerance, atol=tolerance, data=data, save=save)
+        options: dict[str, Any] = {"solver": solver, "rtol": tolerance, "atol": tolerance, "save": save}
+        flow = rk_optax.gradient_flow(loss_fn, params, ts, data=data, **options)
         return flow.values, flow.cost.gradients
 
     return jax.jit(run)
 
 
-def theirs(ts: Any, tolerance: float, save: Any) -> Run:
+def theirs(solver: str, ts: Any, tolerance: float, save: Any) -> Run:
+    pair = PEERS[solver]()
+    new_stages = len(pair.tableau.b_sol) - 1  # the last is the next first one
+
     def field(t: Any, params: PyTree, data: dict[str, jax.Array]) -> PyTree:
         return jax.tree.map(jnp.negative, jax.grad(loss_fn)(params, **data))
 
     def run(params: PyTree, data: dict[str, jax.Array]) -> tuple[PyTree, jax.Array]:
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(field),
-            diffrax.Tsit5(),
+            pair,
             float(ts[0]),
             float(ts[-1]),
             None,
@@ -82,7 +90,7 @@ def theirs(ts: Any, tolerance: float, save: Any) -> Run:
             max_steps=100_000,
         )
         # Three evaluations to start with: two for the size of the first step, and stage 1.
-        return solution.ys, 3 + 6 * solution.stats["num_steps"]
+        return solution.ys, 3 + new_stages * solution.stats["num_steps"]
 
     return jax.jit(run)
 
@@ -96,18 +104,21 @@ def distance(a: PyTree, b: PyTree) -> float:
     return max(float(jnp.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-def measure(rows: int, width: int, end: float, tolerance: float, rounds: int) -> dict[str, Any]:
+def measure(rows: int, width: int, end: float, solver: str, tolerance: float, rounds: int) -> dict[str, Any]:
     params, data = problem(rows, width, jnp.float64)
     ts = np.linspace(0, end, 11)
-    truth, _ = ours(ts, 1e-4 * tolerance, "params")(params, data)
-    figures: dict[str, Any] = {"rows": rows, "width": width, "end": end, "tolerance": tolerance, "rounds": rounds}
+    truth, _ = ours("tsit5", ts, max(1e-4 * tolerance, 1e-12), "params")(params, data)
+    figures: dict[str, Any] = {"solver": solver, "rows": rows, "width": width, "end": end, "tolerance": tolerance}
+    figures["rounds"] = rounds
     runs: dict[str, Run] = {}
     for name, build in (("rk_optax", ours), ("diffrax", theirs)):
-        values, gradients = build(ts, tolerance, "params")(params, data)
+        values, gradients = build(solver, ts, tolerance, "params")(params, data)
         figures[name] = {"gradients": int(gradients), "error": distance(values, truth) / tolerance}
-        runs[name] = build(ts, tolerance, total)
+        runs[name] = build(solver, ts, tolerance, total)
         jax.block_until_ready(runs[name](params, data))  # compiles
     figures["gradients_ratio"] = figures["rk_optax"]["gradients"] / figures["diffrax"]["gradients"]
+    if not rounds:
+        return figures
     spent: dict[str, list[float]] = {name: [] for name in runs}
     for index in range(rounds):
         for name in sorted(runs, reverse=bool(index % 2)):
@@ -124,28 +135,34 @@ def measure(rows: int, width: int, end: float, tolerance: float, rounds: int) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=9, help="of timed runs; 0 for none")
+    parser.add_argument("--solver", choices=tuple(PEERS), default="tsit5")
     parser.add_argument("--end", type=float, default=40.0)
     parser.add_argument("--tolerance", type=float, default=1e-6)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 256], help="widths of the hidden layers")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256], help="widths of the hidden layers")
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--json", type=pathlib.Path)
     arguments = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
     results = [
-        measure(arguments.rows, width, arguments.end, arguments.tolerance, arguments.rounds)
+        measure(arguments.rows, width, arguments.end, arguments.solver, arguments.tolerance, arguments.rounds)
         for width in arguments.sizes
     ]
     for r in results:
-        ratio = r["per_gradient_ratio"]
-        print(
-            f"width {r['width']}: gradients {r['rk_optax']['gradients']} against {r['diffrax']['gradients']} "
-            f"({r['gradients_ratio']:.3f}), processor time per gradient {ratio['median']:.3f} "
-            f"({ratio['25%']:.3f} to {ratio['75%']:.3f}) of diffrax's, errors {r['rk_optax']['error']:.2f} and "
+        line = (
+            f"{r['solver']} at {r['tolerance']:g}, width {r['width']}: gradients {r['rk_optax']['gradients']} against "
+            f"{r['diffrax']['gradients']} ({r['gradients_ratio']:.3f}), errors {r['rk_optax']['error']:.2f} and "
             f"{r['diffrax']['error']:.2f} tolerances"
         )
+        if arguments.rounds:
+            ratio = r["per_gradient_ratio"]
+            line += (
+                f", processor time per gradient {ratio['median']:.3f} ({ratio['25%']:.3f} to {ratio['75%']:.3f}) of "
+                "diffrax's"
+            )
+        print(line)
     if arguments.json:
-        about = {"python": platform.python_version(), "clock": "process_time", "dtype": "float64", "solver": "tsit5"}
+        about = {"python": platform.python_version(), "clock": "process_time", "dtype": "float64"}
         about |= {name: metadata.version(name) for name in ("jax", "diffrax")}
         arguments.json.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
 

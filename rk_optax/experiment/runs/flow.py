@@ -114,7 +114,7 @@ class FlowStudy:
         if name == DESCENT:
             self._iterates = rows
         elif self._iterates is None:  # a resumed run, which has been there
-            self._iterates = _rows(self._through(DESCENT)[0])
+            self._iterates = _rows(self._through(DESCENT, again=True)[0])
         followed = Followed(
             name=name,
             steps=np.arange(0, self._config.steps + 1, self._config.save_every),
@@ -134,8 +134,8 @@ class FlowStudy:
             self._folder.log(name, flow=name, **named)
         return followed._asdict()
 
-    def _through(self, name: str) -> tuple[rk_optax.Flow, float]:
-        """The flow to its end and its seconds, with checkpoints on the way."""
+    def _through(self, name: str, *, again: bool = False) -> tuple[rk_optax.Flow, float]:
+        """The flow to its end and its seconds, with checkpoints on the way; `again` where its work has been counted."""
         title, path = name.replace("_", " "), self._folder.path / "checkpoints" / name
         self._report.phase(title)
         path.parent.mkdir(exist_ok=True)
@@ -143,12 +143,12 @@ class FlowStudy:
             restored = checkpoints.restore(jax.eval_shape(lambda: self.follow(name).state))
             _, before, state = restored or (0, 0.0, None)
             began, done = time.perf_counter(), 0.0 if state is None else float(state.elapsed)
-            self._report.advance(done)
+            self._report.advance(0 if again else done)
 
             def progress(flow: rk_optax.Flow) -> None:
                 nonlocal done
                 checkpoints.save(int(flow.state.attempts), before + time.perf_counter() - began, flow.state)
-                self._report.advance(float(flow.time) - done)
+                self._report.advance(0 if again else float(flow.time) - done)
                 done = float(flow.time)
                 self._report.phase(f"{title}, t = {done:.4g}")
 
