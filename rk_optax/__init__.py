@@ -41,6 +41,7 @@ from rk_optax.curvature_rules import Corridor, SharpnessCapped, SharpnessCappedS
 from rk_optax.field import SmoothField, VectorField
 from rk_optax.gradient_flow import Flow, FlowResult, FlowState, gradient_flow
 from rk_optax.learning_rate_rules import Dal, SgdG2, dal, sgd_g2
+from rk_optax.micro_batches import HostRows
 from rk_optax.path_control import PathControl, path_control
 from rk_optax.preconditioner import (
     AdagradPreconditioner,
@@ -102,6 +103,7 @@ __all__ = [
     "Flow",
     "FlowResult",
     "FlowState",
+    "HostRows",
     "HutchinsonPreconditioner",
     "Implicit",
     "LeastSquares",

@@ -123,7 +123,7 @@ class _Flow:
         if inputs.scale is not None:
             scale = inputs.scale
             field = field.preconditioned(lambda g: jax.tree.map(jnp.multiply, scale, g), scale)
-        self.field = _reversed(field) if setting.backward else field
+        self.field = field.reversed() if setting.backward else field
         self.wants = setting.rule.wants | (setting.solver.offers & {"last_stage", "dense"})
         self.stops = _stops(setting, inputs.limits)
 
@@ -218,7 +218,7 @@ class _Flow:
         )
         new = moved._replace(params=candidate, k1=end)
         last &= h == remaining  # a rule may have chosen another
-        elapsed, lost = _sum(state.elapsed, h, state.lost)
+        elapsed, lost = _tree.sum_with_rounding(state.elapsed, state.lost, h)
         new = new._replace(
             elapsed=jnp.where(last, self.inputs.offsets[-1], elapsed), lost=jnp.where(last, 0, lost).astype(dtype)
         )
@@ -301,7 +301,7 @@ class _Flow:
             params = within(sigma)
             k = self.field(params)
             values = self.watch(old.elapsed + sigma * h, params, k)
-            elapsed, lost = _sum(old.elapsed, sigma * h, old.lost)
+            elapsed, lost = _tree.sum_with_rounding(old.elapsed, old.lost, sigma * h)
             spent = self.watch_cost
             spent = Cost(losses=spent.losses * (halvings + 1), gradients=1 + halvings * of_norm)
             return new._replace(
@@ -410,23 +410,6 @@ def advance(setting: Setting, inputs: Inputs, state: FlowState, until: jax.Array
     return jax.lax.while_loop(go_on, flow.attempt, state)
 
 
-def _reversed(field: VectorField) -> VectorField:
-    """The field of the loss −L: time runs backward. No structure is left, since −L is no least squares."""
-
-    def negative(function: Callable[..., PyTree] | None) -> Callable[..., PyTree] | None:
-        return None if function is None else lambda *args: jax.tree.map(jnp.negative, function(*args))
-
-    evaluate = field.evaluate
-    return dataclasses.replace(
-        field,
-        evaluate=lambda params, stage: jax.tree.map(jnp.negative, evaluate(params, stage)),
-        objective=negative(field.objective),
-        smooth_field=negative(field.smooth_field),
-        gradient=negative(field.gradient),
-        structure=None,
-    )
-
-
 def _first_step(field: VectorField, params: PyTree, k1: PyTree, rule: ErrorControl, error_order: int) -> jax.Array:
     """Hairer, Nørsett and Wanner's starting step (1993, II.4), from one gradient beside k1."""
     sizes = jax.tree.map(lambda x: rule.atol + rule.rtol * jnp.abs(x), params)
@@ -452,13 +435,6 @@ def _hermite(k1: PyTree, direction: PyTree, end: PyTree, sigma: jax.Array) -> Py
     weights = (sigma * (1 - sigma) ** 2, sigma**2 * (3 - 2 * sigma), sigma**2 * (sigma - 1))
     total = _tree.scale(weights[0], k1)
     return _tree.add_scaled(_tree.add_scaled(total, weights[1], direction), weights[2], end)
-
-
-def _sum(total: jax.Array, term: jax.Array, lost: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`total` + `term` − `lost` by Kahan's summation, and what is lost now: float32 keeps the sum of 1e5 steps."""
-    term = term - lost
-    new = total + term
-    return new, (new - total) - term
 
 
 def _empty(n: int, like: jax.Array) -> jax.Array:

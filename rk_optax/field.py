@@ -235,6 +235,21 @@ class VectorField:
             smooth_field=None if smooth is None else lambda params: apply(smooth(params)),
         )
 
+    def reversed(self) -> VectorField:
+        """The field of the loss −L, whose time runs backward. No structure is left: −L is no sum of squares."""
+
+        def negative(function: Callable[..., PyTree] | None) -> Callable[..., PyTree] | None:
+            return None if function is None else lambda *args: jax.tree.map(jnp.negative, function(*args))
+
+        return dataclasses.replace(
+            self,
+            evaluate=lambda params, stage: jax.tree.map(jnp.negative, self.evaluate(params, stage)),
+            objective=negative(self.objective),
+            smooth_field=negative(self.smooth_field),
+            gradient=negative(self.gradient),
+            structure=None,
+        )
+
 
 class Objective:
     """A loss or a `grad_fn`, checked and with its data arguments read."""

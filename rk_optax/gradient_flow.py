@@ -112,7 +112,7 @@ def gradient_flow(
       min_gradient_norm: the flow ends where ‖P∇L‖ falls to this.
       max_gradients: the flow ends once this many gradients are spent.
       max_steps: the flow ends after this many attempted steps; None for no bound.
-      data: the loss's data by name.
+      data: the loss's data by name; `rk_optax.HostRows` for what does not fit into the device's memory.
       batches: rows of a micro-batch, for data that are too many at once; the loss must be a mean over the rows. The
         field is the exact mean over all rows, whatever the last micro-batch's size.
       batch_argnames: the data arguments whose first axis runs over the rows; by default all.

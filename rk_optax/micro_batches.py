@@ -6,17 +6,69 @@ What a step keeps in memory is that of one micro-batch, however many rows there 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rk_optax import _checks, _tree
 from rk_optax.field import Linear, Objective, VectorField
 from rk_optax.parameter_view import ParameterView
 
 PyTree = Any
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class HostRows:
+    """Rows that stay in host memory, or in a file, and come to the device a micro-batch at a time.
+
+    A data argument of `rk_optax.gradient_flow` or of a function of `rk_optax.spectrum`, with `batches`. Build it once
+    and use it again: what is compiled holds it, and another one compiles anew. The rows must not change.
+
+    >>> import jax.numpy as jnp, numpy as np, rk_optax
+    >>> x = rk_optax.HostRows(np.linspace(0.5, 1.5, 1001))  # or np.load("x.npy", mmap_mode="r")
+    >>> def loss_fn(w, x): return 0.5 * jnp.mean(x) * w**2
+    >>> flow = rk_optax.gradient_flow(loss_fn, jnp.array(1.0), [0.0, 1.0], data={"x": x}, batches=300)
+    >>> print(f"{float(flow.params):.4f}")  # exp(-1): the last 101 rows count as many as they are
+    0.3679
+
+    Args:
+      rows: what has a `shape`, a `dtype` and slices of its first axis, `rows[i:j]`: a NumPy array, a `np.memmap`, a
+        data set of an HDF5 file. Its dtype on the device is that which JAX gives such an array.
+
+    Raises:
+      TypeError: rows without a shape, a dtype or a first axis.
+
+    Cost: every evaluation of the field reads all rows, and waits for them. For one process and one device.
+    """
+
+    rows: Any
+
+    def __post_init__(self):
+        if not (hasattr(self.rows, "dtype") and getattr(self.rows, "shape", ())):
+            raise TypeError(
+                "rows must have a shape with a first axis, a dtype and slices rows[i:j], as a NumPy array has; got "
+                f"{type(self.rows).__name__}."
+            )
+
+    def piece(self, start: Any, length: int) -> jax.Array:
+        """Rows `start` to `start + length`, on the device; `start` may be traced."""
+        dtype = jax.dtypes.canonicalize_dtype(self.rows.dtype)
+
+        def read(start: Any) -> np.ndarray:
+            first = int(start)
+            return np.ascontiguousarray(self.rows[first : first + length], dtype)
+
+        shape = jax.ShapeDtypeStruct((length, *self.rows.shape[1:]), dtype)
+        return jax.pure_callback(read, shape, start, vmap_method="sequential")
+
+
+def _on_host(x: Any) -> bool:
+    return isinstance(x, HostRows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +104,13 @@ class MicroBatches:
           ValueError: no rows, arrays of different lengths, a name that is not in data.
         """
         cut = self._cut(data)
-        lengths = {name: {jnp.shape(x)[0] if jnp.ndim(x) else None for x in jax.tree.leaves(cut[name])} for name in cut}
+        lengths = {name: {_length(x) for x in jax.tree.leaves(cut[name], is_leaf=_on_host)} for name in cut}
+        for name, value in data.items():
+            if name not in cut and any(map(_on_host, jax.tree.leaves(value, is_leaf=_on_host))):
+                raise ValueError(
+                    f"The HostRows of data[{name!r}] come to the device a micro-batch at a time: say how many rows "
+                    "it has, batches=1000, and where you name batch_argnames, name them all."
+                )
         if self.size is not None and not any(lengths.values()):
             raise ValueError(
                 f"batches={self.size} cuts data into micro-batches, and there are none: pass the loss's data by name, "
@@ -75,12 +133,16 @@ class MicroBatches:
         Exact whatever the last micro-batch's size. Only forward-mode derivatives of it are flat in memory.
         """
         count = self.rows(data)
-        if self.size is None or count is None or count <= self.size:
+        if self.size is None or count is None:
             return function(dict(data))
-        whole, cut, size = count // self.size, self._cut(data), self.size
+        size, cut = min(self.size, count), self._cut(data)
+        whole = count // size
+
+        def rows(x: Any, start: Any, length: int) -> jax.Array:
+            return x.piece(start, length) if _on_host(x) else jax.lax.dynamic_slice_in_dim(x, start, length)
 
         def part(start: Any, length: int) -> PyTree:
-            piece = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, length), cut)
+            piece = jax.tree.map(lambda x: rows(x, start, length), cut, is_leaf=_on_host)
             return _tree.scale(length / count, function({**data, **piece}))
 
         def add(total: PyTree, index: jax.Array) -> tuple[PyTree, None]:
@@ -99,7 +161,13 @@ class MicroBatches:
         for name in names:
             if name not in data:
                 raise ValueError(f"batch_argnames has {name!r}, which is not in data: {sorted(data)!r}.")
-        return {name: jax.tree.map(jnp.asarray, data[name]) for name in names}
+        arrays = functools.partial(jax.tree.map, lambda x: x if _on_host(x) else jnp.asarray(x), is_leaf=_on_host)
+        return {name: arrays(data[name]) for name in names}
+
+
+def _length(x: Any) -> int | None:
+    shape = x.rows.shape if _on_host(x) else jnp.shape(x)
+    return shape[0] if shape else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +193,8 @@ def bind(objective: Objective, data: Mapping[str, Any], view: ParameterView, bat
     """The field on all of `data`, each evaluation a mean over micro-batches where `batches` cuts them."""
     count = batches.rows(data)
     whole = objective.bind(data, view)
-    if count is None or batches.size is None or count <= batches.size:
+    host = any(map(_on_host, jax.tree.leaves(dict(data), is_leaf=_on_host)))
+    if count is None or batches.size is None or (count <= batches.size and not host):
         return whole
 
     def over(function: Callable[..., PyTree]) -> Callable[..., PyTree]:

@@ -185,7 +185,7 @@ class Update:
     ) -> tuple[PyTree, RungeKuttaState]:
         """Takes the step, or leaves all but the rule as it was."""
         step, accepted = attempted.step, attempted.accepted
-        time, time_rounding = _sum_with_rounding(state.time, state.time_rounding, attempted.step_size)
+        time, time_rounding = _tree.sum_with_rounding(state.time, state.time_rounding, attempted.step_size)
         kept_of_refused = state.solver if step.refused_state is None else step.refused_state
         emitted, solver, after, preconditioner, time, time_rounding = _tree.select(
             accepted,
@@ -216,10 +216,3 @@ def _sensible(h: Any) -> tuple[Any, jax.Array]:
     sensible = jnp.isfinite(h) & (h >= 0)
     # A Python number, which has been checked, stays one, so that each leaf sees it in full precision.
     return jnp.where(sensible, h, 0) if isinstance(h, jax.Array) else h, sensible
-
-
-def _sum_with_rounding(total: jax.Array, rounding: jax.Array, term: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`total + term`, and what rounding has taken from it so far, which the next sum makes good (Kahan's sum)."""
-    term = term - rounding
-    new = jnp.minimum(total + term, jnp.finfo(total.dtype).max)
-    return new, (new - total) - term

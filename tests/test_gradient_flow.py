@@ -12,6 +12,7 @@ import scipy.integrate
 import scipy.linalg
 
 import rk_optax
+import rk_optax.spectrum
 from tests.conftest import network, network_loss
 
 RNG = np.random.default_rng(0)
@@ -153,6 +154,34 @@ def test_micro_batches_change_rounding_alone():
     np.testing.assert_allclose(
         whole.values["loss"][1], network_loss(jax.tree.map(lambda x: x[1], whole.values["w"]), **data)
     )
+
+
+class Recorded:
+    """Rows that say which of them were asked for."""
+
+    def __init__(self, rows):
+        self.rows, self.shape, self.dtype, self.asked = rows, rows.shape, rows.dtype, set()
+
+    def __getitem__(self, index):
+        self.asked.add((index.start, index.stop))
+        return self.rows[index]
+
+
+@pytest.mark.usefixtures("x64")
+def test_rows_on_the_host_come_a_micro_batch_at_a_time(tmp_path):
+    params, data = network(np.float64)
+    whole = {name: np.concatenate([a, a[:3] + 1]) for name, a in data.items()}  # 11 rows
+    np.save(tmp_path / "x.npy", whole["x"])
+    recorded = Recorded(whole["y"])
+    host = {"x": rk_optax.HostRows(np.load(tmp_path / "x.npy", mmap_mode="r")), "y": rk_optax.HostRows(recorded)}
+    arguments, options = (network_loss, params, [0.0, 1.0, 4.0]), {"batches": 4, "save": "loss"}
+    through = rk_optax.gradient_flow(*arguments, data=whole, **options)
+    streamed = rk_optax.gradient_flow(*arguments, data=host, **options)
+    np.testing.assert_allclose(streamed.values, through.values, rtol=1e-12)
+    assert recorded.asked == {(0, 4), (4, 8), (8, 11)}
+    options = {"k": 1, "bottom": 1, "batches": 20}  # products, with fewer rows than a micro-batch has
+    pairs = [rk_optax.spectrum.eigenpairs(network_loss, params, data=d, **options).values for d in (host, whole)]
+    np.testing.assert_allclose(*pairs, rtol=1e-6)
 
 
 def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted():
@@ -302,6 +331,8 @@ def test_other_rules_than_tolerances():
         ({"max_steps": 0}, ValueError, "max_steps"),
         ({"batches": 2}, ValueError, "pass the loss's data"),
         ({"data": {"x": jnp.ones((0, 3))}, "batches": 2}, ValueError, "empty"),
+        ({"data": {"x": rk_optax.HostRows(np.ones((4, 3)))}}, ValueError, r"HostRows of data\['x'\].*batches=1000"),
+        ({"data": {"x": rk_optax.HostRows(np.ones((0, 3)))}, "batches": 2}, ValueError, "empty"),
         ({"ts": [1.0, 0.0], "solver": rk_optax.Ros2()}, ValueError, "structure"),
     ],
 )
