@@ -100,7 +100,7 @@ class FlowStudy:
         Raises:
             UsageError: if one of them does not reach the end, or a checkpoint is damaged.
         """
-        self._folder, self._report, self._iterates = folder, report, None
+        self._folder, self._report, self._descent = folder, report, None
         end = float(self.times[-1])
         report.start(end * len(self.flows))
         return [
@@ -108,26 +108,29 @@ class FlowStudy:
             for name in self.flows
         ]
 
-    def _followed(self, name: str) -> dict[str, Any]:
-        flow, seconds = self._through(name)
-        rows = _rows(flow)
-        if name == DESCENT:
-            self._iterates = rows
-        elif self._iterates is None:  # a resumed run, which has been there
-            self._iterates = _rows(self._through(DESCENT, again=True)[0])
-        followed = Followed(
+    def measured(self, name: str, flow: rk_optax.Flow, descent: rk_optax.Flow, seconds: float = np.nan) -> Followed:
+        """What a whole flow that `follow` returned shows, beside that of gradient descent."""
+        return Followed(
             name=name,
             steps=np.arange(0, self._config.steps + 1, self._config.save_every),
             times=self.times,
             loss=np.asarray(flow.values["loss"], float),
             eigenvalues=np.asarray(flow.values["eigenvalues"], float),
-            distance=np.linalg.norm(rows - self._iterates, axis=1),
+            distance=np.linalg.norm(_rows(flow) - _rows(descent), axis=1),
             accepted=int(flow.accepted),
             refused=int(flow.refused),
             gradients=int(flow.cost.gradients),
             products=int(flow.cost.products),
             seconds=seconds,
         )
+
+    def _followed(self, name: str) -> dict[str, Any]:
+        flow, seconds = self._through(name)
+        if name == DESCENT:
+            self._descent = flow
+        elif self._descent is None:  # a resumed run, which has been there
+            self._descent = self._through(DESCENT, again=True)[0]
+        followed = self.measured(name, flow, self._descent, seconds)
         columns = (followed.steps, followed.times, followed.loss, followed.sharpness, followed.distance)
         for row in zip(*columns, strict=True):
             named = dict(zip(("steps", "time", "loss", "sharpness", "distance"), row, strict=True))

@@ -78,10 +78,10 @@ def plot_race(results: Sequence[Raced], error_name: str, path: Path) -> None:
     _save(figure, axes[0], path, columns=min(len(results), 4), title=title)
 
 
-def plot_flows(results: Sequence[Followed], learning_rate: float, path: Path | None = None) -> Figure:
-    """Sharpness, loss and distance from gradient descent through time; dashed, the edge 2/h.
+def plot_flows(results: Sequence[Followed], learning_rate: float, path: Path | str) -> None:
+    """Sharpness, loss and distance from gradient descent through time.
 
-    Dotted are the further eigenvalues of the central flow. Without a path the figure is returned only, for a notebook.
+    Dashed is the edge 2/h, dotted are the further eigenvalues of the central flow.
     """
     figure = Figure(figsize=(12, 4), dpi=120, layout="constrained")
     sharpness, loss, distance = axes = figure.subplots(1, 3)
@@ -104,9 +104,7 @@ def plot_flows(results: Sequence[Followed], learning_rate: float, path: Path | N
     loss.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     handles, labels = sharpness.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3)
-    if path is not None:
-        figure.savefig(path)
-    return figure
+    figure.savefig(path)
 
 
 def plot_curves(curves: Sequence[Curve], x: str, path: Path) -> None:

@@ -139,7 +139,7 @@ def flow_table(summary: Mapping[str, Any]) -> Table:
             distance,
             f"{row['final_loss']:#.3g}",
             *(str(row[name]) for name in ("accepted", "gradients", "products")),
-            f"{row['seconds']:.0f}",
+            f"{row['seconds']:.0f}" if math.isfinite(row["seconds"]) else "–",
         )
     return table
 
