@@ -129,7 +129,7 @@ def flow_table(summary: Mapping[str, Any]) -> Table:
     table.add_column("", no_wrap=True)
     table.add_column("sharpness / (2/h)", justify="right", no_wrap=True)
     table.add_column("distance", justify="right", no_wrap=True)
-    for heading in ("final\nloss", "steps", "gradients", "products", "s"):
+    for heading in ("final\nloss", "steps", "gradients +\nproducts", "s"):
         table.add_column(heading, justify="right")
     for row in summary["flows"]:
         distance = "" if row["flow"] == DESCENT else _three(row["distance"])
@@ -138,7 +138,8 @@ def flow_table(summary: Mapping[str, Any]) -> Table:
             _three(row["sharpness"]),
             distance,
             f"{row['final_loss']:#.3g}",
-            *(str(row[name]) for name in ("accepted", "gradients", "products")),
+            str(row["accepted"]),
+            f"{row['gradients']} + {row['products']}",
             f"{row['seconds']:.0f}" if math.isfinite(row["seconds"]) else "–",
         )
     return table
@@ -152,7 +153,7 @@ def flow_notes(summary: Mapping[str, Any]) -> list[str]:
         where = f"does not reach {edge}: give it more steps, or a higher learning_rate."
     return [
         f"Gradient descent {where}",
-        "Sharpness, and distance from gradient descent: mean [min, max] over the second half, "
+        "Sharpness, and distance from gradient descent: mean and range over the second half, "
         f"from t = {summary['late_from']:g} on.",
         f"Distance from the central flow over that from the gradient flow: {_three(summary['distance_ratio'])}.",
     ]
