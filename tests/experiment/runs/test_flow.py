@@ -9,6 +9,7 @@ import jax.flatten_util
 import numpy as np
 import pytest
 
+import rk_optax
 from rk_optax.experiment.config import DataConfig, FlowConfig, ModelConfig, checked, load
 from rk_optax.experiment.errors import UsageError
 from rk_optax.experiment.runs.flow import FlowStudy, Followed
@@ -129,12 +130,12 @@ def test_what_cannot_run_says_so(change, message):
         FlowStudy(dataclasses.replace(SMALL, **change))
 
 
-def test_a_rate_at_which_gradient_descent_diverges_is_named(tmp_path):
-    study = FlowStudy(dataclasses.replace(SMALL, learning_rate=1e20))
-    with (
-        RunFolder(tmp_path / "run") as folder,
-        pytest.raises(UsageError, match=r"gradient descent ended at t = .*lower"),
-    ):
+def test_a_flow_that_does_not_reach_the_end_is_named(followed, tmp_path, monkeypatch):
+    study = followed[2]
+    refused = study.follow("gradient_descent")._replace(result=rk_optax.FlowResult.REFUSED, time=0.4)
+    monkeypatch.setattr(study, "follow", lambda *name, **options: refused)
+    says = r"gradient descent ended at t = 0\.4 of 0\.8: a step of a fixed size .* lower learning_rate"
+    with RunFolder(tmp_path / "run") as folder, pytest.raises(UsageError, match=says):
         study.run(folder, Silent())
 
 
