@@ -179,17 +179,6 @@ def test_micro_batches_change_rounding_alone(tmp_path):
         rk_optax.HostRows([1.0, 2.0])
 
 
-class Recorded:
-    """Rows that say which of them were asked for."""
-
-    def __init__(self, rows):
-        self.rows, self.shape, self.dtype, self.asked = rows, rows.shape, rows.dtype, set()
-
-    def __getitem__(self, index):
-        self.asked.add((index.start, index.stop))
-        return self.rows[index]
-
-
 def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted():
     params, data = network()
     arguments = (network_loss, params, np.linspace(0, 10, 6))
