@@ -166,7 +166,9 @@ class Controls:
         ends = jax.tree.map(lambda x: x[:-1], knots), jax.tree.map(lambda x: x[1:], knots)
 
         def between(piece: PyTree, fraction: jax.Array, t: Any) -> PyTree:
-            return jax.tree.map(lambda left, right: _between(left, right, fraction), *piece)
+            return jax.tree.map(
+                lambda left, right: _of_step(left, right, fraction.astype(jnp.finfo(left.dtype).dtype)), *piece
+            )
 
         return ends, between
 
@@ -369,6 +371,27 @@ def _between(left: jax.Array, right: jax.Array, w: Any) -> jax.Array:
     w = jnp.asarray(w, jnp.finfo(left.dtype).dtype)
     w = w.reshape(w.shape + (1,) * (left.ndim - w.ndim))
     return (1 - w) * left + w * right
+
+
+@jax.custom_jvp
+def _of_step(left: jax.Array, right: jax.Array, w: jax.Array) -> jax.Array:
+    """`_between` for a scalar w, without arithmetic at both ends.
+
+    Where steps are compiled side by side, w is a constant there and XLA drops the choice; so neighbouring steps share
+    the node between them, as hand-written code does.
+    """
+    return _chosen(left, right, w)
+
+
+@_of_step.defjvp
+def _of_step_jvp(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    left, right, w = primals
+    # The choice alone would say that θ does not move with w at the ends.
+    return _chosen(*primals), _chosen(*tangents[:2], w) + tangents[2] * (right - left)
+
+
+def _chosen(left: jax.Array, right: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.where(w == 0, left, jnp.where(w == 1, right, _between(left, right, w)))
 
 
 def _rows(weights: np.ndarray, x: jax.Array) -> jax.Array:

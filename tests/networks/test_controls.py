@@ -114,7 +114,7 @@ def test_the_state_of_any_optimizer_is_refined_by_what_its_fields_hold_or_refuse
 
     def refined(tx, field, **options):
         state = refine_state(tx.update(gradient, tx.init(params), params)[1], finer, **options)
-        return optax.tree_utils.tree_get(state, field)["nu"].theta
+        return getattr(state[0], field)["nu"].theta
 
     quarter, half = np.array([0.25, 0.5, 0.25]), np.array([0.5, 0.5, 0.5])
     np.testing.assert_allclose(refined(optax.adam(0.1, b1=0.0), "mu"), quarter / 0.5)

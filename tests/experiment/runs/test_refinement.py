@@ -74,8 +74,8 @@ def test_it_is_a_loop_over_two_networks_with_moments_as_densities(refined):
             task, params = fine, refine(params, 0)
             moments = state[0]._replace(mu=refine(state[0].mu, 1), nu=refine(state[0].nu, 2))
             state = (moments, *state[1:])
-        data = task.data(task.source, batch, {}, None)
-        loss, gradient = jax.jit(jax.value_and_grad(task.loss_fn))(params, data["images"], data["labels"])
+        images, labels = task.source.images[batch], task.source.labels[batch]
+        loss, gradient = jax.value_and_grad(task.loss_fn)(params, images=images, labels=labels)
         updates, state = tx.update(gradient, state, params)
         params = optax.apply_updates(params, updates)
         losses.append(float(loss))
@@ -110,32 +110,38 @@ def test_a_grid_of_runs_is_refined_as_each_of_them():
     np.testing.assert_allclose(kernels[0][1, 1], kernels[1], rtol=2e-4, atol=1e-6)
 
 
-def test_a_comparison_refines_tuning_compared_and_timed_runs_alike(tmp_path):
-    config = CompareConfig(
-        {"adam": OptimizerConfig("adam", (0.01, 0.1)), "rk4": OptimizerConfig("rk4", (0.1, 0.5))},
-        data=DATA,
-        model=MODEL,
-        budget=BudgetConfig(gradients=16, evaluate_every=2),
-        tuning=TuningConfig(trials=2, seeds=(100,), fraction=0.5),
-        seeds=(0,),
-        timed_runs=1,
-    )
-    plan = {entrant.name: (entrant.refine_at, entrant.tuning_refine_at) for entrant in make_plan(
-        dataclasses.replace(config, tuning=TuningConfig(trials=2, seeds=(100,)))
-    )}  # fmt: skip
-    assert plan == {"adam": ((8,), (8,)), "rk4": ((2,), (2,))}
+COMPARED = CompareConfig(
+    {"adam": OptimizerConfig("adam", (0.01, 0.1)), "rk4": OptimizerConfig("rk4", (0.1, 0.5))},
+    data=DATA,
+    model=MODEL,
+    budget=BudgetConfig(gradients=16, evaluate_every=2),
+    tuning=TuningConfig(trials=2, seeds=(100,)),
+    seeds=(0,),
+    timed_runs=1,
+)
+
+
+def test_a_comparison_plans_fractions_of_every_run():
+    def plan(**changes):
+        return [(e.refine_at, e.tuning_refine_at) for e in make_plan(dataclasses.replace(COMPARED, **changes))]
+
+    assert plan() == [((8,), (8,)), ((2,), (2,))]
     with pytest.raises(UsageError, match="smaller evaluate_every or a longer run"):  # two steps of rk4 in tuning
-        make_plan(config)
-    varying = {"rkc": OptimizerConfig("rkc")}
+        plan(tuning=TuningConfig(trials=2, seeds=(100,), fraction=0.5))
     with pytest.raises(UsageError, match=r"rkc has no fixed number of.*budget\.updates"):
-        make_plan(dataclasses.replace(config, optimizers=varying))
-    config = dataclasses.replace(config, tuning=TuningConfig(trials=2, seeds=(100,)))
+        plan(optimizers={"rkc": OptimizerConfig("rkc")})
+    with pytest.raises(UsageError, match=r"timed_updates = 4 must be None with model\.refine_at"):
+        plan(timed_updates=4, budget=BudgetConfig(updates=8, evaluate_every=2))
+
+
+@pytest.mark.slow
+def test_a_comparison_refines_compared_and_timed_runs_alike(tmp_path):
+    config = dataclasses.replace(COMPARED, optimizers={"rk4": COMPARED.optimizers["rk4"]})
     with RunFolder(tmp_path / "run", resume=False) as folder:
-        compared = Comparison(config).run(folder, Silent())
-    for entrant in compared:
-        timed = [record for record in read_metrics(folder.path) if record["phase"] == "time"]
-        last = [record["train_loss"] for record in timed if record["optimizer"] == entrant.entrant.name][-1]
-        np.testing.assert_allclose(last, entrant.runs.train_loss[0, -1], rtol=1e-4)
+        (compared,) = Comparison(config).run(folder, Silent())
+    timed = [record for record in read_metrics(tmp_path / "run") if record["phase"] == "time"]
+    assert timed[-1]["steps"] == 4
+    np.testing.assert_allclose(timed[-1]["train_loss"], compared.runs.train_loss[0, -1], rtol=1e-4)
 
 
 def test_what_cannot_be_refined_is_refused_before_it_runs():
