@@ -121,9 +121,8 @@ class Network:
         """Cross-entropy and penalty, by the block's own method on its own grid."""
         solver = self.solver if self.family is None else self.family(families.smoothed(key, U0, SIGMA))
         y0 = self.features(params, x)
-        asked = {*self.report, "states"} if self.penalty is local else set(self.report)
-        out = integrate(self.layer, params["block"], y0, self.grid, solver, report=sorted(asked), remat=False, unroll=1)
-        y, report = out if asked else (out, None)
+        out = integrate(self.layer, params["block"], y0, self.grid, solver, report=self.report, remat=False, unroll=1)
+        y, report = out if self.report else (out, None)
         loss = optax.softmax_cross_entropy_with_integer_labels(y @ params["head"] + params["bias"], labels).mean()
         return loss if self.penalty is None else loss + self.penalty(self, params, report, key)
 
@@ -137,10 +136,15 @@ def stiffness(weight: float) -> Callable[..., jax.Array]:
     return lambda network, params, report, key: weight * report.stiffness.mean()
 
 
-def local(network: Network, params: Params, report: Any, key: jax.Array) -> jax.Array:
-    seen = local_report(network.layer, params["block"], report.states, network.grid, key, network.solver)
-    assert seen.error is not None
-    return 10.0 * 1e-4 * seen.error.mean()
+def local(times: Any) -> Callable[..., jax.Array]:
+    def penalty(network: Network, params: Params, report: Any, key: jax.Array) -> jax.Array:
+        seen = local_report(
+            network.layer, params["block"], report.states, network.grid, key, network.solver, times=times
+        )
+        assert seen.error is not None
+        return 10.0 * 1e-4 * seen.error.mean()
+
+    return penalty
 
 
 def train(network: Network, data: tuple[np.ndarray, ...], epochs: int, seeds: int) -> Params:
@@ -274,7 +278,9 @@ def study_of_digits(study: Study) -> None:
     ask("neural ODE", "none", node(), count=True)
     for w in (1.0, 10.0, 100.0):
         ask("neural ODE", f"error, weight {w}", node(penalty=error(w), report=["error"]), count=True)
-    ask("neural ODE", "error of one random step, weight 10.0", node(penalty=local), count=True)
+    for which, times in (("random step", "grid"), ("step at a random time", "random")):
+        one = node(penalty=local(times), report=["states"])
+        ask("neural ODE", f"error of one {which}, weight 10.0", one, count=True)
     ask("neural ODE", "stiffness, weight 0.1", node(penalty=stiffness(0.1), report=["stiffness"]), count=True)
     ask("u2 family", "RK4 (u = 1/3)", Network("rk4", 4), members=members)
     ask("u2 family", "u smoothed, width 0.05", Network("rk4", 4, family=families.rk4_u2), members=members)
