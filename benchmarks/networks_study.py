@@ -6,15 +6,16 @@
 
 Every network is: features (the 64 pixels of a digit; 128 linear features of an MNIST image), one block of
 `rk_optax.networks`, a linear layer. Adam, rate 2e-3 with cosine decay, batches of 128, weights at the nodes 0 to 4 (or
-the same for all t), trained through the block's own grid: 60 epochs of 1,437 digits, one epoch of MNIST. Then, with the
-weights as they are, on 360 digits or the first 2,000 test images:
+the same for all t), trained through the block's own grid: 60 epochs of 1,437 digits, four epochs of MNIST. Then, with
+the weights as they are, on 360 digits or the 10,000 test images:
 
 own       test accuracy on the grid and with the method of the training;
 fine      the same weights with RK4 on 64 steps; own minus fine is the transfer gap;
 half      the same weights with Euler's method on half the training's steps;
 NFE       evaluations that an adaptive solver (diffrax's Tsit5, tolerances 1e-6, the test images as one system) needs.
 
-Accuracies in percent, mean over the seeds and half their range.
+Accuracies in percent, mean over the seeds and half their range. Rows are written to the file as they come; with a file
+that has rows of as many epochs and seeds, only the missing ones are run.
 """
 
 from __future__ import annotations
@@ -59,7 +60,6 @@ def mnist(folder: pathlib.Path) -> tuple[np.ndarray, ...]:
     for name in ("train", "t10k"):
         images = read(f"{name}-images-idx3-ubyte.gz", 16).reshape(-1, 784)
         parts += [(images / 255 - 0.1307).astype(np.float32) / 0.3081, read(f"{name}-labels-idx1-ubyte.gz", 8)]
-    parts[2:] = [part[:2000] for part in parts[2:]]
     return tuple(parts)
 
 
@@ -121,9 +121,8 @@ class Network:
         """Cross-entropy and penalty, by the block's own method on its own grid."""
         solver = self.solver if self.family is None else self.family(families.smoothed(key, U0, SIGMA))
         y0 = self.features(params, x)
-        asked = {*self.report, "states"} if self.penalty is local else set(self.report)
-        out = integrate(self.layer, params["block"], y0, self.grid, solver, report=sorted(asked), remat=False, unroll=1)
-        y, report = out if asked else (out, None)
+        out = integrate(self.layer, params["block"], y0, self.grid, solver, report=self.report, remat=False, unroll=1)
+        y, report = out if self.report else (out, None)
         loss = optax.softmax_cross_entropy_with_integer_labels(y @ params["head"] + params["bias"], labels).mean()
         return loss if self.penalty is None else loss + self.penalty(self, params, report, key)
 
@@ -137,10 +136,15 @@ def stiffness(weight: float) -> Callable[..., jax.Array]:
     return lambda network, params, report, key: weight * report.stiffness.mean()
 
 
-def local(network: Network, params: Params, report: Any, key: jax.Array) -> jax.Array:
-    seen = local_report(network.layer, params["block"], report.states, network.grid, key, network.solver)
-    assert seen.error is not None
-    return 10.0 * 1e-4 * seen.error.mean()
+def local(times: Any) -> Callable[..., jax.Array]:
+    def penalty(network: Network, params: Params, report: Any, key: jax.Array) -> jax.Array:
+        seen = local_report(
+            network.layer, params["block"], report.states, network.grid, key, network.solver, times=times
+        )
+        assert seen.error is not None
+        return 10.0 * 1e-4 * seen.error.mean()
+
+    return penalty
 
 
 def train(network: Network, data: tuple[np.ndarray, ...], epochs: int, seeds: int) -> Params:
@@ -224,53 +228,74 @@ def run(
     return row
 
 
-def study_of_digits(epochs: int, seeds: int) -> dict[str, Any]:
-    data = digits()
-    ask = functools.partial(run, data=data, epochs=epochs, seeds=seeds)
+class Study:
+    """Rows that are written as they come; a study that was cut short goes on with the rows that it has."""
+
+    def __init__(self, head: dict[str, Any], file: pathlib.Path | None):
+        self.results, self._file, self._old = dict(head), file, {}
+        if file is not None and file.exists():
+            old = json.loads(file.read_text(encoding="utf-8"))
+            if all(old.get(key) == head[key] for key in ("epochs", "seeds")):
+                self._old = {
+                    (name, row["network"]): row for name, rows in old.items() if isinstance(rows, list) for row in rows
+                }
+
+    def ask(self, section: str, name: str, network: Network, data: tuple[np.ndarray, ...], **options: Any) -> None:
+        """One row."""
+        row = self._old.get((section, name))
+        if row is None:
+            row = run(name, network, data, self.results["epochs"], self.results["seeds"], **options)
+        else:
+            print(f"{name:44} has its row", flush=True)
+        self.results.setdefault(section, []).append(row)
+        if self._file is not None:
+            self._file.write_text(json.dumps(self.results | self._waiting(), indent=1) + "\n", encoding="utf-8")
+
+    def _waiting(self) -> dict[str, list[Any]]:
+        """The sections with the old rows whose turn is still to come."""
+        done = {(name, row["network"]) for name, rows in self.results.items() if isinstance(rows, list) for row in rows}
+        sections: dict[str, list[Any]] = {}
+        for (section, name), row in self._old.items():
+            rows = sections.setdefault(section, list(self.results.get(section, [])))
+            if (section, name) not in done:
+                rows.append(row)
+        return sections
+
+
+def study_of_digits(study: Study) -> None:
+    ask = functools.partial(study.ask, data=digits())
     node = functools.partial(Network, "tsit5", 2, node_layer, moving=False)
     members = (0.15, 0.25, 1 / 3, 0.5, 0.8)
-    return {
-        "methods": [
-            ask("Euler x 4", Network("euler", 4)),
-            ask("Euler x 16", Network("euler", 16)),
-            ask("Heun x 8", Network("heun", 8)),
-            ask("RK4 x 4", Network("rk4", 4)),
-            ask("RK4 x 4, single tanh layer", Network("rk4", 4, single)),
-            ask("Bogacki-Shampine x 4", Network("bogacki_shampine", 4)),
-            *(
-                ask(f"Bogacki-Shampine x 4, error term, weight {w}",
-                    Network("bogacki_shampine", 4, penalty=error(w), report=["error"]))
-                for w in (1.0, 10.0)
-            ),
-        ],
-        "neural ODE": [
-            ask("none", node(), count=True),
-            *(
-                ask(f"error, weight {w}", node(penalty=error(w), report=["error"]), count=True)
-                for w in (1.0, 10.0, 100.0)
-            ),
-            ask("error of one random step, weight 10.0", node(penalty=local), count=True),
-            ask("stiffness, weight 0.1", node(penalty=stiffness(0.1), report=["stiffness"]), count=True),
-        ],
-        "u2 family": [
-            ask("RK4 (u = 1/3)", Network("rk4", 4), members=members),
-            ask("u smoothed, width 0.05", Network("rk4", 4, family=families.rk4_u2), members=members),
-        ],
-    }  # fmt: skip
+    with_error = functools.partial(Network, "bogacki_shampine", 4, report=["error"])
+    ask("methods", "Euler x 4", Network("euler", 4))
+    ask("methods", "Euler x 16", Network("euler", 16))
+    ask("methods", "Heun x 8", Network("heun", 8))
+    ask("methods", "RK4 x 4", Network("rk4", 4))
+    ask("methods", "RK4 x 4, single tanh layer", Network("rk4", 4, single))
+    ask("methods", "Bogacki-Shampine x 4", Network("bogacki_shampine", 4))
+    for w in (0.1, 1.0, 10.0):
+        ask("methods", f"Bogacki-Shampine x 4, error term, weight {w}", with_error(penalty=error(w)))
+    ask("neural ODE", "none", node(), count=True)
+    for w in (1.0, 10.0, 100.0):
+        ask("neural ODE", f"error, weight {w}", node(penalty=error(w), report=["error"]), count=True)
+    for which, times in (("random step", "grid"), ("step at a random time", "random")):
+        one = node(penalty=local(times), report=["states"])
+        ask("neural ODE", f"error of one {which}, weight 10.0", one, count=True)
+    ask("neural ODE", "stiffness, weight 0.1", node(penalty=stiffness(0.1), report=["stiffness"]), count=True)
+    ask("u2 family", "RK4 (u = 1/3)", Network("rk4", 4), members=members)
+    ask("u2 family", "u smoothed, width 0.05", Network("rk4", 4, family=families.rk4_u2), members=members)
 
 
-def study_of_mnist(folder: pathlib.Path, epochs: int, seeds: int) -> dict[str, Any]:
+def study_of_mnist(study: Study, folder: pathlib.Path) -> None:
     network = functools.partial(Network, inputs=784, width=128)
-    ask = functools.partial(run, data=mnist(folder), epochs=epochs, seeds=seeds)
-    return {
-        "methods": [
-            ask("Euler x 4", network("euler", 4)),
-            ask("Heun x 4", network("heun", 4)),
-            ask("RK4 x 4", network("rk4", 4)),
-            ask("Bogacki-Shampine x 4, error term, weight 10.0",
-                network("bogacki_shampine", 4, penalty=error(10.0), report=["error"])),
-        ]
-    }  # fmt: skip
+    ask = functools.partial(study.ask, "methods", data=mnist(folder))
+    ask("Euler x 4", network("euler", 4))
+    ask("Heun x 4", network("heun", 4))
+    ask("RK4 x 4", network("rk4", 4))
+    ask("RK4 x 4, single tanh layer", network("rk4", 4, single))
+    for w in (0.1, 10.0):
+        penalised = network("bogacki_shampine", 4, penalty=error(w), report=["error"])
+        ask(f"Bogacki-Shampine x 4, error term, weight {w}", penalised)
 
 
 def main() -> None:
@@ -282,19 +307,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=pathlib.Path)
     options = parser.parse_args()
-    epochs = options.epochs or {"digits": 60, "mnist": 1}[options.part]
+    epochs = options.epochs or {"digits": 60, "mnist": 4}[options.part]
+    head = {
+        "command": f"python benchmarks/networks_study.py --part {options.part}",
+        "epochs": epochs,
+        "seeds": options.seeds,
+        "versions": {name: metadata.version(name) for name in ("jax", "optax", "diffrax", "rk-optax")},
+    }
+    study = Study(head, options.json)
     if options.part == "digits":
-        results = study_of_digits(epochs, options.seeds)
+        study_of_digits(study)
     else:
-        results = study_of_mnist(options.data_dir, epochs, options.seeds)
-    if options.json:
-        head = {
-            "command": f"python benchmarks/networks_study.py --part {options.part}",
-            "epochs": epochs,
-            "seeds": options.seeds,
-            "versions": {name: metadata.version(name) for name in ("jax", "optax", "diffrax", "rk-optax")},
-        }
-        options.json.write_text(json.dumps(head | results, indent=1) + "\n", encoding="utf-8")
+        study_of_mnist(study, options.data_dir)
 
 
 if __name__ == "__main__":

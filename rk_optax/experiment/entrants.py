@@ -6,7 +6,8 @@ An optimizer of either library is known as soon as the library exports it; what 
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -138,6 +139,8 @@ class Optimizer(NamedTuple):
     # Of one step, from the states before and after it and from whether its first gradient was evaluated for it.
     cost: Callable[[Any, Any, int], rk_optax.Cost] = _one_gradient
     keeps_gradient: bool = False  # whether the state holds value and gradient at the new parameters
+    # Of the gradient, by the name of a field of the state: what `rk_optax.networks.refine_state` cannot know.
+    powers: Mapping[str, int] = MappingProxyType({})
 
 
 def build_optimizer(
@@ -197,7 +200,15 @@ def build_optimizer(
         hides = isinstance(probe, rk_optax.ModelLoss) and not isinstance(probe, rk_optax.LeastSquares)
         remedy = " Set model.loss = 'squared_error'." if hides and "LeastSquares" in str(error) else ""
         raise UsageError(f"{where}.{given}: {error}{remedy}") from error
-    return Optimizer(make, gradients_per_step, has_rate, first_stage, cost, keeps_gradient)
+    return Optimizer(make, gradients_per_step, has_rate, first_stage, cost, keeps_gradient, _powers(config))
+
+
+def _powers(config: MethodConfig) -> dict[str, int]:
+    if config.factory in ("adamax", "adamaxw"):
+        return {"nu": 1}  # a largest absolute value
+    # Where it follows a normalisation, a trace does not shrink with the gradient.
+    normalised = config.factory in ("rmsprop", "lars") or config.preconditioner is not None
+    return {"trace": 0} if normalised else {}
 
 
 def _without_data(tx: optax.GradientTransformation) -> Transformation:

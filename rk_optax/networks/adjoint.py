@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from rk_optax.networks.block import Block, Layer, Method
 from rk_optax.networks.controls import Controls
@@ -59,21 +57,4 @@ def momentum(
     """
     block = Block.of(layer, controls, grid, solver, remat=False, report=("states",))
     end, report = block.run(y)
-    p_end = jax.grad(loss)(end)
-
-    def back(p: PyTree, at: tuple[PyTree, PyTree]) -> tuple[PyTree, tuple[PyTree, jax.Array]]:
-        interval, y = at
-        (p,) = jax.vjp(lambda y: block.step(interval, y)[0], y)[1](p)
-        return p, (p, _energy(p, block.slope(interval, jnp.zeros_like(interval[1]), y)))
-
-    starts = jax.tree.map(lambda x: x[:-1], report.states)
-    _, (momenta, energy) = jax.lax.scan(back, p_end, (block.intervals, starts), reverse=True)
-    last = jax.tree.map(lambda x: x[-1], block.intervals)
-    energy_end = _energy(p_end, block.slope(last, last[1], end))
-    momenta = jax.tree.map(lambda x, last: jnp.concatenate([x, last[None]]), momenta, p_end)
-    return Momentum(report.states, momenta, jnp.concatenate([energy, energy_end[None]]))
-
-
-def _energy(p: PyTree, slope: PyTree) -> jax.Array:
-    products = jax.tree.map(lambda a, b: jnp.real(a * b).reshape(a.shape[0], -1).sum(axis=1), p, slope)
-    return functools.reduce(jnp.add, jax.tree.leaves(products))
+    return Momentum(report.states, *block.back(report.states, jax.grad(loss)(end)))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jax
 import jax.core
@@ -39,6 +40,7 @@ def integrate(
     *,
     remat: bool = True,
     report: Sequence[Quantity] = (),
+    loss: Callable[[PyTree], jax.Array] | None = None,
     atol: float = 1e-6,
     rtol: float = 1e-6,
     allow_kinks: bool = False,
@@ -67,7 +69,9 @@ def integrate(
         `Semilinear` layer.
       remat: whether the backward pass evaluates each step anew, so that of each step only its features are stored;
         False stores all that the layer needs, at each stage, and costs a quarter less time.
-      report: what to return beside y; "error" and "stiffness" may cost further evaluations of the layer.
+      report: what to return beside y; "error" and "stiffness" may cost further evaluations of the layer, and "energy"
+        costs a backward pass.
+      loss: for "energy" alone, the scalar function of the features at the end whose gradient is their momentum.
       atol: absolute tolerance that scales the reported error.
       rtol: relative tolerance likewise.
       allow_kinks: whether to accept a grid that steps over a kink of θ with a method whose order is lost there.
@@ -79,14 +83,21 @@ def integrate(
 
     Raises:
       TypeError: features that are not floating-point arrays, or a layer whose result is not like y.
-      ValueError: a solver that a network cannot use, a grid that is not monotone or steps over a kink, or a quantity
-        that the solver does not offer.
+      ValueError: a solver that a network cannot use, a grid that is not monotone or steps over a kink, a quantity that
+        the solver does not offer, or "energy" without a loss.
     """
     block = Block.of(layer, controls, grid, solver, remat=remat, report=report, atol=atol, rtol=rtol, unroll=unroll)
     if not allow_kinks:
         block.check_kinks()
-    y, steps = block.run(y)
-    return (y, steps) if report else y
+    if "energy" not in block.report:
+        y, steps = block.run(y)
+        return (y, steps) if block.report else y
+    if loss is None:
+        raise ValueError("report='energy' needs loss, a function of the features at the end: p is its gradient.")
+    with_states = dataclasses.replace(block, report=(*block.report, "states"))
+    y, steps = with_states.run(y)
+    _, energy = with_states.back(steps.states, jax.grad(loss)(y))
+    return y, steps._replace(energy=energy, states=steps.states if "states" in block.report else None)
 
 
 def local_report(
@@ -98,13 +109,23 @@ def local_report(
     solver: Method = "rk4",
     *,
     report: Sequence[Quantity] = ("error",),
+    times: Literal["grid", "random"] = "grid",
     atol: float = 1e-6,
     rtol: float = 1e-6,
+    allow_kinks: bool = False,
 ) -> Report:
     """The report of one step drawn at random: a regulariser at the price of one step, whatever the depth.
 
     The step starts from a stored state and the gradient stops there, as in locally regularised neural ODEs; it reaches
-    θ through this one step. The mean over the draws is the mean over the steps.
+    θ through this one step.
+
+    >>> from rk_optax.networks import Controls, initial, integrate, local_report, single
+    >>> controls = Controls.constant_in_time(initial(jax.random.key(0), single, channels=3), nodes=(0,))
+    >>> grid = (0, 0.5, 1)
+    >>> y, along = integrate(single, controls, jnp.ones((5, 3)), grid, "heun", report=["states"])
+    >>> seen = local_report(single, controls, along.states, grid, jax.random.key(1), "heun", times="random")
+    >>> seen.error.shape, int(seen.cost.gradients)
+    ((1, 5), 4)
 
     Args:
       layer: as for `integrate`.
@@ -114,21 +135,42 @@ def local_report(
       key: of the draw.
       solver: as for `integrate`.
       report: any of "error" and "stiffness".
+      times: "grid": one of the grid's own steps, so that the mean over the draws is the mean over the steps; "random":
+        a step from any time on, uniform between the first step and the last, as long as the steps around it. One
+        further step, without a gradient, leads from the grid to its start.
       atol: as for `integrate`.
       rtol: as for `integrate`.
+      allow_kinks: as for `integrate`; a step of times "random" crosses nodes of the controls that lie on the grid.
 
     Raises:
       ValueError: as for `integrate`, or another quantity.
 
-    Source: Pal et al., "Locally Regularized Neural Differential Equations", ICML 2023 (arXiv 2303.02262).
+    Source: Pal et al., "Locally Regularized Neural Differential Equations", ICML 2023 (arXiv 2303.02262), whose biased
+    version is "grid" and whose unbiased one is "random".
     """
     if not set(report) <= {"error", "stiffness"}:
         raise ValueError(f"local_report has 'error' and 'stiffness', got {tuple(report)!r}.")
+    if times not in ("grid", "random"):
+        raise ValueError(f"times must be 'grid' or 'random', got {times!r}.")
     block = Block.of(layer, controls, grid, solver, remat=False, report=report, atol=atol, rtol=rtol)
-    k = jax.random.randint(key, (), 0, len(block.grid) - 1)
-    interval = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, k, keepdims=False), block.intervals)
+    if not allow_kinks:
+        block.check_kinks(everywhere=times == "random")
+    key_of_step, key_within = jax.random.split(key)
+    last = len(block.grid) - 2 if times == "grid" else max(len(block.grid) - 3, 0)
+    k = jax.random.randint(key_of_step, (), 0, last + 1)
     y = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(jax.lax.stop_gradient(x), k, keepdims=False), states)
-    _, seen, cost = block.step(interval, y)
+    if times == "grid":
+        interval = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, k, keepdims=False), block.intervals)
+        _, seen, cost = block.step(interval, y)
+    else:
+        block = dataclasses.replace(block, on_step=lambda piece, fraction, t: controls.at(t))
+        starts, lengths, _ = block.intervals
+        h, following = lengths[k], lengths[jnp.minimum(k + 1, len(lengths) - 1)]
+        before = jax.random.uniform(key_within, (), h.dtype) * (h if len(lengths) > 1 else 0 * h)
+        y, _, cost_of_start = block.step((starts[k], before, ()), y)
+        length = h + before / h * (following - h)
+        _, seen, cost = block.step((starts[k] + before, length, ()), jax.lax.stop_gradient(y))
+        cost = jax.tree.map(jnp.add, cost_of_start, cost)
     return Report(cost, **{name: values[None] for name, values in seen.items()})
 
 
@@ -198,17 +240,18 @@ class Block:
                 raise ValueError(f"report={name!r} needs a method with {_REMEDIES[name]}; {method!r} has none.")
         return block
 
-    def check_kinks(self) -> None:
-        """Raises a ValueError where a step over a kink of θ costs the method its order."""
+    def check_kinks(self, *, everywhere: bool = False) -> None:
+        """Raises a ValueError where a step over a kink of θ, or of θ on the grid too, costs the method its order."""
         order = getattr(self.solver, "order", None)
         keeps = self.controls.order_across_kinks
         if isinstance(self.grid, jax.Array) or (order is not None and order <= keeps):
             return
-        inside = self.controls.kinks_inside(self.grid)
+        inside = self.controls.kinks_inside(self.grid[[0, -1]] if everywhere else self.grid)
         if inside:
+            remedy = "Draw a step of the grid, times='grid'" if everywhere else "Add these times to the grid"
             raise ValueError(
-                f"θ(t) has kinks at {', '.join(f'{t:g}' for t in inside)}, inside steps of the grid, where a method of "
-                f"order {order} has order {keeps:g} only. Add these times to the grid, or pass allow_kinks=True."
+                f"θ(t) has kinks at {', '.join(f'{t:g}' for t in inside)}, inside steps, where a method of order "
+                f"{order} has order {keeps:g} only. {remedy}, or pass allow_kinks=True."
             )
 
     def run(self, y: PyTree) -> tuple[PyTree, Report]:
@@ -216,7 +259,7 @@ class Block:
         for path, leaf in jax.tree_util.tree_leaves_with_path(y):
             if not (hasattr(leaf, "dtype") and _tree.is_inexact(leaf)):
                 raise TypeError(f"y{jax.tree_util.keystr(path)} must be a floating-point array, got {leaf!r}.")
-            if not leaf.ndim and {"error", "stiffness"} & set(self.report):
+            if not leaf.ndim and {"error", "stiffness", "energy"} & set(self.report):
                 raise ValueError("A report needs a batch: give y a leading axis.")
 
         def step(y: PyTree, interval: PyTree) -> tuple[PyTree, dict[str, Any]]:
@@ -264,6 +307,21 @@ class Block:
         after = _tree.add_scaled(y, -h, step.direction["y"])
         return after, self._seen(step, y, after, h), step.cost
 
+    def back(self, states: PyTree, p_end: PyTree) -> tuple[PyTree, jax.Array]:
+        """P = ∂loss/∂y and H = p · y' at all times, from the states there and from p at the end; see `momentum`."""
+
+        def back(p: PyTree, at: tuple[PyTree, PyTree]) -> tuple[PyTree, tuple[PyTree, jax.Array]]:
+            interval, y = at
+            (p,) = jax.vjp(lambda y: self.step(interval, y)[0], y)[1](p)
+            return p, (p, _energy(p, self.slope(interval, jnp.zeros_like(interval[1]), y)))
+
+        starts, end = (jax.tree.map(lambda x, part=part: x[part], states) for part in (slice(-1), -1))
+        _, (momenta, energy) = jax.lax.scan(back, p_end, (self.intervals, starts), reverse=True)
+        last = jax.tree.map(lambda x: x[-1], self.intervals)
+        energy_end = _energy(p_end, self.slope(last, last[1], end))
+        momenta = jax.tree.map(lambda x, last: jnp.concatenate([x, last[None]]), momenta, p_end)
+        return momenta, jnp.concatenate([energy, energy_end[None]])
+
     def slope(self, interval: PyTree, clock: jax.Array, y: PyTree) -> PyTree:
         """Y' at the time `clock` after the start of a step."""
         start, h, piece = interval
@@ -307,6 +365,11 @@ def _solver_of_features(method: Method, layer: Layer) -> Solver:
             "has no reverse mode. Use an explicit tableau, Stabilized with a number of stages, or Etd(linear='given')."
         )
     return method
+
+
+def _energy(p: PyTree, slope: PyTree) -> jax.Array:
+    products = jax.tree.map(lambda a, b: jnp.real(a * b).reshape(a.shape[0], -1).sum(axis=1), p, slope)
+    return functools.reduce(jnp.add, jax.tree.leaves(products))
 
 
 def _like(slope: PyTree, y: PyTree) -> PyTree:

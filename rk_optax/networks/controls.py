@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self
 
 import jax
@@ -166,7 +166,9 @@ class Controls:
         ends = jax.tree.map(lambda x: x[:-1], knots), jax.tree.map(lambda x: x[1:], knots)
 
         def between(piece: PyTree, fraction: jax.Array, t: Any) -> PyTree:
-            return jax.tree.map(lambda left, right: _between(left, right, fraction), *piece)
+            return jax.tree.map(
+                lambda left, right: _of_step(left, right, fraction.astype(jnp.finfo(left.dtype).dtype)), *piece
+            )
 
         return ends, between
 
@@ -271,10 +273,24 @@ def refine(
     return _refined(tree, nodes, lambda path: power, old, basis)
 
 
+# How what an optimizer keeps under a field of this name goes with the gradient: as it is, or as its square. The last
+# four are rk_optax's: scales of a preconditioner, a direction, and Hutchinson's mean of the Hessian's diagonal.
+_POWERS = {
+    **dict.fromkeys(("mu", "trace", "ema", "previous_gradient", "acc_grads"), 1),
+    **dict.fromkeys(("nu", "nu_max", "sum_of_squares", "e_g"), 2),
+    **{"root_of_sum": 1, "root_of_moment": 1, "eigenvector": 1, "mean": 2},
+}
+
+
 def refine_state(
-    opt_state: PyTree, nodes: Sequence[float] | int, *, old: Sequence[float] = (), basis: Any = "linear"
+    opt_state: PyTree,
+    nodes: Sequence[float] | int,
+    *,
+    old: Sequence[float] = (),
+    basis: Any = "linear",
+    powers: Mapping[str, int] | None = None,
 ) -> PyTree:
-    """An optimizer state for refined controls: momenta as gradients, fields named `nu` as their squares.
+    """An optimizer state for refined controls: momenta as gradients, second moments as their squares.
 
     >>> import optax
     >>> tx, params = optax.adam(1e-3), {"block": Controls(jnp.zeros((2, 3)), (0, 1))}
@@ -287,8 +303,29 @@ def refine_state(
       nodes: the new nodes.
       old: as for `refine`.
       basis: as for `refine`.
+      powers: by the name of a field of the state, the power of the gradient that it holds, where it is not `mu`,
+        `trace`, `nu` or the like, or is not what that name says: {"nu": 1} for `optax.adamax`, whose `nu` is a largest
+        absolute value, {"trace": 0} where a trace follows a normalisation.
+
+    Raises:
+      ValueError: a field that is not known, such as the memory of `optax.lbfgs`, whose old gradients are of other
+        parameters.
     """
-    return _refined(opt_state, nodes, lambda path: 2 if "nu" in path else 1, old, basis)
+    known = _POWERS | dict(powers or {})
+
+    def power(path: tuple[Any, ...]) -> int:
+        # Fields alone, the outermost first: a parameter may be called "nu" too.
+        fields = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
+        found = [known[name] for name in fields if name in known]
+        if not found:
+            raise ValueError(
+                f"refine_state does not know how {jax.tree_util.keystr(path)} goes with the gradient: start the "
+                "optimizer anew with tx.init, or name the field in powers, with 0 for a quantity like the parameters, "
+                "1 like their gradient, 2 like its square."
+            )
+        return found[0]
+
+    return _refined(opt_state, nodes, power, old, basis)
 
 
 def _refined(
@@ -299,11 +336,10 @@ def _refined(
     basis: Any,
 ) -> PyTree:
     def of(path: tuple[Any, ...], x: Any) -> Any:
-        names = tuple(getattr(key, "name", getattr(key, "key", None)) for key in path)
         if isinstance(x, Controls):
-            return x.refine(nodes, power(names))
-        if old and "controls" in names:
-            return Controls(x, tuple(old), basis).refine(nodes, power(names)).theta
+            return x.refine(nodes, power(path))
+        if old and any(getattr(key, "name", getattr(key, "key", None)) == "controls" for key in path):
+            return Controls(x, tuple(old), basis).refine(nodes, power(path)).theta
         return x
 
     return jax.tree_util.tree_map_with_path(of, tree, is_leaf=lambda x: isinstance(x, Controls))
@@ -335,6 +371,27 @@ def _between(left: jax.Array, right: jax.Array, w: Any) -> jax.Array:
     w = jnp.asarray(w, jnp.finfo(left.dtype).dtype)
     w = w.reshape(w.shape + (1,) * (left.ndim - w.ndim))
     return (1 - w) * left + w * right
+
+
+@jax.custom_jvp
+def _of_step(left: jax.Array, right: jax.Array, w: jax.Array) -> jax.Array:
+    """`_between` for a scalar w, without arithmetic at both ends.
+
+    Where steps are compiled side by side, w is a constant there and XLA drops the choice; so neighbouring steps share
+    the node between them, as hand-written code does.
+    """
+    return _chosen(left, right, w)
+
+
+@_of_step.defjvp
+def _of_step_jvp(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    left, right, w = primals
+    # The choice alone would say that θ does not move with w at the ends.
+    return _chosen(*primals), _chosen(*tangents[:2], w) + tangents[2] * (right - left)
+
+
+def _chosen(left: jax.Array, right: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.where(w == 0, left, jnp.where(w == 1, right, _between(left, right, w)))
 
 
 def _rows(weights: np.ndarray, x: jax.Array) -> jax.Array:

@@ -12,14 +12,14 @@ from rk_optax.solver import Cost
 from rk_optax.traced_tableau import TracedTableau
 
 PyTree = Any
-Quantity = Literal["states", "error", "stiffness", "variation"]
-QUANTITIES: tuple[Quantity, ...] = ("states", "error", "stiffness", "variation")
+Quantity = Literal["states", "error", "stiffness", "variation", "energy"]
+QUANTITIES: tuple[Quantity, ...] = ("states", "error", "stiffness", "variation", "energy")
 
 
 class Report(NamedTuple):
     """What `integrate` and `local_report` return beside the features; what was not asked for is None.
 
-    `error` and `stiffness` are differentiable: a regulariser is `loss + weight * report.error.mean()`.
+    All are differentiable: a regulariser is `loss + weight * report.error.mean()`.
 
     Attributes:
       cost: the whole block's; `gradients` are evaluations of the layer.
@@ -30,6 +30,8 @@ class Report(NamedTuple):
         where the method has such (rk4, tsit5, dopri5, dopri8), else of the first two, whose times differ. On y' = λy it
         is |λ|; a step is stable about where h·S is at most the method's `real_stability_interval`.
       variation: `controls.total_variation()`.
+      energy: H = p · y' at each time of the grid and for each example, shape (n + 1, batch), with p = ∂loss/∂y; see
+        `momentum`. Where the layer does not depend on t it drifts only by the errors of the method.
     """
 
     cost: Cost
@@ -37,6 +39,7 @@ class Report(NamedTuple):
     error: jax.Array | None = None
     stiffness: jax.Array | None = None
     variation: jax.Array | None = None
+    energy: jax.Array | None = None
 
 
 def scaled_error(error: PyTree, before: PyTree, after: PyTree, atol: float, rtol: float) -> jax.Array:

@@ -52,3 +52,34 @@ def test_energy_drifts_with_the_order_of_the_method(name, expected):
 def test_energy_changes_where_the_weights_move():
     energy = momentum(layer, controls(), features(), np.linspace(0, 2, 33)[:9], lambda end: jnp.sum(end**2)).energy
     assert jnp.abs(energy - energy[-1]).max() > 0.1
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_report_has_the_energy_and_its_drift_can_be_a_term_of_a_loss():
+    block, y, loss = controls(), features(), lambda end: jnp.sum(end**2)
+    along = momentum(layer, block, y, NODES, loss)
+    end, report = integrate(layer, block, y, NODES, report=["energy", "variation"], loss=loss)
+    np.testing.assert_allclose(report.energy, along.energy, rtol=1e-13)
+    np.testing.assert_allclose(end, along.states[-1], rtol=1e-13)
+    assert report.states is None
+    assert report.variation is not None
+    # By definition, without a backward pass through the steps: p from differences of the loss at the end.
+    k, slope = 1, layer(block.at(NODES[1]), along.states[1], NODES[1])
+
+    @jax.jit
+    def rest(e):
+        return jnp.sum(integrate(layer, block, along.states[k] + e * slope, NODES[k:]) ** 2, axis=1)
+
+    np.testing.assert_allclose(report.energy[k], (rest(1e-5) - rest(-1e-5)) / 2e-5, rtol=1e-7)
+
+    @jax.jit
+    @jax.value_and_grad
+    def drift(block):
+        energy = integrate(layer, block, y, NODES, report="energy", loss=loss)[1].energy
+        return jnp.mean((energy[0] - energy[-1]) ** 2)
+
+    gradient, e = drift(block)[1].theta["bias"][2, 0], 1e-5
+    up, down = (drift(Controls(block.theta | {"bias": block.theta["bias"].at[2, 0].add(d)}, NODES)) for d in (e, -e))
+    np.testing.assert_allclose(gradient, (up[0] - down[0]) / (2 * e), rtol=1e-6)
+    with pytest.raises(ValueError, match="report='energy' needs loss"):
+        integrate(layer, block, y, NODES, report=["energy"])

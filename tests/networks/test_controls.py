@@ -108,6 +108,24 @@ def test_an_optimizer_goes_on_with_refined_controls():
     np.testing.assert_allclose(updates["block"].theta, -0.1, rtol=1e-4)
 
 
+def test_the_state_of_any_optimizer_is_refined_by_what_its_fields_hold_or_refused():
+    params = {"nu": Controls(jnp.array([0.0, 1.0]), (0, 1))}  # a parameter of the name of a field
+    gradient, finer = jax.tree.map(jnp.ones_like, params), (0, 0.5, 1)
+
+    def refined(tx, field, **options):
+        state = refine_state(tx.update(gradient, tx.init(params), params)[1], finer, **options)
+        return getattr(state[0], field)["nu"].theta
+
+    quarter, half = np.array([0.25, 0.5, 0.25]), np.array([0.5, 0.5, 0.5])
+    np.testing.assert_allclose(refined(optax.adam(0.1, b1=0.0), "mu"), quarter / 0.5)
+    np.testing.assert_allclose(refined(optax.adam(0.1, b2=0.0), "nu"), (quarter / 0.5) ** 2)
+    np.testing.assert_allclose(refined(optax.adagrad(0.1, 0.0), "sum_of_squares"), (quarter / 0.5) ** 2)
+    np.testing.assert_allclose(refined(optax.adamax(0.1), "nu", powers={"nu": 1}), quarter / 0.5)
+    np.testing.assert_allclose(refined(optax.sgd(0.1, 0.9), "trace", powers={"trace": 0}), half * 2)
+    with pytest.raises(ValueError, match=r"does not know how .*diff_params_memory.*tx\.init"):
+        refine_state(optax.lbfgs().init(params), finer)
+
+
 def _mean(controls):
     h = np.diff(controls.nodes)
     return jnp.sum((controls.theta[1:] + controls.theta[:-1]) / 2 * h)

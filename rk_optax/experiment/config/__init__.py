@@ -26,6 +26,11 @@ def _different(seeds: tuple[int, ...]) -> tuple[int, ...]:
     return seeds
 
 
+def _rising(fractions: tuple[float, ...]) -> tuple[float, ...]:
+    _require(list(fractions) == sorted(set(fractions)), "must increase")
+    return fractions
+
+
 def _name(name: str) -> str:
     fits = re.fullmatch(r"\w[\w ,+-]*", name) is not None
     _require(fits, "is no name for an entrant: use letters, digits, spaces and , + - _")
@@ -106,6 +111,9 @@ class ModelConfig(_Checked):
     """Steps of the method in rk_net and in each block of rk_conv_net, a multiple of depth."""
     layer: Literal["double_sym", "single"] = "double_sym"
     """Right-hand side of an rk_net, a layer of rk_optax.networks."""
+    refine_at: Annotated[tuple[Fraction, ...], AfterValidator(_rising)] = ()
+    """Fractions of a run, such as 0.5, after which rk_net and rk_conv_net go on with twice as many nodes and steps: at
+    the nearest evaluation, with the weights as a function of depth and the optimizer's state carried over."""
     l2: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
     """The loss has a term of l2/2 times the squared norm of the parameters."""
     loss: Literal["cross_entropy", "squared_error"] = "cross_entropy"
@@ -126,6 +134,12 @@ class ModelConfig(_Checked):
             f"steps = {self.steps} must be a multiple of depth = {depth}: a step over a node of the weights loses the "
             "method's order",
         )
+        return self
+
+    @model_validator(mode="after")
+    def _refines_time(self) -> Self:
+        fits = self.name in ("rk_net", "rk_conv_net") or not self.refine_at
+        _require(fits, f"refine_at = {self.refine_at} is for rk_net and rk_conv_net, not {self.name}")
         return self
 
 
@@ -290,6 +304,11 @@ class CompareConfig(_Checked):
         _require(
             self.timed_updates is None or self.budget.updates is not None,
             f"timed_updates = {self.timed_updates} needs a budget in updates: set budget.updates, or leave it None",
+        )
+        _require(
+            self.timed_updates is None or not self.model.refine_at,
+            f"timed_updates = {self.timed_updates} must be None with model.refine_at: a run that is refined has no "
+            "steps of equal length to extrapolate from",
         )
         return self
 

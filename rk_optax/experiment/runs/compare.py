@@ -8,7 +8,7 @@ import numpy as np
 
 from rk_optax.experiment.config import CompareConfig
 from rk_optax.experiment.errors import UsageError
-from rk_optax.experiment.runs.loop import Point, Trainer
+from rk_optax.experiment.runs.loop import Point, Trainer, check_refinement
 from rk_optax.experiment.runs.plan import Entrant, make_plan
 from rk_optax.experiment.runs.protocol import Reporter, choose, in_turns, piece, seconds_at
 from rk_optax.experiment.store.run_folder import RunFolder
@@ -89,6 +89,8 @@ class Comparison:
         """
         self.entrants = make_plan(config)
         self._task = build_task(config.data, config.model)
+        for entrant in self.entrants if config.model.refine_at else ():
+            check_refinement(self._task, entrant.optimizer, entrant.steps)
         self._scored = Split(*(part[: config.budget.scored_examples] for part in self._task.dataset.train))
         self._config = config
 
@@ -134,7 +136,7 @@ class Comparison:
             return Tuned(None, np.array([]), None)._asdict()
         self._report.phase(f"tuning {entrant.name}")
         seeds, rates, steps = self._config.tuning.seeds, entrant.rates, entrant.tuning_steps
-        trainer = self._grid(entrant, seeds, rates, steps)
+        trainer = self._grid(entrant, seeds, rates, steps, entrant.tuning_refine_at)
         loss, accuracy, looks, before = np.zeros((4, len(seeds), len(rates)))
         done = 0
         whole = min(entrant.tuning_budget, steps * (entrant.optimizer.gradients_per_step or np.inf))
@@ -165,7 +167,7 @@ class Comparison:
         """Trains on every seed at the tuned rate."""
         self._report.phase(f"training {entrant.name}")
         seeds = self._config.seeds
-        trainer = self._grid(entrant, seeds, [rate], entrant.steps)
+        trainer = self._grid(entrant, seeds, [rate], entrant.steps, entrant.refine_at)
         columns: list[tuple[Any, ...]] = []
         for point, spent in self._points(trainer, entrant, entrant.steps, entrant.budget):
             loss, accuracy = (values[:, 0] for values in self._measure(trainer, point))
@@ -181,7 +183,8 @@ class Comparison:
         seed, timed = self._config.seeds[0], []
         for entrant, rate in zip(self.entrants, rates, strict=True):
             self._report.phase(f"compiling {entrant.name}")
-            trainer = Trainer(self._task, entrant.optimizer, seed, rate, entrant.timed_chunk, steps=entrant.steps)
+            every, at = entrant.timed_chunk, entrant.refine_at
+            trainer = Trainer(self._task, entrant.optimizer, seed, rate, every, steps=entrant.steps, refine_at=at)
             timed.append((entrant, rate, trainer, []))
         for repeat in range(self._config.timed_runs):
             for entrant, rate, trainer, runs in in_turns(timed, repeat):
@@ -204,9 +207,17 @@ class Comparison:
         """Training loss and test accuracy."""
         return trainer.score(point, self._scored).loss, trainer.score(point, self._task.dataset.test).accuracy
 
-    def _grid(self, entrant: Entrant, seeds: tuple[int, ...], rates: Sequence[float | None], steps: int) -> Trainer:
+    def _grid(
+        self,
+        entrant: Entrant,
+        seeds: tuple[int, ...],
+        rates: Sequence[float | None],
+        steps: int,
+        refine_at: tuple[int, ...],
+    ) -> Trainer:
         every, vectorized = self._config.budget.evaluate_every, self._config.vectorized
-        return Trainer(self._task, entrant.optimizer, seeds, rates, every, steps=steps, vectorized=vectorized)
+        options: dict[str, Any] = {"steps": steps, "vectorized": vectorized, "refine_at": refine_at}
+        return Trainer(self._task, entrant.optimizer, seeds, rates, every, **options)
 
     def _points(self, trainer: Trainer, entrant: Entrant, steps: int, budget: float) -> Iterator[tuple[Point, Any]]:
         """The points of a training, reported as progress, with the gradients spent by each run."""

@@ -1,5 +1,7 @@
 """The training loop: compiled chunks of steps, for one run or for a grid of runs at once."""
 
+import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +14,8 @@ import optax
 
 import rk_optax
 from rk_optax.experiment.entrants import Optimizer
-from rk_optax.experiment.tasks.task import Params, Score, Task, Variables
+from rk_optax.experiment.errors import UsageError
+from rk_optax.experiment.tasks.task import Finer, Params, Score, Task, Variables
 
 
 class RunState(NamedTuple):
@@ -35,6 +38,16 @@ class Point(NamedTuple):
     loss: jax.Array | float = math.nan  # mean over the batches since the last point
 
 
+class _Stage(NamedTuple):
+    """The steps that are taken on one grid of the task: all of them, unless it is refined in mid-training."""
+
+    begins: int
+    task: Task
+    layout: RunState  # shapes and shardings of a run's state
+    advance: Callable[..., Any]
+    enter: Callable[[RunState], RunState]  # from the state in which the stage before ends
+
+
 class Trainer:
     """One optimizer on one task, compiled once for all of the given runs."""
 
@@ -49,6 +62,7 @@ class Trainer:
         steps: int | None = None,
         vectorized: bool = True,
         mesh: jax.sharding.Mesh | None = None,
+        refine_at: Sequence[int] = (),
     ):
         """Compiles the training of one run, or of a grid of seeds × learning rates.
 
@@ -62,27 +76,34 @@ class Trainer:
             vectorized: whether the runs of a grid go side by side rather than in turns.
             mesh: the devices that share each batch of a single run, along an axis `batch` whose size divides it;
                 None for the default device alone.
+            refine_at: steps, multiples of `chunk`, after which the run goes on with `task.finer()`; see `refinements`.
+
+        Raises:
+            UsageError: if the optimizer's state cannot be carried over to a finer task.
         """
         self._task, self._optimizer, self._chunk, self._steps = task, optimizer, chunk, steps
         self._grid = not isinstance(seeds, int)
         self._seeds = seeds
         self._rates = jnp.asarray(np.array(rates, float))
-        start, advance = self._start_run, self._advance_run
-        if self._grid:
-            start = _over_grid(start, (0, None), (None, 0))  # a seed's parameters serve all rates
-            advance = (_over_grid if vectorized else _in_turns)(advance, (0, None, None, 0), (0, 0, None, None))
         self._everywhere = self._spread = None
         if mesh is not None:
             self._everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
             self._spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "batch"))
         self._source = jax.device_put(task.source, self._everywhere)
+        # A seed's parameters serve all rates.
+        start = _over_grid(self._start_run, (0, None), (None, 0)) if self._grid else self._start_run
         self._start = jax.jit(start, out_shardings=self._everywhere)
-        # Shapes and shardings of a run's state.
-        self.layout: RunState = jax.eval_shape(self._start, task.init(seeds), self._rates)
-        arguments = (self.layout, self._rates, self._source, self._indices(0))
-        began = time.perf_counter()
-        self._advance = jax.jit(advance, donate_argnums=0, out_shardings=self._everywhere).lower(*arguments).compile()
-        self.compile_seconds = time.perf_counter() - began
+        layout: RunState = jax.eval_shape(self._start, task.init(seeds), self._rates)
+        self.compile_seconds = 0.0
+        self._stages = [self._stage(0, task, layout, lambda state: state, vectorized)]
+        for begins in refine_at:
+            task, enter = self._refined(task)
+            layout = jax.eval_shape(enter, layout)
+            self._stages.append(self._stage(begins, task, layout, enter, vectorized))
+
+    def layout(self, steps: int = 0) -> RunState:
+        """Shapes and shardings of a run's state after so many steps."""
+        return self._stage_after(steps).layout
 
     def start(self) -> Point:
         """The initial point."""
@@ -102,10 +123,13 @@ class Trainer:
         point = self.start() if start is None else start
         yield point
         step, seconds, state, _ = point
+        stage = self._stage_after(step)
         while steps is None or step < steps:
+            if (following := self._stage_after(step + 1)) is not stage:
+                stage, state = following, jax.block_until_ready(following.enter(state))
             indices = jax.block_until_ready(self._indices(step))
             began = time.perf_counter()
-            state, loss = self._advance(state, self._rates, self._source, indices)
+            state, loss = stage.advance(state, self._rates, self._source, indices)
             jax.block_until_ready(state)
             seconds += time.perf_counter() - began
             step += self._chunk
@@ -124,11 +148,39 @@ class Trainer:
 
     def score(self, point: Point, split: Any = None) -> Score:
         """Loss and metrics of the run or runs at a point."""
-        return self._task.score(point.state.params, point.state.statistics, split, grid=self._grid)
+        task = self._stage_after(point.steps).task
+        return task.score(point.state.params, point.state.statistics, split, grid=self._grid)
 
     def restored(self, leaves: Any) -> RunState:
         """A run's state from host arrays, on the devices of this trainer."""
-        return jax.tree.map(lambda like, leaf: jax.device_put(leaf, like.sharding), self.layout, leaves)
+        return jax.device_put(leaves, self._everywhere)
+
+    def _stage_after(self, steps: int) -> _Stage:
+        """The one that a run is in after so many steps; where one ends and the next begins, that which ends."""
+        return [stage for stage in self._stages if stage.begins < max(steps, 1)][-1]
+
+    def _stage(
+        self, begins: int, task: Task, layout: RunState, enter: Callable[[RunState], RunState], vectorized: bool
+    ) -> _Stage:
+        advance = functools.partial(self._advance_run, task)
+        if self._grid:
+            advance = (_over_grid if vectorized else _in_turns)(advance, (0, None, None, 0), (0, 0, None, None))
+        arguments = (layout, self._rates, self._source, self._indices(0))
+        began = time.perf_counter()
+        compiled = jax.jit(advance, donate_argnums=0, out_shardings=self._everywhere).lower(*arguments).compile()
+        self.compile_seconds += time.perf_counter() - began
+        return _Stage(begins, task, layout, compiled, enter)
+
+    def _refined(self, task: Task) -> tuple[Task, Callable[[RunState], RunState]]:
+        finer = task.finer()
+
+        def enter(state: RunState) -> RunState:
+            opt_state = _carried(finer, self._optimizer, state.opt_state)
+            return state._replace(params=finer.params(state.params), opt_state=opt_state)
+
+        if self._grid:
+            return finer.task, jax.jit(_over_grid(enter, (0,), (0,)), out_shardings=self._everywhere)
+        return finer.task, jax.jit(enter, out_shardings=self._everywhere)
 
     def _indices(self, start: int) -> jax.Array:
         if isinstance(self._seeds, int):
@@ -142,9 +194,9 @@ class Trainer:
         return RunState(jnp.zeros((), jnp.int32), params, statistics, opt_state, key, cost)
 
     def _advance_run(
-        self, state: RunState, rate: jax.Array, source: Any, indices: jax.Array
+        self, task: Task, state: RunState, rate: jax.Array, source: Any, indices: jax.Array
     ) -> tuple[RunState, jax.Array]:
-        task, optimizer = self._task, self._optimizer
+        optimizer = self._optimizer
         tx = optimizer.make(task.loss_fn, rate, self._steps)
         gradient = jax.value_and_grad(task.loss_and_statistics, has_aux=True)
         reuses = optimizer.keeps_gradient and task.constant
@@ -170,6 +222,38 @@ class Trainer:
 
         state, losses = jax.lax.scan(step, state, indices)
         return state, losses.mean()
+
+
+def refinements(fractions: Sequence[float], steps: int, every: int) -> tuple[int, ...]:
+    """The steps, multiples of `every`, that are nearest to fractions of a run.
+
+    Raises:
+        UsageError: if two of them are the same, or the run begins or ends there.
+    """
+    at = tuple(round(fraction * steps / every) * every for fraction in fractions)
+    if not all(before < after for before, after in itertools.pairwise((0, *at, steps))) and at:
+        raise UsageError(
+            f"model.refine_at = {tuple(fractions)} of {steps} steps, evaluated every {every}, is after steps {at}, "
+            "which must increase and lie within the run: take a smaller evaluate_every or a longer run"
+        )
+    return at
+
+
+def check_refinement(task: Task, optimizer: Optimizer, steps: int) -> None:
+    """Checks that the state of an optimizer can be carried over to the task's finer grid.
+
+    Raises:
+        UsageError: if it cannot.
+    """
+    opt_state = jax.eval_shape(lambda: optimizer.make(task.loss_fn, 0.1, steps).init(task.init(0).params))
+    jax.eval_shape(functools.partial(_carried, task.finer(), optimizer), opt_state)
+
+
+def _carried(finer: Finer, optimizer: Optimizer, opt_state: Any) -> Any:
+    try:
+        return finer.opt_state(opt_state, powers=optimizer.powers)
+    except ValueError as error:
+        raise UsageError(f"model.refine_at does not go with this optimizer: {error}") from error
 
 
 def _over_grid(

@@ -8,6 +8,7 @@ import numpy as np
 from rk_optax.experiment.config import CompareConfig, checked
 from rk_optax.experiment.entrants import Optimizer, build_optimizer, check_slices
 from rk_optax.experiment.errors import UsageError
+from rk_optax.experiment.runs.loop import refinements
 from rk_optax.experiment.tasks.supervised import Supervised, probe_loss
 
 
@@ -26,6 +27,8 @@ class Entrant(NamedTuple):
     rates: tuple[float | None, ...]  # the trials, lowest first; None alone where the entrant finds its own
     budget: float = math.inf  # gradients after which a run ends
     tuning_budget: float = math.inf
+    refine_at: tuple[int, ...] = ()  # steps after which the network's grid is refined
+    tuning_refine_at: tuple[int, ...] = ()
 
 
 def make_plan(config: CompareConfig) -> tuple[Entrant, ...]:
@@ -51,7 +54,13 @@ def make_plan(config: CompareConfig) -> tuple[Entrant, ...]:
         rates = config.optimizers[name].learning_rates
         varies = optimizer.gradients_per_step is None and config.budget.gradients is not None
         budget = float(config.budget.gradients or 0) if varies else math.inf
+        if varies and config.model.refine_at:
+            raise UsageError(
+                f"model.refine_at = {config.model.refine_at} are fractions of a run's steps, which {name} has no fixed "
+                "number of: set budget.updates instead of budget.gradients"
+            )
         tuning_steps = _tuning_steps(config, total)
+        refine_at, every = config.model.refine_at, config.budget.evaluate_every
         for length in (total, tuning_steps):
             optimizer.make(probe, 0.1, length)  # does its schedule fit?
         entrants.append(
@@ -61,10 +70,12 @@ def make_plan(config: CompareConfig) -> tuple[Entrant, ...]:
                 total,
                 tuning_steps,
                 config.timed_updates or total,
-                config.timed_updates or (config.budget.evaluate_every if varies else chunk),
+                config.timed_updates or (every if varies or refine_at else chunk),
                 (None,) if rates is None else tuple(np.geomspace(*rates, config.tuning.trials).tolist()),
                 budget,
                 budget * config.tuning.fraction,
+                refinements(refine_at, total, every),
+                refinements(refine_at, tuning_steps, every),
             )
         )
     return tuple(entrants)

@@ -10,7 +10,7 @@ import numpy as np
 from rk_optax.experiment.config import TrainConfig, checked
 from rk_optax.experiment.entrants import build_optimizer, check_slices
 from rk_optax.experiment.errors import UsageError
-from rk_optax.experiment.runs.loop import Point, Trainer
+from rk_optax.experiment.runs.loop import Point, Trainer, check_refinement, refinements
 from rk_optax.experiment.runs.protocol import Reporter
 from rk_optax.experiment.store.checkpoints import Checkpoints
 from rk_optax.experiment.store.run_folder import TrainFolder
@@ -40,7 +40,10 @@ class Training:
         batch = config.data.batch_size or self.task.examples
         self._per_epoch = self.task.examples // batch
         self.steps, self._evaluate_every, self._checkpoint_every = _plan(config, self._per_epoch)
+        self._refine_at = refinements(config.model.refine_at, self.steps, self._evaluate_every)
         self.optimizer.make(probe, rate, self.steps)  # does its schedule fit?
+        if self._refine_at:
+            check_refinement(self.task, self.optimizer, self.steps)
         # All devices there are, as far as they can share a batch.
         devices = jax.devices()[: math.gcd(batch, jax.device_count())]
         self._mesh = jax.sharding.Mesh(np.array(devices), ("batch",)) if len(devices) > 1 else None
@@ -49,7 +52,8 @@ class Training:
         """The compiled run."""
         chunk = _largest_divisor(self._evaluate_every, _LONGEST_CHUNK)
         rate, seed = self._config.optimizer.learning_rate, self._config.seed
-        return Trainer(self.task, self.optimizer, seed, rate, chunk, steps=self.steps, mesh=self._mesh)
+        at = self._refine_at
+        return Trainer(self.task, self.optimizer, seed, rate, chunk, steps=self.steps, mesh=self._mesh, refine_at=at)
 
     def run(self, folder: TrainFolder, report: Reporter) -> dict[str, Any]:
         """Trains from the latest checkpoint in the folder, or else from the start.

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -66,8 +66,11 @@ class Checkpoints:
         (folder / f"{_ABOUT}.new").write_text(json.dumps(about, indent=1), encoding="utf-8")
         (folder / f"{_ABOUT}.new").replace(folder / _ABOUT)
 
-    def restore(self, like: Any) -> tuple[int, float, Any] | None:
+    def restore(self, layout: Callable[[int], Any]) -> tuple[int, float, Any] | None:
         """Steps, seconds and host arrays of the latest checkpoint; None if there is no checkpoint.
+
+        Args:
+            layout: of the state after so many steps, as shapes.
 
         Raises:
             UsageError: if the checkpoint is damaged, or of another layout.
@@ -76,6 +79,7 @@ class Checkpoints:
         if steps is None:
             return None
         about = self._about(steps)
+        like = layout(steps)
         wanted = named(like)
         self._compare(steps, about["layout"], _layout(wanted))
         try:

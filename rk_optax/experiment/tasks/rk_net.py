@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from rk_optax.linen import RKBlock
-from rk_optax.networks import double_sym, initial, single, tv_norm
+from rk_optax.networks import double_sym, initial, refine, refine_state, single, tv_norm
 
 Activation = Callable[[jax.Array], jax.Array]
 LAYERS = {"double_sym": double_sym, "single": single}
@@ -27,6 +27,7 @@ class RKNet(nn.Module):
     layer: str
     classes: int
     activation: Activation = nn.tanh
+    halvings: int = 0  # of the grids of steps and of nodes
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False, refined: bool = False) -> jax.Array:
@@ -53,6 +54,7 @@ class ConvRKNet(nn.Module):
     widths: tuple[int, ...] = (16, 32, 64)
     depth: int = 4
     activation: Activation = nn.relu
+    halvings: int = 0
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False, refined: bool = False) -> jax.Array:
@@ -73,7 +75,23 @@ class ConvRKNet(nn.Module):
         return nn.Dense(self.classes)(y)
 
 
+def finer(net: RKNet | ConvRKNet) -> tuple[RKNet | ConvRKNet, Callable[[Any], Any], Callable[..., Any]]:
+    """The network with steps and distances between nodes half as long, and how to get there.
+
+    Returns:
+        The network; a function of its parameters that leaves θ(t) as it is; one of the state of an optimizer, and of
+        the powers of `refine_state`.
+    """
+    following = net.clone(halvings=net.halvings + 1)
+    old, nodes = _nodes(net), _nodes(following)
+    return following, partial(refine, nodes=nodes, old=old), partial(refine_state, nodes=nodes, old=old)
+
+
+def _nodes(net: Any) -> tuple[float, ...]:
+    return tuple(np.linspace(0, net.depth, net.depth * 2**net.halvings + 1).tolist())
+
+
 def _block(net: Any, layer: Any, start: Any, refined: bool, name: str = "block") -> RKBlock:
     steps, method = (_FINE * net.depth, "rk4") if refined else (net.steps, net.method)
-    nodes = tuple(range(net.depth + 1))
-    return RKBlock(layer, nodes, np.linspace(0, net.depth, steps + 1), method, initial=start, name=name)
+    grid = np.linspace(0, net.depth, steps * 2**net.halvings + 1)
+    return RKBlock(layer, _nodes(net), grid, method, initial=start, name=name)

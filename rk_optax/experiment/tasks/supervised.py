@@ -15,7 +15,8 @@ from rk_optax.experiment.config import DataConfig, ModelConfig
 from rk_optax.experiment.errors import UsageError
 from rk_optax.experiment.tasks.data import Dataset, Split, batch_indices, check_kind, load_dataset
 from rk_optax.experiment.tasks.models import MODELS, build_model
-from rk_optax.experiment.tasks.task import Array, Data, Params, Score, Task, Variables
+from rk_optax.experiment.tasks.rk_net import ConvRKNet, RKNet, finer
+from rk_optax.experiment.tasks.task import Array, Data, Finer, Params, Score, Task, Variables
 
 # A large split is scored in pieces of so many examples, which bounds the memory that a convolution takes.
 _PIECE = 4096
@@ -82,6 +83,14 @@ class Supervised(Task):
         self._score = jax.jit(self._score_run)
         over_rates = jax.vmap(self._score_run, (0, 0, None))
         self._score_grid = jax.jit(jax.vmap(over_rates, (0, 0, None)))
+
+    def finer(self) -> Finer:
+        """The same for a network that is a method of its features."""
+        if not isinstance(self.model, RKNet | ConvRKNet):
+            return super().finer()
+        model, *carried = finer(self.model)
+        options: dict[str, Any] = {"squared": self._squared, "metrics": self._metrics}
+        return Finer(Supervised(model, self.dataset, self._batch_size, self._l2, **options), *carried)
 
     def init(self, seeds: int | Sequence[int]) -> Variables:
         """What a run starts from, which depends on the seed alone; of several seeds, stacked."""

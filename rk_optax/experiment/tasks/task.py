@@ -32,6 +32,14 @@ class Score(NamedTuple):
         return self.metrics["accuracy"]
 
 
+class Finer(NamedTuple):
+    """A task on a finer grid, and how the training of the coarser one goes on there."""
+
+    task: "Task"
+    params: Callable[[Params], Params]
+    opt_state: Callable[..., Any]  # (state, powers=...), as `rk_optax.networks.refine_state` has them
+
+
 class Task(abc.ABC):
     """A loss with its data: initial parameters, batches, and what an optimizer may be told.
 
@@ -66,6 +74,14 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def score(self, params: Params, statistics: Any, split: Any, *, grid: bool = False) -> Score:
         """Loss and metrics over a split of the data, of a run or of a grid of runs."""
+
+    def finer(self) -> Finer:
+        """The same on a grid of twice as many steps, where there is a grid.
+
+        Raises:
+            TypeError: if there is none.
+        """
+        raise TypeError(f"{type(self).__name__} has no grid to refine")
 
     def loss_and_statistics(self, params: Params, **data: Any) -> tuple[jax.Array, Any]:
         """The loss, and the statistics after this batch, which only the caller's own gradient moves."""
