@@ -17,6 +17,7 @@ import optax
 import rk_optax
 from rk_optax.experiment.config import MethodConfig
 from rk_optax.experiment.errors import UsageError
+from rk_optax.experiment.rivals import RIVALS
 from rk_optax.experiment.tasks.task import Data
 from rk_optax.tableau import TABLEAUS
 
@@ -158,9 +159,9 @@ def build_optimizer(
     Raises:
         UsageError: if there is no such factory, or it does not take the options or the loss.
     """
-    factory = OPTAX.get(config.factory) or SOLVERS.get(config.factory)
+    factory = OPTAX.get(config.factory) or SOLVERS.get(config.factory) or RIVALS.get(config.factory)
     if factory is None:
-        close = difflib.get_close_matches(config.factory, [*OPTAX, *SOLVERS], n=1)
+        close = difflib.get_close_matches(config.factory, [*OPTAX, *SOLVERS, *RIVALS], n=1)
         raise UsageError(
             f"{where}.factory = {config.factory!r} is no optimizer of Optax, nor one that `rk-optax solvers` lists"
             + (f"; did you mean {close[0]!r}?" if close else "")
@@ -169,13 +170,17 @@ def build_optimizer(
     _refuse_unless("learning_rate" not in options, f"{where}.options", options, "must leave out learning_rate")
     _check_rate(where, config, factory, has_rate)
     of_optax = config.factory in OPTAX
-    first_stage, keeps_gradient = _whole_batch, config.factory in ("lbfgs", "adam_then_lbfgs")
-    if of_optax:
+    first_stage, keeps_gradient = _whole_batch, config.factory in ("lbfgs", "adam_then_lbfgs", "ssbroyden")
+    if config.factory not in SOLVERS:
         for field, default in _SOLVERS_ALONE.items():
             value = getattr(config, field)
-            problem = f"is for solvers, and {config.factory} is Optax's: set it to {default!r}"
+            whose = "Optax's" if of_optax else "none"
+            problem = f"is for solvers, and {config.factory} is {whose}: set it to {default!r}"
             _refuse_unless(value == default, f"{where}.{field}", value, problem)
+    if of_optax:
         cost, gradients_per_step = (_lbfgs_cost, None) if keeps_gradient else (_one_gradient, 1)
+    elif config.factory in RIVALS:
+        cost, gradients_per_step = _counted, None
     else:
         cost, gradients_per_step = _counted, _fixed_cost(where, config)
         if config.preconditioner is not None:
@@ -226,8 +231,10 @@ def _check_rate(where: str, config: MethodConfig, factory: Callable[..., Any], h
     """Checks that a learning rate is given where one is needed, and only there."""
     scheduled = config.schedule != "constant" or config.warmup_steps > 0
     if config.rule == "constant":
-        empty = inspect.Parameter.empty
-        needed = inspect.signature(factory).parameters["learning_rate"].default is empty
+        rate = inspect.signature(factory).parameters.get("learning_rate")
+        needed = rate is not None and rate.default is inspect.Parameter.empty
+        takes = rate is not None or not has_rate
+        _refuse_unless(takes, f"{where}.factory", config.factory, "takes no learning_rate: leave learning rates out")
         _refuse_unless(has_rate or not needed, f"{where}.factory", config.factory, "needs a learning_rate")
         _refuse_unless(has_rate or not scheduled, f"{where}.schedule", config.schedule, "needs a learning_rate")
         options = dict(config.rule_options)

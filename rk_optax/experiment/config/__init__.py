@@ -158,7 +158,9 @@ class MethodConfig(_Checked):
     """Steps over which the learning rate first rises from 0, linearly."""
     preconditioner: Literal["adagrad", "rms", "adam"] | None = None
     """Scales every stage of a solver: rk_optax.precondition_by_adagrad and so on, with their defaults."""
-    rule: Literal["constant", "dal", "sgd_g2", "descent_control", "trust_ratio_control", "error_control"] = "constant"
+    rule: Literal[
+        "constant", "dal", "sgd_g2", "descent_control", "trust_ratio_control", "path_control", "error_control"
+    ] = "constant"
     """Where the step size comes from: the learning rate (its largest value, with dal), or a rule that finds it."""
     rule_options: Options = dataclasses.field(default_factory=dict)
     """Keyword arguments of the rule, such as estimate of dal."""
@@ -317,11 +319,13 @@ class CompareConfig(_Checked):
 class RaceConfig(_Checked):
     """A race over several seeds, each entrant tuned on a seed of its own."""
 
-    problem: Literal["poisson", "burgers", "logistic", "gp_dual", "digits", "lorenz96"]
+    problem: Literal[
+        "poisson", "poisson_5d", "burgers", "burgers_mild", "allen_cahn", "logistic", "gp_dual", "digits", "lorenz96"
+    ]
     """The problem."""
     entrants: Annotated[Mapping[Name, EntrantConfig], Field(min_length=1)]
     """Who runs, by the name they are shown under."""
-    problem_options: Mapping[str, float | int] = dataclasses.field(default_factory=dict)
+    problem_options: Mapping[str, float | int | bool] = dataclasses.field(default_factory=dict)
     """Arguments of the problem, such as condition of logistic."""
     seeds: Seeds = (0, 1, 2, 3, 4)
     """Seeds of the problem: data and initial parameters."""

@@ -1,20 +1,31 @@
 """Physics-informed networks: the residuals of a differential equation as a least-squares loss."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.polynomial.hermite import hermgauss
+from scipy.integrate import solve_ivp
 
 import rk_optax
 from rk_optax.experiment.tasks.full_batch import FullBatch
-from rk_optax.experiment.tasks.task import Params
+from rk_optax.experiment.tasks.task import Data, Params, Variables
 
 
-def poisson(seed: int) -> FullBatch:
+def network(params: Params, x: jax.Array) -> jax.Array:
+    """A tanh network at one point; a scalar."""
+    for layer in params[:-1]:
+        x = jnp.tanh(x @ layer["w"] + layer["b"])
+    return (x @ params[-1]["w"] + params[-1]["b"])[0]
+
+
+def poisson(seed: int, width: int = 32, layers: int = 3) -> FullBatch:
     """−Δu = f on the unit square with u = sin(πx) sin(2πy): 900 points inside, 30 on each side, tanh 2-32-32-32-1.
+
+    Another network has so many hidden `layers` of that `width`; one of 64 has fewer weights than there are points.
 
     The loss is ½(mean r² inside + 100 mean r² on the boundary); the error is relative in L2, on 2,000 other points.
     """
@@ -43,14 +54,14 @@ def poisson(seed: int) -> FullBatch:
     points = jax.random.uniform(elsewhere, (2000, 2))
     return FullBatch(
         loss_fn,
-        initial_network(start, (2, 32, 32, 32, 1)),
+        initial_network(start, (2, *[width] * layers, 1)),
         {"x": x, "x_boundary": boundary},
         _relative_error(points, jax.vmap(solution)(points)),
         "relative L2 error",
     )
 
 
-VISCOSITY = 0.01 / np.pi
+VISCOSITY = 0.01 / float(np.pi)
 
 
 def burgers(seed: int) -> FullBatch:
@@ -91,19 +102,163 @@ def burgers(seed: int) -> FullBatch:
         loss_fn,
         initial_network(start, (2, 32, 32, 32, 1)),
         {"xt": xt, "x_start": x_start, "side": jnp.stack([x_side, t_side], axis=1)},
-        _relative_error(jnp.asarray(grid, xt.dtype), jnp.asarray(burgers_solution(*grid.T), xt.dtype)),
+        _relative_error(jnp.asarray(grid, xt.dtype), jnp.asarray(burgers_solution(grid[:, 0], grid[:, 1]), xt.dtype)),
         "relative L2 error",
     )
 
 
-def burgers_solution(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+def burgers_mild(seed: int) -> FullBatch:
+    """The same equation with ν = 0.01, whose solution is smooth, and a network that is periodic in x, 3-20-20-20-20-1.
+
+    4,096 points inside and 512 at t = 0. The network sees cos(πx), sin(πx) and t; the error is relative in L2, on a
+    grid.
+    """
+
+    def equation(u: Callable[[jax.Array], jax.Array], xt: jax.Array) -> jax.Array:
+        value, (u_x, u_t) = jax.value_and_grad(u)(xt)
+        return u_t + value * u_x - 0.01 * _second_derivative(u, xt, jnp.array([1.0, 0.0]))
+
+    def solution(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        of_x, of_t = np.meshgrid(x, t)
+        return burgers_solution(of_x.ravel(), of_t.ravel(), 0.01)
+
+    return _periodic(seed, equation, lambda x: -jnp.sin(jnp.pi * x), solution)
+
+
+def allen_cahn(seed: int) -> FullBatch:
+    """u_t = 10⁻⁴ u_xx + 5(u − u³) on (−1, 1) × (0, 1), u(x, 0) = x² cos(πx), periodic in x; else as `burgers_mild`."""
+
+    def equation(u: Callable[[jax.Array], jax.Array], xt: jax.Array) -> jax.Array:
+        value, (_, u_t) = jax.value_and_grad(u)(xt)
+        return u_t - 1e-4 * _second_derivative(u, xt, jnp.array([1.0, 0.0])) - 5 * (value - value**3)
+
+    return _periodic(seed, equation, lambda x: x**2 * jnp.cos(jnp.pi * x), allen_cahn_solution)
+
+
+def _periodic(
+    seed: int,
+    equation: Callable[[Callable[[jax.Array], jax.Array], jax.Array], jax.Array],
+    start: Callable[[jax.Array], jax.Array],
+    solution: Callable[[np.ndarray, np.ndarray], np.ndarray],
+) -> FullBatch:
+    """A problem on (−1, 1) × (0, 1) that is periodic in x; `solution` is for all points of the axes of x and t."""
+    inside, first, weights = jax.random.split(jax.random.key(seed), 3)
+    xt = jax.random.uniform(inside, (4096, 2), minval=jnp.array([-1.0, 0.0]), maxval=1.0)
+    x_start = jax.random.uniform(first, (512,), minval=-1.0, maxval=1.0)
+
+    def u(params: Params, point: jax.Array) -> jax.Array:
+        x, t = point
+        return network(params, jnp.stack([jnp.cos(jnp.pi * x), jnp.sin(jnp.pi * x), t]))
+
+    def inner(params: Params, xt: jax.Array) -> jax.Array:
+        return equation(lambda point: u(params, point), xt)
+
+    def at_start(params: Params, x_start: jax.Array) -> jax.Array:
+        return u(params, jnp.stack([x_start, jnp.zeros_like(x_start)])) - start(x_start)
+
+    loss_fn = rk_optax.LeastSquares(
+        {"equation": inner, "start": at_start},
+        weights={"equation": 1.0, "start": 10.0},
+        pointwise=("xt", "x_start"),
+        reduction="mean",
+    )
+    axes = np.linspace(-1, 1, 81), np.linspace(0, 1, 26)
+    grid = np.stack(np.meshgrid(*axes), axis=-1).reshape(-1, 2)
+    return FullBatch(
+        loss_fn,
+        initial_network(weights, (3, 20, 20, 20, 20, 1)),
+        {"xt": xt, "x_start": x_start},
+        _relative_error(jnp.asarray(grid, xt.dtype), jnp.asarray(solution(*axes), xt.dtype).ravel(), u),
+        "relative L2 error",
+    )
+
+
+class NewPoints(FullBatch):
+    """A problem that every step sees at other points; the loss that is reported is that of the points of `source`."""
+
+    constant = False
+
+    def __init__(self, problem: FullBatch, sample: Callable[[jax.Array], Data], seed: int):
+        """Draws the data of a step by `sample(key)`."""
+        super().__init__(problem.loss_fn, problem.params, problem.source, problem.error, problem.error_name)
+        self._sample, self._seed = sample, seed
+
+    def init(self, seeds: int | Sequence[int]) -> Variables:
+        """The start, and the key of all points."""
+        return super().init(seeds)._replace(key=jax.random.key_data(jax.random.key(self._seed)))
+
+    def data(self, source: Data, batch: jax.Array, statistics: Any, dropout_key: jax.Array) -> Data:
+        """New points."""
+        return self._sample(jax.random.wrap_key_data(dropout_key))
+
+
+def poisson_5d(seed: int, inside: int = 3000, boundary: int = 500, new_points: bool = False) -> FullBatch:
+    """−Δu = f on (0, 1)⁵ with u = Σ cos(πxᵢ), tanh 5-64-64-48-48-1; the error is relative in L2, on 4,000 other points.
+
+    Of Guzmán-Cordero et al. (2025), with as many points `inside` and on the `boundary`; with `new_points`, others in
+    each step. The loss is ½(mean r² inside + mean r² on the boundary).
+    """
+    points, elsewhere, start = jax.random.split(jax.random.key(seed), 3)
+
+    def solution(x: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.cos(jnp.pi * x))
+
+    def equation(params: Params, x: jax.Array) -> jax.Array:
+        second = jax.vmap(lambda unit: _second_derivative(lambda y: network(params, y), x, unit))(jnp.eye(5))
+        return jnp.sum(second) + jnp.pi**2 * solution(x)
+
+    def at_boundary(params: Params, x_boundary: jax.Array) -> jax.Array:
+        return network(params, x_boundary) - solution(x_boundary)
+
+    def sample(key: jax.Array) -> Data:
+        of_inside, of_boundary, face, side = jax.random.split(key, 4)
+        edge = jax.random.uniform(of_boundary, (boundary, 5))
+        which = jax.random.randint(face, (boundary,), 0, 5)
+        value = jax.random.bernoulli(side, shape=(boundary,)).astype(edge.dtype)
+        edge = edge.at[jnp.arange(boundary), which].set(value)
+        return {"x": jax.random.uniform(of_inside, (inside, 5)), "x_boundary": edge}
+
+    loss_fn = rk_optax.LeastSquares(
+        {"equation": equation, "boundary": at_boundary}, pointwise=("x", "x_boundary"), reduction="mean"
+    )
+    test = jax.random.uniform(elsewhere, (4000, 5))
+    problem = FullBatch(
+        loss_fn,
+        initial_network(start, (5, 64, 64, 48, 48, 1)),
+        sample(points),
+        _relative_error(test, jax.vmap(solution)(test)),
+        "relative L2 error",
+    )
+    return NewPoints(problem, sample, seed) if new_points else problem
+
+
+def burgers_solution(x: np.ndarray, t: np.ndarray, viscosity: float = VISCOSITY) -> np.ndarray:
     """The exact solution by the Cole–Hopf transformation, its integrals by Gauss–Hermite quadrature, in float64."""
     nodes, weights = hermgauss(120)
-    shifted = x[..., None] - np.sqrt(4 * VISCOSITY * t[..., None]) * nodes
+    shifted = x[..., None] - np.sqrt(4 * viscosity * t[..., None]) * nodes
     # The exponent less its largest value, which cancels in the quotient.
-    exponent = -np.cos(np.pi * shifted) / (2 * np.pi * VISCOSITY)
+    exponent = -np.cos(np.pi * shifted) / (2 * np.pi * viscosity)
     kernel = weights * np.exp(exponent - exponent.max(axis=-1, keepdims=True))
     return -np.sum(np.sin(np.pi * shifted) * kernel, axis=-1) / np.sum(kernel, axis=-1)
+
+
+def allen_cahn_solution(x: np.ndarray, t: np.ndarray, points: int = 2048) -> np.ndarray:
+    """The solution at all points of two axes, shape (len(t), len(x)), by trigonometric interpolation in x.
+
+    To about 10⁻⁷ just after the start, whose slope jumps at x = ±1, and better later.
+    """
+    nodes = -1 + 2 * np.arange(points) / points
+    waves = np.pi * np.fft.rfftfreq(points, 1 / points)
+
+    def field(_: float, u: np.ndarray) -> np.ndarray:
+        diffused = np.fft.irfft(-1e-4 * waves**2 * np.fft.rfft(u), points)
+        return diffused + 5 * (u - u**3)
+
+    start = nodes**2 * np.cos(np.pi * nodes)
+    path = solve_ivp(field, (0, max(t)), start, "DOP853", t, rtol=1e-9, atol=1e-11).y.T
+    coefficients = np.fft.rfft(path) / points
+    coefficients[:, 1:-1] *= 2
+    return np.real(coefficients @ np.exp(1j * np.outer(waves, x + 1)))
 
 
 def initial_network(key: jax.Array, widths: tuple[int, ...]) -> Params:
@@ -114,21 +269,16 @@ def initial_network(key: jax.Array, widths: tuple[int, ...]) -> Params:
     return [{"w": glorot(k, shape), "b": jnp.zeros(shape[1])} for k, shape in zip(keys, shapes, strict=True)]
 
 
-def network(params: Params, x: jax.Array) -> jax.Array:
-    """A tanh network at one point; a scalar."""
-    for layer in params[:-1]:
-        x = jnp.tanh(x @ layer["w"] + layer["b"])
-    return (x @ params[-1]["w"] + params[-1]["b"])[0]
-
-
 def _second_derivative(u: Callable[[jax.Array], jax.Array], x: jax.Array, unit: jax.Array) -> jax.Array:
     unit = unit.astype(x.dtype)
     return jax.jvp(lambda y: jax.jvp(u, (y,), (unit,))[1], (x,), (unit,))[1]
 
 
-def _relative_error(points: jax.Array, values: jax.Array) -> Callable[[Params], jax.Array]:
+def _relative_error(
+    points: jax.Array, values: jax.Array, u: Callable[[Params, jax.Array], jax.Array] = network
+) -> Callable[[Params], jax.Array]:
     def error(params: Params) -> jax.Array:
-        predicted = jax.vmap(lambda x: network(params, x))(points)
+        predicted = jax.vmap(lambda x: u(params, x))(points)
         return jnp.linalg.norm(predicted - values) / jnp.linalg.norm(values)
 
     return error

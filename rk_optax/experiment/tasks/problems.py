@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 import rk_optax
 from rk_optax.experiment.tasks.full_batch import FullBatch
 from rk_optax.experiment.tasks.lorenz96 import lorenz96
-from rk_optax.experiment.tasks.pinn import burgers, initial_network, poisson
+from rk_optax.experiment.tasks.pinn import allen_cahn, burgers, burgers_mild, initial_network, poisson, poisson_5d
 from rk_optax.experiment.tasks.task import Params
 
 
@@ -135,7 +135,10 @@ def digits(seed: int, l2: float = 1e-3) -> FullBatch:
 # A new problem needs a line here and its name in RaceConfig.
 PROBLEMS: dict[str, Callable[..., FullBatch]] = {
     "poisson": poisson,
+    "poisson_5d": poisson_5d,
     "burgers": burgers,
+    "burgers_mild": burgers_mild,
+    "allen_cahn": allen_cahn,
     "logistic": logistic,
     "gp_dual": gp_dual,
     "digits": digits,

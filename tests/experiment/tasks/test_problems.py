@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from rk_optax.experiment.tasks.pinn import VISCOSITY, burgers_solution, network
+from rk_optax.experiment.tasks.pinn import VISCOSITY, allen_cahn_solution, burgers_solution, network
 from rk_optax.experiment.tasks.problems import PROBLEMS
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -75,3 +75,63 @@ def test_the_structured_loss_of_digits_is_cross_entropy_with_a_penalty():
     plain = optax.losses.softmax_cross_entropy_with_integer_labels(logits, y).mean()
     plain += 0.5 * 1e-2 * optax.tree_utils.tree_norm(p, squared=True)
     np.testing.assert_allclose(problem.loss_fn(p, **problem.source), plain, rtol=1e-6)
+
+
+def test_allen_cahns_solution_solves_the_equation_and_starts_where_it_should():
+    x, d = np.linspace(-0.9, 0.9, 19), 2e-3
+
+    def u(dx=0.0):
+        return allen_cahn_solution(x + dx, np.array([0.5 - d, 0.5, 0.5 + d]))
+
+    mid = u()
+    u_t = (mid[2] - mid[0]) / (2 * d)
+    u_xx = (u(d)[1] - 2 * mid[1] + u(-d)[1]) / d**2
+    np.testing.assert_allclose(u_t, 1e-4 * u_xx + 5 * (mid[1] - mid[1] ** 3), atol=5e-4)
+    np.testing.assert_allclose(allen_cahn_solution(x, np.array([0.0, 1.0]))[0], x**2 * np.cos(np.pi * x), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["burgers_mild", "allen_cahn"])
+def test_the_periodic_problems_are_as_stated(name):
+    problem = PROBLEMS[name](0)
+    (x, t), start = problem.source["xt"].T, problem.source["x_start"]
+    assert problem.source["xt"].shape == (4096, 2)
+    assert sum(leaf.size for leaf in jax.tree.leaves(problem.params)) == 1361
+
+    def u(x, t):
+        return network(problem.params, jnp.stack([jnp.cos(jnp.pi * x), jnp.sin(jnp.pi * x), t]))
+
+    @jax.jit
+    @jax.vmap
+    def parts(x, t):
+        return u(x, t), jax.grad(u)(x, t), jax.grad(u, 1)(x, t), jax.grad(jax.grad(u))(x, t)
+
+    value, u_x, u_t, u_xx = parts(x, t)
+    equation, first = {
+        "burgers_mild": (u_t + value * u_x - 0.01 * u_xx, -jnp.sin(jnp.pi * start)),
+        "allen_cahn": (u_t - 1e-4 * u_xx + 5 * value**3 - 5 * value, start**2 * jnp.cos(jnp.pi * start)),
+    }[name]
+    gap = jax.vmap(u)(start, 0 * start) - first
+    expected = 0.5 * jnp.mean(equation**2) + 5 * jnp.mean(gap**2)
+    np.testing.assert_allclose(problem.score(problem.params, {}).loss, expected, rtol=1e-10)
+    np.testing.assert_allclose(parts(jnp.ones(3), jnp.arange(3.0))[0], parts(-jnp.ones(3), jnp.arange(3.0))[0])
+
+
+def test_poisson_in_five_dimensions_is_the_problem_as_stated_at_new_points_each_step():
+    fixed, moving = (PROBLEMS["poisson_5d"](0, inside=30, boundary=20, new_points=new) for new in (False, True))
+    assert sum(leaf.size for leaf in jax.tree.leaves(fixed.params)) == 10065
+    x, edge = fixed.source["x"], fixed.source["x_boundary"]
+    assert jnp.all(jnp.any((edge == 0) | (edge == 1), axis=1))
+
+    def u(x):
+        return network(fixed.params, x)
+
+    laplace = jax.jit(jax.vmap(lambda p: jnp.trace(jax.hessian(u)(p))))(x)
+    gap = jax.vmap(u)(edge) - jnp.cos(np.pi * edge).sum(1)
+    expected = 0.5 * jnp.mean((laplace + np.pi**2 * jnp.cos(np.pi * x).sum(1)) ** 2) + 0.5 * jnp.mean(gap**2)
+    np.testing.assert_allclose(fixed.score(fixed.params, {}).loss, expected, rtol=1e-10)
+    np.testing.assert_allclose(moving.score(fixed.params, {}).loss, expected, rtol=1e-10)
+    assert fixed.data(fixed.source, None, {}, None) is fixed.source
+    keys = [jax.random.key_data(jax.random.key(i)) for i in range(2)]
+    first, second = (moving.data(moving.source, None, {}, key) for key in keys)
+    assert jax.tree.map(jnp.shape, first) == jax.tree.map(jnp.shape, fixed.source)
+    assert not jnp.any(first["x"] == second["x"])

@@ -1,0 +1,11 @@
+"""Burgers' equation with ν = 0.01 in float32: error over seconds, five seeds; see _pinn.py."""
+
+import runpy
+from pathlib import Path
+
+from rk_optax.experiment.config import RaceConfig
+
+
+def get_config() -> RaceConfig:
+    race = runpy.run_path(str(Path(__file__).with_name("_pinn.py")))["race"]
+    return race("burgers_mild", seconds=40.0, targets=(1e-2, 1e-4, 1e-6), x64=False, small=True)

@@ -1,0 +1,287 @@
+"""The optimizers that stiff least squares is raced against: quasi-Newton and Gauss–Newton methods from the literature.
+
+Each is written as published, so that a race compares with what others would run; none is part of rk_optax's API. Their
+states count their cost, as those of rk_optax's solvers do.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+
+import rk_optax
+from rk_optax.experiment.errors import UsageError
+
+Transformation = optax.GradientTransformationExtraArgs
+_OF_LOSS = ("value", "grad", "value_fn")
+
+
+class BroydenState(NamedTuple):
+    """State of `ssbroyden`."""
+
+    cost: rk_optax.Cost
+    inverse: jax.Array  # shape=(P, P): of the Hessian
+    fresh: jax.Array  # shape=(), bool: whether the inverse is still the identity
+    search: Any  # of the line search: its value and gradient are those at the new parameters
+
+
+def ssbroyden(loss_fn: Callable[..., jax.Array], max_linesearch_steps: int = 20) -> Transformation:
+    """The self-scaled Broyden method with Al-Baali's parameters, as `SSBroyden2` of Urbán, Stefanou and Pons (2024).
+
+    A dense inverse Hessian, a line search for the strong Wolfe conditions that first tries 1 (Optax's), and from each
+    step s and change y of the gradient a member of the Broyden family (formulas 13 to 23 of arXiv 2405.04230). Where no
+    step is found the inverse starts again from the identity.
+
+    Args:
+        loss_fn: `loss_fn(params, **data)`.
+        max_linesearch_steps: at which the line search gives up.
+    """
+    search = optax.scale_by_zoom_linesearch(max_linesearch_steps, initial_guess_strategy="one")
+
+    def init(params: Any) -> BroydenState:
+        flat, _ = ravel_pytree(params)
+        return BroydenState(_no_cost(), jnp.eye(flat.size, dtype=flat.dtype), jnp.array(True), search.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, BroydenState]:
+        data = _data(extra)
+        gradient, unravel = ravel_pytree(updates)
+        identity = jnp.eye(len(gradient), dtype=gradient.dtype)
+        direction = state.inverse @ gradient
+        downhill = direction @ gradient > 0
+        direction = jnp.where(downhill, direction, gradient)
+
+        def value_fn(p: Any) -> jax.Array:
+            return loss_fn(p, **data)
+
+        value = extra["value"] if "value" in extra else value_fn(params)
+        after: Any
+        moves, after = search.update(
+            unravel(-direction), state.search, params, value=value, grad=updates, value_fn=value_fn
+        )
+        s, y = ravel_pytree(moves)[0], ravel_pytree(after.grad)[0] - gradient
+        fresh, sy = state.fresh | ~downhill, s @ y
+        inverse = jnp.where(downhill, state.inverse, identity)
+        pushed = jnp.where(downhill, state.inverse @ y, y)
+        # s = −αHg, so s·H⁻¹s = −α s·g.
+        length = -jnp.sqrt((s @ s) / (direction @ direction)) * (s @ gradient)
+        # Nothing but this writes the matrix, in one pass: it is what a step costs.
+        new = broyden_inverse(inverse, pushed, s, y, length, fresh)
+        usable, stuck = (sy > 0) & (y @ pushed > 0) & (length > 0), ~jnp.any(s != 0)
+        new = jnp.where(usable, new, jnp.where(stuck, identity, inverse))
+        cost = state.cost.plus(rk_optax.Cost(gradients=after.info.num_linesearch_steps))
+        return moves, BroydenState(cost, new, jnp.where(usable, False, fresh | stuck), after)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def broyden_inverse(
+    inverse: jax.Array, pushed: jax.Array, s: jax.Array, y: jax.Array, length: Any, fresh: jax.Array | bool
+) -> jax.Array:
+    """The next inverse H⁺ of the self-scaled Broyden family, of which H⁺y = s.
+
+    Args:
+        inverse: H, symmetric and positive definite.
+        pushed: Hy.
+        s: the step.
+        y: the change of the gradient over it, with s·y > 0.
+        length: s·H⁻¹s.
+        fresh: whether H is the identity, and takes its scale from this step.
+    """
+    size, sy, square = len(s), s @ y, y @ pushed
+    b, h = length / sy, square / sy
+    a = jnp.maximum(h * b - 1, jnp.finfo(s.dtype).eps)  # not negative, by Cauchy and Schwarz
+    least = jnp.minimum(1, h * (1 - jnp.sqrt(a / (1 + a))))
+    theta = jnp.maximum((least - 1) / a, jnp.minimum(1 / least, (1 - b) / b))
+    sigma = 1 + theta * a
+    rho = jnp.minimum(1, 1 / b)
+    root = jnp.abs(sigma) ** (1 / (1 - size)) if size > 1 else jnp.ones_like(sigma)
+    positive = rho * jnp.minimum(root, 1 / jnp.where(theta > 0, theta, 1))
+    tau = jnp.where(theta > 0, positive, jnp.minimum(rho * root, sigma))
+    tau = jnp.where(fresh, h / sigma, tau)
+    v = s / sy - pushed / square
+    phi = (1 - theta) / sigma
+    kept = inverse - jnp.outer(pushed, pushed) / square + (phi * square) * jnp.outer(v, v)
+    return kept / tau + jnp.outer(s, s) / sy
+
+
+class NaturalGradientState(NamedTuple):
+    """State of `engd_w` and `spring`."""
+
+    cost: rk_optax.Cost
+    phi: Any  # shape=(P,): the last step before it was scaled
+
+
+def engd_w(loss_fn: rk_optax.LeastSquares, learning_rate: float | None = None, damping: float = 1e-8) -> Transformation:
+    """Energy natural gradients by Woodbury's formula: θ − ηRᵀ(RRᵀ + λI)⁻¹r (Guzmán-Cordero et al. 2025).
+
+    Args:
+        loss_fn: the residuals.
+        learning_rate: η; None takes the least loss over 2⁰, 2⁻¹ ... 2⁻³⁰, as Müller and Zeinhofer (2023).
+        damping: λ.
+    """
+    return spring(loss_fn, learning_rate, damping, momentum=0.0, norm_constraint=None)
+
+
+def spring(
+    loss_fn: rk_optax.LeastSquares,
+    learning_rate: float | None = None,
+    damping: float = 1e-8,
+    momentum: float = 0.9,
+    norm_constraint: float | None = 1e-3,
+) -> Transformation:
+    """Goldshlager, Abrahamsen and Lin's SPRING (2024, arXiv 2401.10190), as rla-pinns has it for residuals.
+
+    φ ← μφ − Rᵀ(RRᵀ + λI)⁻¹(r + μRφ), and θ ← θ + ηφ, with η no more than √C/‖φ‖.
+
+    Args:
+        loss_fn: the residuals.
+        learning_rate: η; None takes the least loss over 2⁰, 2⁻¹ ... 2⁻³⁰.
+        damping: λ.
+        momentum: μ in [0, 1).
+        norm_constraint: C, for a given η; None for no bound.
+    """
+    _check_residuals(loss_fn)
+
+    def init(params: Any) -> NaturalGradientState:
+        return NaturalGradientState(_no_cost(), jnp.zeros_like(ravel_pytree(params)[0]))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, NaturalGradientState]:
+        del updates
+        data = _data(extra)
+        flat, unravel = ravel_pytree(params)
+        residual, rows = _matrix(loss_fn, params, data)
+        kernel = rows @ rows.T + damping * jnp.eye(len(rows), dtype=rows.dtype)
+        solve = jax.scipy.linalg.cho_solve
+        right = residual + momentum * (rows @ state.phi)
+        phi = momentum * state.phi - solve((jnp.linalg.cholesky(kernel), True), right) @ rows
+        if learning_rate is None:
+            rates = jnp.asarray(0.5 ** np.arange(31.0), flat.dtype)
+            losses = jax.lax.map(lambda rate: loss_fn(unravel(flat + rate * phi), **data), rates)
+            rate = rates[jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))]
+        else:
+            rate = jnp.asarray(learning_rate, flat.dtype)
+            if norm_constraint is not None:
+                rate = jnp.minimum(rate, np.sqrt(norm_constraint) / jnp.linalg.norm(phi))
+        cost = rk_optax.Cost(rows=len(rows), losses=31 if learning_rate is None else 0)
+        return unravel(rate * phi), NaturalGradientState(state.cost.plus(cost), phi)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class MethodState(NamedTuple):
+    """State of a method of another library."""
+
+    cost: rk_optax.Cost
+    method: Any
+
+
+def somax_egn(
+    loss_fn: rk_optax.LeastSquares, learning_rate: float = 1.0, damping: float = 1.0, adapts: bool = True
+) -> Transformation:
+    """python-somax's `egn_mse`: Gauss–Newton by a Cholesky factorisation in the space of the residuals.
+
+    Args:
+        loss_fn: the residuals, which are the library's predictions, with targets 0.
+        learning_rate: of a step.
+        damping: λ, at the start.
+        adapts: whether λ follows the quality of the model (the library's `trust_region`) or stays.
+    """
+    _check_residuals(loss_fn)
+    somax = _library("somax", "python-somax")
+
+    def method(scale: float) -> Any:
+        def predict(params: Any, data: Mapping[str, Any]) -> jax.Array:
+            return scale * loss_fn.residual(params, data)  # its loss is a mean
+
+        policy = {"lam_policy": "trust_region", "record_rho_every_k": 1} if adapts else {"lam_policy": "const"}
+        return somax.make("egn_mse", predict_fn=predict, lam0=damping, learning_rate=learning_rate, **policy)
+
+    def init(params: Any) -> MethodState:
+        return MethodState(_no_cost(), method(1.0).init(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, MethodState]:
+        del updates
+        data = _data(extra)
+        count = loss_fn.count_rows(params, data)
+        batch = {"x": data, "y": jnp.zeros(count, ravel_pytree(params)[0].dtype)}
+        new, inner, _ = method(float(np.sqrt(count))).step(params, batch, state.method, jax.random.key(0))
+        cost = state.cost.plus(rk_optax.Cost(gradients=1, products=count))
+        return jax.tree.map(jnp.subtract, new, params), MethodState(cost, inner)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def optimistix_lm(loss_fn: rk_optax.LeastSquares, iterations: int = 4) -> Transformation:
+    """Optimistix's `LevenbergMarquardt`, `iterations` of its own to an update; its step size goes on from the last.
+
+    Args:
+        loss_fn: the residuals.
+        iterations: of the library in one update.
+    """
+    _check_residuals(loss_fn)
+    optimistix, equinox = _library("optimistix", "optimistix"), _library("equinox", "equinox")
+
+    class Resumed(optimistix.ClassicalTrustRegion):
+        """The library's trust region, from a given step size."""
+
+        start: Any = 1.0
+
+        def init(self, y: Any, f_info_struct: Any) -> Any:
+            state = super().init(y, f_info_struct)
+            return equinox.tree_at(lambda s: s.step_size, state, jnp.asarray(self.start, state.step_size.dtype))
+
+    def init(params: Any) -> MethodState:
+        return MethodState(_no_cost(), jnp.ones([], ravel_pytree(params)[0].dtype))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, MethodState]:
+        del updates
+        data = _data(extra)
+        solver = optimistix.LevenbergMarquardt(rtol=0.0, atol=0.0)
+        solver = equinox.tree_at(lambda s: s.search, solver, Resumed(start=state.method))
+        # One more than asked for: the first evaluates where it starts.
+        found = optimistix.least_squares(
+            lambda p, _: loss_fn.residual(p, data), solver, params, max_steps=iterations + 1, throw=False
+        )
+        size = ravel_pytree(params)[0].size
+        cost = state.cost.plus(rk_optax.Cost(losses=1, products=(iterations + 1) * size))
+        step_size = found.state.search_state.step_size
+        return jax.tree.map(jnp.subtract, found.value, params), MethodState(cost, step_size)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+RIVALS: dict[str, Callable[..., Transformation]] = {
+    rival.__name__: rival for rival in (ssbroyden, engd_w, spring, somax_egn, optimistix_lm)
+}
+
+
+def _no_cost() -> rk_optax.Cost:
+    return rk_optax.Cost(*(jnp.zeros([], jnp.int32) for _ in rk_optax.Cost._fields))
+
+
+def _data(extra: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in extra.items() if name not in _OF_LOSS}
+
+
+def _matrix(loss_fn: rk_optax.LeastSquares, params: Any, data: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+    """The residuals, shape (N,), and their Jacobian, shape (N, P)."""
+    # Without the barrier XLA fuses the rows into their product, which then costs twice as much.
+    residual, rows = jax.lax.optimization_barrier(loss_fn.rows(params, data))
+    return residual, jax.vmap(lambda row: ravel_pytree(row)[0])(rows)
+
+
+def _check_residuals(loss_fn: Any) -> None:
+    if not isinstance(loss_fn, rk_optax.LeastSquares):
+        raise TypeError(f"needs residuals, an rk_optax.LeastSquares, and not a {type(loss_fn).__name__}")
+
+
+def _library(module: str, distribution: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UsageError(f"needs {distribution}, which is not installed: pip install {distribution}") from None
