@@ -78,6 +78,8 @@ def _add_causes(error: Exception) -> None:
 def _situation(role: str, view: ParameterView, data: Mapping[str, Any]) -> str:
     shapes = ", ".join(f"{name}: {_shapes(value)}" for name, value in data.items()) or "no data"
     where = f"{role} was evaluated here by the solver, for a stage, on what update was given ({shapes})."
+    if isinstance(view.params, jax.Array) and view.params.ndim == 1:
+        where += f" Parameters are one flat array of length {view.params.size}, as under optax.flatten; leave that out."
     own, seen = (_dtypes(tree) for tree in (view.params, view.whole(view.theta)))
     if own == seen:
         return where

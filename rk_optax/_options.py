@@ -29,6 +29,7 @@ class Options(TypedDict, total=False):
     argnames: Sequence[str] | None
     stage_dtype: Any
     skip_nonfinite: bool
+    finite_derivatives: bool
     preconditioner: Preconditioner | None
     l2: float | jax.Array | None
     stage_batches: Literal["same", "fresh", "split"]
@@ -46,6 +47,7 @@ class CheckedOptions:
     argnames: Sequence[str] | None = None
     stage_dtype: Any = "float32"
     skip_nonfinite: bool = True
+    finite_derivatives: bool = False
     preconditioner: Preconditioner | None = None
     l2: float | jax.Array | None = None
     stage_batches: Literal["same", "fresh", "split"] = "same"
@@ -61,6 +63,11 @@ class CheckedOptions:
         if self.l2 is not None:
             object.__setattr__(self, "l2", _checks.number(self.l2, "l2", "not negative"))
         check_stage_dtype(self.stage_dtype)
+        if self.finite_derivatives and not self.skip_nonfinite:
+            raise ValueError(
+                "finite_derivatives=True is for steps that are refused because they are not finite, and "
+                "skip_nonfinite=False refuses none: leave one of the two out."
+            )
 
 
 _OF_READY_ONES = ("momentum", "nesterov", "after", "weight_decay")

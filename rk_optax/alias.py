@@ -57,8 +57,8 @@ _SHARED_DOC = """
         scalar or an Optax schedule.
       momentum: decay of an `optax.trace` between solver and step size, in [0, 1), or None.
       **options: `nesterov`, `after` and `weight_decay` as for `rk_optax.runge_kutta`; `grad_fn`, `has_aux`, `mask`,
-        `reuse_updates`, `argnames`, `stage_dtype`, `skip_nonfinite`, `preconditioner`, `l2`, `stage_batches`
-        and `batch_argnames` as for `rk_optax.scale_by_rk`.
+        `reuse_updates`, `argnames`, `stage_dtype`, `skip_nonfinite`, `finite_derivatives`, `preconditioner`, `l2`,
+        `stage_batches` and `batch_argnames` as for `rk_optax.scale_by_rk`.
 
     Returns:
       A transformation whose `update(updates, state, params, **data)` takes the gradient at params and emits the

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from rk_optax import _checks, _tree
+from rk_optax._loss_comparison import Losses, root_of_slope
 from rk_optax.field import Capability
-from rk_optax.solver import Cost, Quantity, Solver
+from rk_optax.solver import Cost, Quantity, Solver, saturating_sum
 from rk_optax.step_size import Attempt, Proposal, Reason, StepSizeRule, Verdict
 
 PyTree = Any
@@ -217,6 +218,8 @@ class DescentControlState(NamedTuple):
     uphill: jax.Array  # shape=(), bool: whether refused steps rise in proportion to h
     gain: jax.Array  # shape=(), float: fall/(slope·cost) of the last accepted step; 0 before one and after a refusal
     growing: jax.Array  # shape=(), bool: whether h grows or shrinks
+    worth: jax.Array  # shape=(), float: gradients (and products) of the last step with a clear fall; 0 before one
+    ties: jax.Array  # shape=(), int32: steps since then that were too short, or too near the minimum, to show one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,8 +229,10 @@ class DescentControl(ControlledRule):
     h climbs: it keeps growing, or shrinking, by `growth` as long as the fall per ‖k1‖² and per gradient (or product)
     does not decline, and turns round where it does. A refused step multiplies h by `shrinkage`. A step too short
     for the losses to show what it does multiplies h by `growth`, whatever has been seen before; at convergence h
-    therefore grows until a rise shows. Both losses are those of the step's own batch: made for large batches and
-    deterministic losses. With a diagonal preconditioner P, ‖k1‖² stands for ⟨∇L, P∇L⟩.
+    therefore grows until a rise shows. Where a longer step costs more gradients, as in `rkc`, the n-th such step in a
+    row costs at most 1 + log₂(1 + n/100) times what the last one with a clear fall did. Both losses are those of the
+    step's own batch: made for large batches and deterministic losses. With a diagonal preconditioner P, ‖k1‖² stands
+    for ⟨∇L, P∇L⟩.
 
     >>> import jax, jax.numpy as jnp, rk_optax
     >>> def loss_fn(w): return jnp.sum(w ** 2)
@@ -265,26 +270,32 @@ class DescentControl(ControlledRule):
     def init(self, params: PyTree) -> DescentControlState:
         """Growing until something speaks against it."""
         del params
-        fall, tried, gain = (jnp.zeros([], _tree.default_float()) for _ in range(3))
-        return DescentControlState(self.first_step_size(), fall, tried, jnp.zeros([], bool), gain, jnp.ones([], bool))
+        fall, tried, gain, worth = (jnp.zeros([], _tree.default_float()) for _ in range(4))
+        uphill, growing, ties = jnp.zeros([], bool), jnp.ones([], bool), jnp.zeros([], jnp.int32)
+        return DescentControlState(self.first_step_size(), fall, tried, uphill, gain, growing, worth, ties)
 
     def judge(self, state: DescentControlState, attempt: Attempt) -> Verdict:
         """Accepts where the loss does not rise. Costs two losses."""
         dtype = state.next_step_size.dtype
         growth, shrinkage = (jnp.asarray(x, dtype) for x in (self.growth, self.shrinkage))
-        size = _root_of_slope(attempt).astype(dtype)
-        losses = _Losses.of(attempt, (attempt.step_size * size).astype(dtype) * size)
+        size = root_of_slope(attempt).astype(dtype)
+        losses = Losses.of(attempt, (attempt.step_size * size).astype(dtype) * size)
         accepted, tie = losses.accepted, losses.tie
         cost, work = attempt.step.cost, attempt.step.work
         work = jnp.asarray(jnp.maximum(cost.gradients + cost.products, 1) if work is None else work, dtype)
         gain = jnp.where(tie, state.gain, _tree.ratio(_tree.ratio(losses.fall, size), size * work))
         growing = jnp.where(gain < state.gain, ~state.growing, state.growing)
         factor = jnp.where(accepted, jnp.where(growing, growth, 1 / growth), shrinkage)
-        # Whatever has happened before: h grows until the losses show what it does, unless nothing can be expected.
-        factor = jnp.where(tie, jnp.where(size > 0, growth, 1), factor)
+        # Whatever has happened before: h grows until the losses show what it does, unless nothing can be expected. It
+        # does so slowly where it costs more than what has shown something: all may have converged.
+        spent = jnp.maximum(work, 2)  # the least number of stages, where there is a choice
+        worth = jnp.where(losses.shows_fall, spent, state.worth)
+        ties = jnp.where(losses.shows_fall, 0, saturating_sum(state.ties, tie))
+        dear = (worth > 0) & (spent > worth * (1 + jnp.log2(1 + ties.astype(dtype) / 100)))
+        factor = jnp.where(tie, jnp.where(size > 0, jnp.where(dear, 1 / growth, growth), 1), factor)
         fall, tried, uphill = losses.seen(state)
         h, gain = self.bounded(state.next_step_size * factor, attempt), jnp.where(accepted | tie, gain, 0)
-        new = DescentControlState(h, fall, tried, uphill, gain, growing | ~(accepted | tie))
+        new = DescentControlState(h, fall, tried, uphill, gain, growing | ~(accepted | tie), worth, ties)
         return Verdict(accepted, losses.reason(uphill, self.at_smallest(attempt.step_size)), new, Cost(losses=2))
 
 
@@ -365,7 +376,7 @@ class TrustRatioControl(ControlledRule):
         """Accepts where the loss does not rise. Costs two losses."""
         dtype = state.next_step_size.dtype
         predicted = attempt.step.quantities["predicted_fall"].astype(dtype)
-        losses = _Losses.of(attempt, predicted)
+        losses = Losses.of(attempt, predicted)
         accepted, tie = losses.accepted, losses.tie
         # At a minimum both falls are rounding, and 0/0 is agreement.
         ratio = jnp.where((losses.fall == 0) & (predicted <= 0), 1, _tree.ratio(losses.fall, predicted))
@@ -393,57 +404,3 @@ class TrustRatioControl(ControlledRule):
 
 
 trust_ratio_control = TrustRatioControl
-
-
-class _Losses(NamedTuple):
-    """The losses before and after an attempt, compared."""
-
-    fall: jax.Array  # of the loss
-    accepted: jax.Array  # it did not rise
-    tie: jax.Array  # neither their difference nor the fall to be expected is above their rounding
-    refused: jax.Array  # it rose, and more than by rounding
-    clear: jax.Array  # by far more
-    step_size: jax.Array
-
-    @classmethod
-    def of(cls, attempt: Attempt, foretold: jax.Array) -> _Losses:
-        """Evaluates both losses; `foretold` is the fall to be expected of a short step.
-
-        Where neither tells anything all has converged, or h is far too short. The difference of two losses carries the
-        rounding of the sums that they are, some units in the last place, and counts as a difference only beyond that.
-        """
-        before, after = attempt.field.loss(attempt.params), attempt.field.loss(attempt.candidate)
-        dtype = foretold.dtype
-        rounding = (2 * jnp.finfo(before.dtype).eps * jnp.abs(before)).astype(dtype)
-        fall = (before - after).astype(dtype)
-        accepted = attempt.usable & (fall >= 0)  # ∞ − ∞ is no fall
-        tie = attempt.usable & (jnp.abs(fall) <= 8 * rounding) & (foretold <= rounding)
-        refused = attempt.usable & ~accepted & ~tie
-        return cls(fall, accepted, tie, refused, refused & (-fall > 100 * rounding), attempt.step_size.astype(dtype))
-
-    def seen(self, state: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """`fall`, `tried` and `uphill` of the next state.
-
-        With the loss's own gradient a step that is shorter by some factor rises by less than that factor, since the
-        curvature alone can make it rise; against a gradient that is not the loss's it rises in proportion.
-        """
-        shorter = _tree.ratio(self.step_size, state.tried)
-        comparable = (state.fall < 0) & (shorter > 0) & (shorter < 1)
-        in_proportion = _tree.ratio(self.fall, state.fall) >= 0.5 * shorter * (1 + shorter)
-        uphill = jnp.where(self.clear & comparable, in_proportion, state.uphill) & (self.refused | self.tie)
-        shows = ~self.tie & jnp.isfinite(self.fall)
-        return jnp.where(shows, self.fall, state.fall), jnp.where(shows, self.step_size, state.tried), uphill
-
-    def reason(self, uphill: jax.Array, at_smallest: jax.Array) -> jax.Array:
-        """Why, read where the attempt was usable."""
-        shortest = jnp.where(uphill, Reason.NOT_DOWNHILL, jnp.where(self.tie, Reason.UNRESOLVED, Reason.SMALLEST_STEP))
-        refused = jnp.where(at_smallest | self.tie, shortest, Reason.LOSS_ROSE)
-        return jnp.where(self.accepted, Reason.ACCEPTED, refused)
-
-
-def _root_of_slope(attempt: Attempt) -> jax.Array:
-    """√⟨∇L, P∇L⟩, the root of the loss's slope along k1 = P∇L; ‖k1‖ for a P that is not known to be a diagonal."""
-    scale = attempt.field.scale
-    if scale is None:
-        return _tree.norm(attempt.k1)
-    return _tree.norm(jax.tree.map(lambda k, p: k * jax.lax.rsqrt(p), attempt.k1, scale))

@@ -55,6 +55,7 @@ def _transformation(
         stage_dtype=options.stage_dtype,
         reuse_updates=options.reuse_updates,
         skip_nonfinite=options.skip_nonfinite,
+        finite_derivatives=options.finite_derivatives,
     )
     return optax.GradientTransformationExtraArgs(whole.init, whole.update)
 
@@ -122,6 +123,9 @@ def scale_by_rk(
           stages, since offsets below one ulp would vanish. None keeps the parameters' own dtypes.
         skip_nonfinite: whether a step with a non-finite stage, step size or update is refused: zero update, solver
           and momentum states restored, `state.accepted` False and `state.rejected` counted.
+        finite_derivatives: whether reverse mode through such a refused step is finite too, for hypergradients: the
+          step is made twice, the second time with h = 0 where the first was not finite. Without it the derivative is
+          NaN there, 0·NaN of the loss's own. Doubles the cost; a stage 1 that is not finite has no derivative.
         preconditioner: a `Preconditioner`, frozen within each step and applied to every stage.
         l2: λ of a term (λ/2)‖θ‖² added to the loss, and so to the field at every stage; the incoming gradient is taken
           to be without it.
@@ -231,9 +235,12 @@ def _turns_round(after: optax.GradientTransformation) -> bool:
     """Whether a gradient of ±1 comes out with the other sign, both times."""
 
     def probe(sign: float) -> jax.Array:
-        gradient = jnp.full([1], sign)
+        gradient, state, turned = jnp.full([1], sign), after.init(place), jnp.zeros([1])
         known = {"value": jnp.zeros([]), "grad": gradient, "value_fn": lambda params: jnp.sum(sign * params)}
-        turned, _ = optax.with_extra_args_support(after).update(gradient, after.init(place), place, **known)
+        for _ in range(3):  # optax.rprop emits 0 first
+            turned, state = optax.with_extra_args_support(after).update(gradient, state, place, **known)
+            if jnp.any(turned != 0):
+                break
         return jnp.asarray(turned)
 
     with jax.ensure_compile_time_eval():

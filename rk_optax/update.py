@@ -77,6 +77,7 @@ class Update:
     stage_dtype: Any = "float32"
     reuse_updates: bool = True
     skip_nonfinite: bool = True
+    finite_derivatives: bool = False
 
     def init(self, params: PyTree) -> RungeKuttaState:
         """The state before the first update; `params` may be abstract."""
@@ -115,6 +116,8 @@ class Update:
         with causes_explained():
             prepared = self._prepare(updates, state, view, extra_args)
             attempted = self._attempt(prepared, state, extra_args)
+            if self.finite_derivatives:
+                attempted = self._attempt_again(attempted, prepared, state, extra_args)
         return self._commit(prepared, attempted, state)
 
     def _prepare(self, updates: PyTree, state: RungeKuttaState, view: ParameterView, extra_args: Any) -> _Prepared:
@@ -133,21 +136,41 @@ class Update:
         )
         return _Prepared(view, field, self.preconditioner.apply(k1, frozen), new, cost)
 
-    def _attempt(self, prepared: _Prepared, state: RungeKuttaState, extra_args: Any) -> _Attempted:
-        """Makes a step and judges it; what is judged is what would be emitted, momentum and all."""
+    def _attempt_again(
+        self, first: _Attempted, prepared: _Prepared, state: RungeKuttaState, extra_args: Any
+    ) -> _Attempted:
+        """The same attempt, but with h = 0, where all is finite, if the first one was not finite.
+
+        No derivative passes through the first, of which only a boolean is used. Its stages would have 0·NaN for theirs.
+        """
+        again = self._attempt(prepared, state, extra_args, finite=first.reason != Reason.NOT_FINITE)
+        of_step = first.step.cost._replace(gradients=first.step.cost.gradients - 1)  # stage 1 is there
+        return again._replace(cost=again.cost.plus(of_step).plus(first.cost))
+
+    def _attempt(
+        self, prepared: _Prepared, state: RungeKuttaState, extra_args: Any, finite: jax.Array | None = None
+    ) -> _Attempted:
+        """Makes a step and judges it; what is judged is what would be emitted, momentum and all.
+
+        Where it is known not to be `finite`, it is made with h = 0 and refused.
+        """
         view, field, k1 = prepared.view, prepared.field, prepared.k1
         theta = view.theta
         h, rule_state, propose_cost = self.rule.propose(state.count, state.rule, field, theta, k1)
         proposed, h, sensible = h, *_sensible(h)
-        step = self.solver.step(field, theta, k1, h, state.solver, wants=self.rule.wants)
-        h, step, rule_state, choose_cost = self.rule.choose(rule_state, field, theta, k1, h, step)
+        known_finite = jnp.asarray(True) if finite is None else finite
+        made = h if finite is None else jnp.where(finite, h, 0)
+        step = self.solver.step(field, theta, k1, made, state.solver, wants=self.rule.wants)
+        chosen, step, rule_state, choose_cost = self.rule.choose(rule_state, field, theta, k1, made, step)
+        h = chosen if finite is None else jnp.where(finite, chosen, h)
         direction, after = self._apply_after(step.direction, state.after, theta, extra_args)
         emitted = view.handed_out(_tree.scale(-h, direction) if self.applies_step_size else direction)
 
-        finite = jnp.asarray(True)
+        finite = known_finite
         if self.skip_nonfinite:
             # What is emitted, because h·g* may overflow, and g* before an `after` that may clip an infinity.
-            finite = step.finite & _tree.all_finite((emitted, () if self.after is None else step.direction))
+            shown = emitted if self.after is None else (emitted, step.direction)
+            finite = finite & step.finite & _tree.all_finite(shown)
         usable = finite & step.solved
         attempt = Attempt(self.solver, field, theta, k1, view.after(emitted), jnp.asarray(h), step, usable)
         verdict = self.rule.judge(rule_state, attempt)

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import rk_optax
+import rk_optax.nnx
 
 W, X = jnp.ones(3), jnp.zeros(3)
 
@@ -63,7 +65,9 @@ def test_a_keyword_of_another_transformation_is_no_misspelling_of_an_argument_wi
 # --- after= ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lion", "rmsprop", "adagrad", "lamb", "adafactor", "sm3"])
+@pytest.mark.parametrize(
+    "name", ["sgd", "adam", "adamw", "lion", "rmsprop", "adagrad", "lamb", "adafactor", "sm3", "rprop"]
+)
 def test_after_a_whole_optimizer_would_ascend_and_is_refused(name):
     with pytest.raises(ValueError, match=r"after.*the loss would rise.*optax\.scale_by_adam\(\)"):
         rk_optax.rk4(loss_fn, 0.1, after=getattr(optax, name)(1e-3))
@@ -97,6 +101,25 @@ def test_after_that_takes_a_keyword_says_where_it_goes():
     assert "after=" in message(error)
     assert "tx.update(grads, state, params, value=loss, x=x)" in message(error)
     trace(tx, x=X, value=1.0)
+
+
+# --- State -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [0.1, *(make(0.1) for make in (rk_optax.dal, rk_optax.sgd_g2))], ids=str)
+def test_the_step_size_is_found_by_its_name_alone(rule):
+    tx = optax.chain(optax.clip(1.0), rk_optax.euler(loss_fn, rule))
+    _, state = tx.update(W, tx.init(W), W, x=X)
+    np.testing.assert_array_equal(optax.tree_utils.tree_get(state, "step_size"), state[1].step_size)
+
+
+@pytest.mark.parametrize("make", [rk_optax.error_control, rk_optax.descent_control], ids=["error", "descent"])
+def test_and_so_it_is_where_a_rule_keeps_the_next_one(make):
+    state = rk_optax.rkc(loss_fn, make(), order=2).init(W)
+    assert optax.tree_utils.tree_get(state, "step_size") is state.step_size
+    assert optax.tree_utils.tree_get(state, "next_step_size") is state.rule.next_step_size
+    state = rk_optax.residual_euler(least_squares).init(W)
+    assert optax.tree_utils.tree_get(state, "step_size") is state.step_size
 
 
 # --- Layers with rates of their own ----------------------------------------------------------------------------------
@@ -139,6 +162,38 @@ def test_parameters_that_eqx_filter_has_emptied():
     assert "eqx.partition" in message(error)
 
 
+def of_model(model, x):
+    return jnp.mean(model(x) ** 2)
+
+
+def of_model_with_aux(model, x):
+    return of_model(model, x), {}
+
+
+@pytest.mark.parametrize(
+    ("loss", "tx", "options", "remedy"),
+    [
+        (of_model_with_aux, rk_optax.rk4(of_model_with_aux, 0.3, has_aux=True), {"has_aux": True}, "nnx.pure_loss"),
+        (of_model, rk_optax.rk4(of_model, 0.3), {}, "nnx.pure_loss(loss_fn), or rk_optax.nnx.Optimizer(model, partial"),
+        (of_model_with_aux, functools.partial(rk_optax.rk4, learning_rate=0.3), {}, "Here has_aux is False"),
+        (
+            of_model_with_aux,
+            functools.partial(rk_optax.rk4, learning_rate=0.3, has_aux=True),
+            {"has_aux": True},
+            "leave has_aux of the solver off",
+        ),
+        (of_model, functools.partial(rk_optax.rk4, learning_rate=0.3), {"has_aux": True}, "Here has_aux is True"),
+    ],
+    ids=["solver of the model", "the same without aux", "forgotten", "given to the solver", "without aux"],
+)
+def test_an_nnx_optimizer_says_where_the_loss_and_has_aux_go(loss, tx, options, remedy):
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    optimizer = rk_optax.nnx.Optimizer(model, tx, loss, wrt=nnx.Param, **options)
+    with pytest.raises(TypeError) as error:
+        optimizer.take_step(model, x=jnp.ones((4, 3)))
+    assert remedy in message(error)
+
+
 def scanned(w, x):
     carried, _ = jax.lax.scan(lambda c, _: (c * w, None), jnp.ones(3, jnp.bfloat16), None, length=2)
     return loss_fn(carried.astype(jnp.float32), x)
@@ -163,6 +218,14 @@ def test_a_shape_that_only_a_later_stage_meets():
     assert "loss_fn was evaluated here by the solver, for a stage, on what update was given (x: float32[5])" in message(
         error
     )
+
+
+def test_parameters_that_optax_flatten_has_joined():
+    params = {"w": W, "b": jnp.zeros(())}
+    tx = optax.flatten(rk_optax.rk4(lambda p, x: loss_fn(p["w"], x) + p["b"] ** 2, 0.1))
+    with pytest.raises(TypeError) as error:
+        trace(tx, params, x=X)
+    assert "one flat array of length 4, as under optax.flatten; leave that out" in message(error)
 
 
 @jax.custom_vjp

@@ -101,3 +101,72 @@ def test_reverse_mode_is_right_and_finite(solver, preconditioner, rule, x64):
         return  # optax.global_norm has no derivative at 0
     at_rest = moved(jnp.asarray(ALL_ZERO), jnp.asarray(H), jnp.asarray(DATA))[1]
     assert all(np.isfinite(g).all() for g in at_rest)
+
+
+# --- Refused steps ---------------------------------------------------------------------------------------------------
+
+
+def edge_loss(w, x):
+    """Not finite below the edge, where neither its value nor its derivatives are."""
+    return jnp.sum(x[:2] * jnp.sqrt(w - x[2])) + jnp.sum(w**2)
+
+
+REFUSING = {
+    "rk4, descent": lambda h, **o: rk_optax.rk4(edge_loss, rk_optax.descent_control(h), **o),
+    "rk4, constant": lambda h, **o: rk_optax.rk4(edge_loss, h, after=optax.scale_by_adam(), **o),
+    "rk4, dal": lambda h, **o: rk_optax.rk4(edge_loss, rk_optax.dal(h), **o),
+    "heun, free": lambda h, **o: rk_optax.heun(edge_loss, rk_optax.dal(100 * h, estimate="free"), **o),
+    "bogacki_shampine, error": lambda h, **o: rk_optax.bogacki_shampine(
+        edge_loss, rk_optax.error_control(0.5, 0.5, initial_step_size=h), **o
+    ),
+    "rkc2": lambda h, **o: rk_optax.runge_kutta(edge_loss, h, rk_optax.Stabilized("rkc2", 4), **o),
+    "etdrk2": lambda h, **o: rk_optax.runge_kutta(
+        edge_loss, h, rk_optax.Etd(2), preconditioner=rk_optax.precondition_by_rms(), **o
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "rk4, descent" else pytest.param(name, marks=pytest.mark.slow) for name in REFUSING]
+)
+def test_reverse_mode_through_a_step_refused_at_a_later_stage_is_that_of_staying(name, x64):
+    """Both ways, over lanes of which one is refused at first and one is not, and against differences."""
+
+    def moved(inputs, **options):
+        w, h, x = inputs[:2], inputs[2], inputs[3:]
+        tx = REFUSING[name](h, **options)
+        state, refused = tx.init(w), []
+        for _ in range(3):
+            updates, state = tx.update(jax.grad(edge_loss)(w, x), state, w, x=x)
+            w = w + updates
+            refused.append(state.reason == rk_optax.Reason.NOT_FINITE)
+        return w @ jnp.array([1.0, 2.0]) + state.step_size, (jnp.stack(refused), state.cost.gradients)
+
+    guarded = functools.partial(moved, finite_derivatives=True)
+    inputs = jnp.array([[1.0, 1.2, 0.5, 0.8, 1.1, 0.9], [1.0, 1.2, 0.01, 0.8, 1.1, 0.1]])
+    value = jax.jit(jax.vmap(guarded))
+    ends, (refused, cost) = value(inputs)
+    plain_ends, (plain_refused, plain_cost) = jax.jit(jax.vmap(moved))(inputs)
+    assert refused[0].any()
+    assert not refused[1].any()
+    np.testing.assert_array_equal(refused, plain_refused)
+    np.testing.assert_allclose(ends, plain_ends, rtol=1e-12)
+    assert (cost > plain_cost).all()
+    found = jax.jit(jax.vmap(jax.grad(guarded, has_aux=True)))(inputs)[0]
+    forward = jax.jit(jax.vmap(jax.jacfwd(moved, has_aux=True)))(inputs)[0]
+    np.testing.assert_allclose(found, forward, rtol=1e-9, atol=1e-12)
+    for i in range(inputs.shape[1]):
+        shift = STEP * np.eye(inputs.shape[1])[i]
+        expected = (value(inputs + shift)[0] - value(inputs - shift)[0]) / (2 * STEP)
+        np.testing.assert_allclose(found[:, i], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_without_it_the_derivative_is_nan_and_both_guards_go_together():
+    tx = rk_optax.heun(lambda w: jnp.sqrt(w - 0.9), 10.0)
+    w = jnp.array(1.0)
+    update = jax.value_and_grad(lambda w: tx.update(jnp.ones([]), tx.init(w), w)[0])
+    value, slope = update(w)
+    assert float(value) == 0
+    assert np.isnan(slope)
+    with pytest.raises(ValueError, match=r"finite_derivatives=True .* skip_nonfinite=False"):
+        rk_optax.heun(loss_fn, 0.1, finite_derivatives=True, skip_nonfinite=False)

@@ -267,6 +267,32 @@ def test_descent_control_does_not_stay_where_the_losses_resolve_nothing(factory)
     np.testing.assert_allclose(np.sum(left**2, axis=1), best, rtol=1e-5)
 
 
+def test_after_convergence_a_step_costs_little_more_than_what_last_showed_a_fall():
+    rates = jnp.geomspace(0.01, 1, 8)
+
+    def loss(w):
+        return 1 + 0.5 * jnp.sum(rates * (w - 1) ** 2)
+
+    tx = rk_optax.rkc(loss)
+
+    @jax.jit
+    def run(w):
+        def step(carry, _):
+            w, state = carry
+            updates, state = tx.update(jax.grad(loss)(w), state, w)
+            return (w + updates, state), (loss(w), state.solver.stages, state.rule.ties, state.rule.worth)
+
+        return jax.lax.scan(step, (w, tx.init(w)), length=800)[1]
+
+    losses, stages, ties, worth = map(np.asarray, run(jnp.zeros(8)))
+    assert losses[50] == 1
+    assert (ties[400:] > 0).all()
+    longest = worth * (1 + np.log2(1 + ties / 100))
+    assert (stages[400:] <= 1.6 * longest[400:]).all()  # one factor of growth, and s is rounded up to one in a table
+    assert stages[400:].mean() < 60  # 200 and more, were h to grow until the losses show something
+    assert stages[-200:].mean() > stages[:20].max()  # but it does go on growing
+
+
 # --- who builds them, and how ---
 
 

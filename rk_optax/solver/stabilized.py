@@ -148,7 +148,7 @@ class Stabilized(Solver):
     def _automatic_step(
         self, field: VectorField, params: PyTree, k1: PyTree, h: Any, state: StabilizedState, want_error: bool
     ) -> Step:
-        due = ~jnp.isfinite(state.spectral_radius) | (state.age >= self.estimate_every)
+        due = state.age >= self.estimate_every
         radius, eigenvector, spent = jax.lax.cond(
             due,
             lambda: self._estimate(field, params, k1, h, state),
@@ -163,8 +163,11 @@ class Stabilized(Solver):
         table = jnp.asarray(tables)[index]
         direction = _recurrence(field, params, k1, h, table, stages)
         error = _error(field, params, k1, h, direction, stages) if want_error else None
-        age = jnp.where(due, 0, state.age).astype(jnp.int32)
-        new = StabilizedState(radius, stages, age + 1, eigenvector)
+        known = jnp.isfinite(radius)
+        age = jnp.where(known, jnp.where(due, 1, state.age + 1), self.estimate_every).astype(jnp.int32)
+        # An estimate that is not finite, of one bad batch say, tells nothing: the last one is kept, and another is due.
+        kept = jnp.where(known, radius, state.spectral_radius)
+        new = StabilizedState(kept, stages, age, eigenvector)
         return Step(
             direction,
             Cost(gradients=jnp.maximum(stages, 1) + spent + int(want_error)),
@@ -172,11 +175,10 @@ class Stabilized(Solver):
             # Stages as a continuous function of h, or a controller that compares steps takes rounding for a loss.
             work=float(choices[0]) * jnp.sqrt(stiffness / float(intervals[0])),
             quantities=_quantities(error),
-            # A ρ that is not finite, of one bad batch say, tells nothing: a controller must not take h from it.
-            largest_step=jnp.where(jnp.isfinite(radius), jnp.asarray(intervals[-1], radius.dtype) / radius, jnp.inf),
+            largest_step=jnp.where(known, jnp.asarray(intervals[-1], radius.dtype) / radius, jnp.inf),
             state=new,
             # What was learnt of the curvature holds where we stay; one learnt elsewhere may be why the step failed.
-            refused_state=new._replace(age=jnp.where(due, 0, self.estimate_every).astype(jnp.int32)),
+            refused_state=new._replace(age=jnp.where(due & known, 0, self.estimate_every).astype(jnp.int32)),
         )
 
     def _estimate(
