@@ -1,4 +1,4 @@
-"""SGD, momentum, Adam and RK4 with the ingredients of the paper on MNIST, batches of 16; see _mnist.py."""
+"""SGD, momentum, Adam and RK4 with the ingredients of the paper on MNIST, batches of 16; see _images.py."""
 
 import runpy
 from pathlib import Path
@@ -7,4 +7,4 @@ from rk_optax.experiment.config import CompareConfig
 
 
 def get_config() -> CompareConfig:
-    return runpy.run_path(str(Path(__file__).with_name("_mnist.py")))["study"](16)
+    return runpy.run_path(str(Path(__file__).with_name("_images.py")))["study"]("mnist", 16)

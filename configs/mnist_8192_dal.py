@@ -8,7 +8,7 @@ from rk_optax.experiment.config import CompareConfig
 
 
 def get_config() -> CompareConfig:
-    study = runpy.run_path(str(Path(__file__).with_name("_mnist.py")))["study"](8192)
+    study = runpy.run_path(str(Path(__file__).with_name("_images.py")))["study"]("mnist", 8192)
     free = study.optimizers["rk4_dal"]
     exact = dataclasses.replace(free, rule_options={"estimate": "product"})
     return dataclasses.replace(study, optimizers={"rk4_dal_product": exact}, seeds=(0, 1), timed_runs=3)

@@ -100,14 +100,14 @@ def test_no_trace_of_a_machine(notebook):
 def test_the_numbers_of_the_mnist_study_in_its_notebook_are_those_of_the_results():
     path = ROOT / "notebooks" / "learning_by_solving_differential_equations.ipynb"
     (cell,) = (cell for cell in code_cells(nbformat.read(path, as_version=4)) if "NUMBERS" in cell.source)
-    load = runpy.run_path(str(ROOT / "benchmarks" / "mnist_study.py"))["load"]
+    load = runpy.run_path(str(ROOT / "benchmarks" / "image_studies.py"))["load"]
     lines = cell.source.split('"""')[1].strip().splitlines()
     assert len(lines) == 14
     for line in lines:
         equal, name, *numbers = line.split()
         expected = []
         for size in (16, 64, 1024, 8192):
-            (row,) = (r for r in load(size)["table"] if (r["equal"], r["optimizer"]) == (equal, name))
+            (row,) = (r for r in load("mnist", size)["table"] if (r["equal"], r["optimizer"]) == (equal, name))
             expected += [f"{100 * row['test_accuracy'][key]:.3f}" for key in ("mean", "min", "max")]
         assert numbers == expected, line
 

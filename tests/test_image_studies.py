@@ -1,4 +1,4 @@
-"""The committed results of the MNIST study are those of its configs, and RESULTS.md says what they say."""
+"""The committed results of the studies on images are those of their configs, and RESULTS.md says what they say."""
 
 import json
 import runpy
@@ -13,14 +13,15 @@ from rk_optax.experiment.runs.plan import make_plan
 pytestmark = pytest.mark.latest
 
 ROOT = Path(__file__).parents[1]
-STUDY = runpy.run_path(str(ROOT / "benchmarks" / "mnist_study.py"))
-SIZES = STUDY["SIZES"]
+STUDY = runpy.run_path(str(ROOT / "benchmarks" / "image_studies.py"))
+STUDIES = STUDY["STUDIES"]
+RUNS = [(study, size) for study, sizes in STUDIES.items() for size in sizes]
 TEXT = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_the_results_are_those_of_the_config(size):
-    config, result = load(ROOT / "configs" / f"mnist_{size}.py", CompareConfig), STUDY["load"](size)
+@pytest.mark.parametrize(("study", "size"), RUNS)
+def test_the_results_are_those_of_the_config(study, size):
+    config, result = load(ROOT / "configs" / f"{study}_{size}.py", CompareConfig), STUDY["load"](study, size)
     assert result["config"]["data"]["batch_size"] == size
     assert result["config"]["budget"]["updates"] == config.budget.updates
     assert result["config"]["seeds"] == list(config.seeds)
@@ -32,14 +33,15 @@ def test_the_results_are_those_of_the_config(size):
     assert "/" not in json.dumps(result)  # no path of a machine
 
 
+@pytest.mark.parametrize("study", STUDIES)
 @pytest.mark.parametrize("table", ["overview", "against", "at_equal_loss"])
-def test_the_tables_over_all_batch_sizes_are_in_the_text(table):
-    assert STUDY[table]() in TEXT
+def test_the_tables_over_all_batch_sizes_are_in_the_text(table, study):
+    assert STUDY[table](study) in TEXT
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_the_table_of_a_batch_size_is_in_the_text(size):
-    assert STUDY["details"](size) in TEXT
+@pytest.mark.parametrize(("study", "size"), RUNS)
+def test_the_table_of_a_batch_size_is_in_the_text(study, size):
+    assert STUDY["details"](study, size) in TEXT
 
 
 def test_every_claim_has_its_config_and_verdict():
