@@ -16,8 +16,9 @@ from rk_optax import _checks, _tree
 from rk_optax._arguments import DataFunction, read_data_function
 from rk_optax._options import with_options_of
 from rk_optax.alias import AliasOptions
-from rk_optax.field import SmoothField, VectorField, scalar_loss
-from rk_optax.solver import Cost, Quantity, Solver, Step, as_solver, check_offers
+from rk_optax.field import SmoothField, scalar_loss
+from rk_optax.solver import Solver, as_solver
+from rk_optax.solver.alternating import Alternating
 from rk_optax.step_size import LearningRate
 from rk_optax.tableau import ButcherTableau
 from rk_optax.transform import runge_kutta
@@ -78,7 +79,8 @@ class Drift:
     def simultaneous(cls, step_size: float | jax.Array, players: Sequence[str]) -> Drift:
         """That of steps of all players at once, of length `step_size`, positive: all c_ij = h/2."""
         h = _checks.number(step_size, "step_size", "positive")
-        return cls({i: dict.fromkeys(sorted(_names(players, "players")), h / 2) for i in sorted(players)})
+        names = sorted(_names(players, "players"))
+        return cls({i: {j: h / 2 for j in names} for i in names})  # noqa: C420
 
     @classmethod
     def alternating(cls, step_size: float | jax.Array, order: Sequence[str]) -> Drift:
@@ -242,7 +244,7 @@ def game(
     inner = runge_kutta(None, learning_rate, method, grad_fn=field, **rest)
     reuses = rest.get("reuse_updates", True)
 
-    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Players, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         if extra_args.get("grad_fn") is not None:
             raise ValueError("update() got grad_fn=: a game makes its own field of its losses.")
         if reuses and not isinstance(updates, PlayerGradients):
@@ -256,84 +258,6 @@ def game(
     made = Game(inner.init, update)
     made.field, made._evaluate = field, rules.evaluate
     return made
-
-
-@dataclasses.dataclass(frozen=True)
-class Alternating(Solver):
-    """Players one after the other: each makes a step of `solver` in its own field, where those before have moved.
-
-    Args:
-      solver: what each player moves by.
-      order: names of players, who are the keys of params; one that is there k times moves by h/k each time.
-    """
-
-    solver: Solver
-    order: tuple[str, ...]
-
-    @property
-    def needs(self):  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Those of the solver."""
-        return self.solver.needs
-
-    def init(self, params: PyTree) -> PyTree:
-        """A state of the solver for each player."""
-        return {name: self.solver.init(params[name]) for name in sorted(set(self.order))}
-
-    def step(
-        self,
-        field: VectorField,
-        params: PyTree,
-        k1: PyTree,
-        h: Any,
-        state: PyTree,
-        *,
-        wants: frozenset[Quantity] = frozenset(),
-    ) -> Step:
-        """One step; see `Solver.step`."""
-        check_offers(self, wants, "This step")
-        moves = collections.Counter(self.order)
-        at, states, refused = dict(params), dict(state), dict(state)
-        total = jax.tree.map(jnp.zeros_like, k1)
-        finite, solved, cost = jnp.asarray(True), jnp.asarray(True), Cost()
-        for turn, name in enumerate(self.order):
-            own = _field_of(field, at, name)
-            share = 1 / moves[name]
-            first = k1[name] if turn == 0 else own(at[name])
-            step = self.solver.step(own, at[name], first, share * h, states[name])
-            at[name] = _tree.add_scaled(at[name], -share * h, step.direction)
-            total[name] = _tree.add_scaled(total[name], share, step.direction)
-            states[name] = step.state
-            refused[name] = refused[name] if step.refused_state is None else step.refused_state
-            finite, solved = finite & step.finite, solved & step.solved
-            cost = Cost(*(a + b for a, b in zip(cost, step.cost, strict=True)))
-        # Counted in fields of all players, rounded up; of stage 1 all but one player's gradients are spent in vain.
-        players = len(moves)
-        cost = cost._replace(gradients=cost.gradients + players - 1)
-        return Step(
-            total,
-            Cost(*(-(-c // players) for c in cost)),
-            finite=finite,
-            solved=solved,
-            state=states,
-            refused_state=refused,
-        )
-
-
-def _field_of(field: VectorField, params: Players, name: str) -> VectorField:
-    """The field in the parameters of one player, the others' being what they are now."""
-    others = dict(params)
-
-    def restricted(whole: Callable[..., Players] | None) -> Any:
-        return None if whole is None else lambda own, *stage: whole({**others, name: own}, *stage)[name]
-
-    return VectorField(
-        restricted(field.evaluate),
-        smooth_field=restricted(field.smooth_field),
-        rounding=field.rounding,
-        gradient=restricted(field.gradient),
-        scale=None if field.scale is None else field.scale[name],
-        symmetric=field.symmetric,
-    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -360,10 +284,14 @@ class _Rules:
         names = _by_player({} if argnames is None else argnames, players, "argnames")
         read = {p: read_data_function(losses[p], f"losses[{p!r}]", names.get(p)) for p in players}
         why = "a player that ascends a loss has the negative of it for a loss of its own"
-        rates, weights = (_by_player(given or {}, players, name) for given, name in (
-            (rates, "rates"), (gradient_penalty, "gradient_penalty")))  # fmt: skip
-        rates = {p: _checks.number(r, f"rates[{p!r}]", "positive", why) for p, r in rates.items()}
-        weights = {p: _checks.number(w, f"gradient_penalty[{p!r}]", "not negative") for p, w in weights.items()}
+        rates = {
+            p: _checks.number(r, f"rates[{p!r}]", "positive", why)
+            for p, r in _by_player(rates or {}, players, "rates").items()
+        }
+        penalties = {
+            p: _checks.number(w, f"gradient_penalty[{p!r}]", "not negative")
+            for p, w in _by_player(gradient_penalty or {}, players, "gradient_penalty").items()
+        }
         if drift is not None:
             if not isinstance(drift, Drift):
                 raise TypeError(
@@ -372,7 +300,7 @@ class _Rules:
                 )
             for row in (drift.coefficients, *drift.coefficients.values()):
                 _by_player(row, players, "drift")
-        return cls(read, rates, drift, weights, has_aux)
+        return cls(read, rates, drift, penalties, has_aux)
 
     @property
     def players(self) -> tuple[str, ...]:

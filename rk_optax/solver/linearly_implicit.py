@@ -64,7 +64,7 @@ class _Rosenbrock(Solver):
         if self._estimator is not None:
             return frozenset({"product", "diagonal_scale"})
         if self.curvature == "hessian":
-            return frozenset({"product", "diagonal_scale"}) | self.linear_solver.needs
+            return self.linear_solver.needs.union(("product", "diagonal_scale"))
         if self.curvature == "zero":
             return frozenset({"diagonal_scale"})
         return frozenset({"gauss_newton", "diagonal_scale"})

@@ -88,7 +88,9 @@ def test_a_singular_system_is_not_solved_and_one_that_has_a_solution_is():
         assert bool(found.converged) != seen
         assert int(found.iterations) < 60  # the space ends, and so does the iteration
         if seen:
-            assert float(found.residual) == pytest.approx(1 / 3, rel=1e-3)
+            left = np.linalg.norm(b - (1 + np.diag(matrix)) * found.x) / 3
+            assert float(found.residual) == pytest.approx(float(left), rel=0.1)
+            assert left > 0.3
         else:
             np.testing.assert_allclose(found.x[1:], 1 / (1 + np.diag(matrix)[1:]), rtol=1e-3)
 
@@ -152,7 +154,11 @@ def step_of(losses, h, solver, params, **options):
     return optax.apply_updates(params, updates), state
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+FAST = ("implicit_midpoint", "sdirk3", "radau3", "ros2")
+OF_EACH = [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in SOLVERS]
+
+
+@pytest.mark.parametrize("name", OF_EACH)
 def test_a_step_of_the_bilinear_game_is_that_of_the_stability_function(name, x64):
     h = 1.7
     moved, state = step_of(BILINEAR, h, SOLVERS[name], {"x": jnp.array(0.6), "y": jnp.array(-0.8)})
@@ -170,7 +176,8 @@ def payoff(p):
 CURVED = {"x": payoff, "y": lambda p: -payoff(p)}
 
 
-@pytest.mark.parametrize("name", ["sdirk2", "radau3", "ros2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SOLVERS)
 def test_the_order_is_kept_on_a_game_that_is_not_linear(name, x64):
     start = {"x": jnp.array([0.9, -0.4]), "y": jnp.array([0.3, 1.1])}
 
@@ -187,7 +194,7 @@ def test_the_order_is_kept_on_a_game_that_is_not_linear(name, x64):
     assert np.log2(errors[0] / errors[1]) > ORDERS[name] + 0.6
 
 
-@pytest.mark.parametrize("name", ["radau3", "rosenbrock_euler"])
+@pytest.mark.parametrize("name", ["rosenbrock_euler", pytest.param("radau3", marks=pytest.mark.slow)])
 def test_on_the_gradient_of_a_loss_both_linear_solvers_make_the_same_step(name, x64):
     def loss(w):
         return jnp.sum(jnp.cosh(jnp.array([1.0, 2.0, 3.0]) * w)) + jnp.sum(w) ** 2
@@ -205,7 +212,7 @@ def test_on_the_gradient_of_a_loss_both_linear_solvers_make_the_same_step(name, 
     np.testing.assert_allclose(*steps, rtol=1e-8)
 
 
-@pytest.mark.parametrize("name", ["gauss4", "backward_euler", "rosenbrock_euler"])
+@pytest.mark.parametrize("name", ["backward_euler", "rosenbrock_euler", pytest.param("gauss4", marks=pytest.mark.slow)])
 def test_a_system_that_is_not_solved_is_refused(name):
     """Twelve speeds of rotation and two products: the Krylov space is far too small."""
     speeds = jnp.linspace(1.0, 40.0, 12)
