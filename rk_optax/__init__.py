@@ -39,6 +39,7 @@ from rk_optax.control import (
 )
 from rk_optax.curvature_rules import Corridor, SharpnessCapped, SharpnessCappedState, corridor, sharpness_capped
 from rk_optax.field import SmoothField, VectorField
+from rk_optax.game import Drift, Game, PlayerGradients, game
 from rk_optax.gradient_flow import Flow, FlowResult, FlowState, gradient_flow
 from rk_optax.learning_rate_rules import Dal, SgdG2, dal, sgd_g2
 from rk_optax.micro_batches import HostRows
@@ -60,11 +61,14 @@ from rk_optax.preconditioner import (
 from rk_optax.projection import project, project_to_box
 from rk_optax.solver import (
     IMPLICIT_TABLEAUS,
+    ConjugateGradients,
     Cost,
     DiagonalCurvature,
     Etd,
     Explicit,
+    Gmres,
     Implicit,
+    LinearSolver,
     ResidualEuler,
     Ros2,
     RosenbrockEuler,
@@ -91,25 +95,31 @@ __all__ = [
     "CentralFlow",
     "CentralFlowState",
     "Choice",
+    "ConjugateGradients",
     "Corridor",
     "Cost",
     "Dal",
     "DescentControl",
     "DiagonalCurvature",
     "DiagonalPreconditioner",
+    "Drift",
     "ErrorControl",
     "Etd",
     "Explicit",
     "Flow",
     "FlowResult",
     "FlowState",
+    "Game",
+    "Gmres",
     "HostRows",
     "HutchinsonPreconditioner",
     "Implicit",
     "LeastSquares",
+    "LinearSolver",
     "ModelLoss",
     "OptaxPreconditioner",
     "PathControl",
+    "PlayerGradients",
     "Preconditioner",
     "Proposal",
     "Reason",
@@ -141,6 +151,7 @@ __all__ = [
     "etdrk2",
     "euler",
     "first_stage_batch",
+    "game",
     "gauss4",
     "gradient_flow",
     "heun",

@@ -11,8 +11,18 @@ import optax
 from rk_optax import tableau
 from rk_optax._options import Options, with_options_of
 from rk_optax.control import descent_control, trust_ratio_control
-from rk_optax.solver import Etd, ResidualEuler, Ros2, RosenbrockEuler, Stabilized, as_solver, implicit
+from rk_optax.solver import (
+    Etd,
+    LinearSolver,
+    ResidualEuler,
+    Ros2,
+    RosenbrockEuler,
+    Stabilized,
+    as_solver,
+    implicit,
+)
 from rk_optax.solver.exponential import Linear
+from rk_optax.solver.linear_solvers import CONJUGATE_GRADIENTS
 from rk_optax.solver.linearly_implicit import Curvature
 from rk_optax.step_size import LearningRate
 from rk_optax.tableau import ButcherTableau
@@ -229,6 +239,7 @@ def rosenbrock_euler(
     curvature: Curvature = "gauss_newton",
     tolerance: float = 1e-3,
     max_iterations: int = 50,
+    linear_solver: LinearSolver = CONJUGATE_GRADIENTS,
     momentum: Momentum = None,
     **options: Unpack[AliasOptions],
 ) -> Transformation:
@@ -237,7 +248,7 @@ def rosenbrock_euler(
     By default `rk_optax.trust_ratio_control()` finds h, and the loss is a `rk_optax.ModelLoss` or `LeastSquares`; any
     loss goes with `curvature="hessian"`. See `rk_optax.RosenbrockEuler`.
     """
-    solver = RosenbrockEuler(curvature, tolerance, max_iterations)
+    solver = RosenbrockEuler(curvature, tolerance, max_iterations, linear_solver=linear_solver)
     return runge_kutta(loss_fn, _given_or(learning_rate, trust_ratio_control), solver, momentum=momentum, **options)
 
 
@@ -250,6 +261,7 @@ def ros2(
     tolerance: float = 1e-6,
     max_iterations: int = 50,
     gamma: float | None = None,
+    linear_solver: LinearSolver = CONJUGATE_GRADIENTS,
     momentum: Momentum = None,
     **options: Unpack[AliasOptions],
 ) -> Transformation:
@@ -257,7 +269,7 @@ def ros2(
 
     By default `rk_optax.descent_control()` finds h. See `rk_optax.Ros2`.
     """
-    solver = Ros2(curvature, tolerance, max_iterations, gamma)
+    solver = Ros2(curvature, tolerance, max_iterations, gamma, linear_solver=linear_solver)
     return runge_kutta(loss_fn, _given_or(learning_rate, descent_control), solver, momentum=momentum, **options)
 
 

@@ -35,11 +35,12 @@ decay: the diagonal of a linear part of the field's own, as a layer of `rk_optax
 """
 
 _REMEDIES: dict[Capability, str] = {
-    "loss": "pass loss_fn (a grad_fn alone has no loss to evaluate)",
+    "loss": "pass loss_fn (a grad_fn alone has no loss to evaluate); in a game, whose players have no loss in common, "
+    "take a number, dal(...) or error_control()",
     "product": "pass loss_fn (a grad_fn alone is not known to be differentiable; rk_optax.SmoothField(grad_fn) says "
     "that it is)",
     "symmetric": "pass loss_fn, or rk_optax.SmoothField(grad_fn, symmetric=True) where the field is a gradient; for "
-    "one that is none, as in a game, use an explicit solver",
+    "one that is none, as in a game, pass linear_solver=rk_optax.Gmres() to the solver, or use an explicit one",
     "diagonal_scale": "its linear systems are symmetric only with a diagonal preconditioner, such as "
     "rk_optax.precondition_by_adagrad(); precondition_by(...) promises no diagonal",
     "gauss_newton": "pass a loss_fn whose structure is known: rk_optax.ModelLoss(model_fn, output_loss) or "
@@ -73,7 +74,8 @@ class SmoothField:
     Args:
       grad_fn: `grad_fn(params, *data) -> field`, like params and in the convention of the `updates` of `update`.
       symmetric: whether its Jacobian is symmetric, as that of a gradient is. Solvers that solve linear systems by
-        conjugate gradients need that, and are refused at construction without it.
+        conjugate gradients need that, and are refused at construction without it; those that have a `linear_solver`
+        do without, by `rk_optax.Gmres()`.
 
     Raises:
       TypeError: `grad_fn` is not callable.
@@ -323,7 +325,7 @@ class Objective:
 
     def _field_of_loss(self, loss: DataFunction, data: Mapping[str, Any], view: ParameterView) -> VectorField:
         def value(moving: PyTree, stage: Any = 0) -> jax.Array:
-            return _scalar_loss(_evaluated(loss, view, moving, self._batches.at(data, stage)), self._has_aux)
+            return scalar_loss(_evaluated(loss, view, moving, self._batches.at(data, stage)), self._has_aux)
 
         def field(moving: PyTree, stage: Any = 0) -> PyTree:
             # Optax's convention: descent follows the conjugate of what jax.grad returns.
@@ -395,22 +397,22 @@ def _evaluated(function: DataFunction, view: ParameterView, moving: PyTree, data
         return function(view.whole(moving), data)
 
 
-def _scalar_loss(result: Any, has_aux: bool) -> jax.Array:
+def scalar_loss(result: Any, has_aux: bool, role: str = "loss_fn") -> jax.Array:
+    """The loss in what a loss function of the user's returned, or a TypeError that says what it must return."""
     if has_aux:
         if not (isinstance(result, tuple | list) and len(result) == 2):
-            raise TypeError(f"With has_aux=True, loss_fn must return (loss, aux), got {type(result).__name__}.")
+            raise TypeError(f"With has_aux=True, {role} must return (loss, aux), got {type(result).__name__}.")
         result = result[0]
     elif isinstance(result, tuple | list):
-        raise TypeError(f"loss_fn returned a {type(result).__name__}; if it is (loss, aux), pass has_aux=True.")
+        raise TypeError(f"{role} returned a {type(result).__name__}; if it is (loss, aux), pass has_aux=True.")
     if not hasattr(result, "dtype") and not isinstance(result, bool | int | float | complex):
-        raise TypeError(f"loss_fn must return a real floating-point scalar, got {type(result).__name__}.")
+        raise TypeError(f"{role} must return a real floating-point scalar, got {type(result).__name__}.")
     shape, dtype = jnp.shape(result), jnp.result_type(result)
     if shape != ():
-        raise TypeError(f"loss_fn must return a scalar, got shape {shape}: reduce it, for example with jnp.mean.")
+        raise TypeError(f"{role} must return a scalar, got shape {shape}: reduce it, for example with jnp.mean.")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
-            f"loss_fn must return a real floating-point scalar, got {dtype}: only a real loss has a gradient "
-            "to descend."
+            f"{role} must return a real floating-point scalar, got {dtype}: only a real loss has a gradient to descend."
         )
     return jnp.asarray(result)
 

@@ -8,6 +8,7 @@ from rk_optax.solver._path import Path
 from rk_optax.solver.explicit import Explicit
 from rk_optax.solver.exponential import Etd
 from rk_optax.solver.implicit import IMPLICIT_TABLEAUS, Implicit
+from rk_optax.solver.linear_solvers import ConjugateGradients, Gmres, LinearSolver
 from rk_optax.solver.linearly_implicit import Ros2, RosenbrockEuler
 from rk_optax.solver.residual_euler import ResidualEuler
 from rk_optax.solver.stabilized import Stabilized
@@ -15,11 +16,14 @@ from rk_optax.tableau import TABLEAUS, ButcherTableau
 
 __all__ = [
     "IMPLICIT_TABLEAUS",
+    "ConjugateGradients",
     "Cost",
     "DiagonalCurvature",
     "Etd",
     "Explicit",
+    "Gmres",
     "Implicit",
+    "LinearSolver",
     "Path",
     "Quantity",
     "ResidualEuler",

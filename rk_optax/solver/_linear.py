@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rk_optax import _tree
 from rk_optax.field import Linear
@@ -27,10 +28,21 @@ class Solution(NamedTuple):
     iterations: jax.Array  # shape=(), int32: products with B
     residual: jax.Array  # shape=(), relative to the right-hand side, 2-norm in the metric of P
     converged: jax.Array  # shape=(), bool: residual within the tolerance
-    descends: jax.Array  # shape=(), bool: finite, and ⟨b, x⟩ > 0 in that metric unless b = 0
+    usable: jax.Array  # shape=(), bool: a step, if short of converged; of CG where finite and ⟨b, x⟩ > 0 unless b = 0
     negative: jax.Array  # shape=(), bool: stopped at a direction of negative curvature of I + c·PB (CG)
     size: jax.Array  # shape=(): ‖b‖ in that metric
     overlap: jax.Array  # shape=(): ⟨x, b − (I + c·PB) x⟩/‖b‖² in that metric: 0 for an iterate of CG
+
+
+def combined(row: Any, stacked: PyTree) -> PyTree:
+    """Σ_j row_j x_j of stacked trees; one that is not finite shows, even with weight 0."""
+    # No dot product, which accelerators round to bfloat16 or TF32.
+    return jax.tree.map(lambda x: sum(jnp.asarray(row[j], _tree.real_dtype(x)) * x[j] for j in range(len(x))), stacked)
+
+
+def mixed(matrix: np.ndarray, stacked: PyTree) -> PyTree:
+    """Σ_j matrix_ij x_j of stacked trees for each i, stacked."""
+    return jax.tree.map(lambda *rows: jnp.stack(rows), *(combined(row, stacked) for row in matrix))
 
 
 def conjugate_gradients(
@@ -78,11 +90,11 @@ def conjugate_gradients(
     x = _tree.select(at_once, b, x)
     # NaN ends the loop at once, with x = 0: it must not pass for a solution.
     finite = jnp.isfinite(rr) & jnp.isfinite(size)
-    descends = finite & ((_tree.inner(b, x) > 0) | (square == 0))
+    usable = finite & ((_tree.inner(b, x) > 0) | (square == 0))
     x = times(_tree.scale(jnp.where(finite, size, jnp.nan), x))
     residual = jnp.where(finite, jnp.sqrt(_tree.ratio(rr, square)), jnp.nan)
     overlap = jnp.where(at_once, square - curvature, 0)
-    return Solution(x, iterations, residual, finite & ~unsolved(rr), descends, negative, size, overlap)
+    return Solution(x, iterations, residual, finite & ~unsolved(rr), usable, negative, size, overlap)
 
 
 def shifted_lanczos(
@@ -138,6 +150,109 @@ def shifted_lanczos(
     x = tuple(times(_tree.scale(jnp.where(finite, size, jnp.nan), part)) for part in x)
     no, zero = jnp.zeros([], bool), jnp.zeros_like(size)
     return Solution(x, iterations, left, finite & ~unsolved(left), finite, no, size, zero)
+
+
+def gmres(
+    increment: Linear, b: PyTree, scale: PyTree | None, *, restart: int, tolerance: float, max_iterations: int
+) -> Solution:
+    """Solves (I + PC) x = b for any linear C (`increment`) and diagonal P > 0 (`scale`; None for I), from x = 0.
+
+    Restarted GMRES in the metric of P^(−1), on b/‖b‖ as CG here: the iterates of least residual, from an Arnoldi basis
+    that is orthogonalised twice, which float32 needs. Stops at a relative residual of `tolerance`, after
+    `max_iterations` products, or where the Krylov space ends without a solution, as for a singular system. A last
+    product, beyond these, makes sure of the residual: the recurrence alone would take the huge x of a nearly singular
+    system for a solution. (JAX's own does not say whether it converged.)
+    """
+    times, b, size = _symmetric_form(b, scale)
+
+    def operator(x: PyTree) -> PyTree:
+        return jax.tree.map(jnp.add, x, times(increment(times(x))))
+
+    numbers = sum(x.size * (1 + jnp.iscomplexobj(x)) for x in jax.tree.leaves(b))
+    most = max(min(restart, max_iterations, numbers), 1)
+    dtype = size.dtype
+    rounding = 0.5 * float(jnp.finfo(dtype).eps)
+
+    def onto(basis: PyTree, v: PyTree) -> jax.Array:
+        return jax.vmap(_tree.inner, (0, None))(basis, v).astype(dtype)
+
+    def combine(weights: jax.Array, basis: PyTree) -> PyTree:
+        def of_leaf(x: jax.Array) -> jax.Array:
+            return jnp.tensordot(weights.astype(_tree.real_dtype(x)).astype(x.dtype), x, 1, precision="highest")
+
+        return jax.tree.map(of_leaf, basis)
+
+    def extend(carry: Any) -> Any:
+        """One more vector v_(j+1) of the basis, and its column of the triangle R in QH = R, H = VᵀAV."""
+        basis, q, r, largest, j, _, _ = carry
+        v = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, j, keepdims=False), basis)
+        w = operator(v)
+        column = jnp.zeros(most + 1, dtype)
+        for _ in range(2):
+            part = onto(basis, w)  # zero for the vectors to come
+            w = _tree.add_scaled(w, -1, combine(part, basis))
+            column = column + part
+        v, length = _tree.unit(w)
+        column = q @ column.at[j + 1].set(length.astype(dtype))
+        largest = jnp.maximum(largest, jnp.max(jnp.abs(column)))
+        above, below = column[j], column[j + 1]
+        pivot = jnp.hypot(above, below)
+        ended = pivot <= 4 * rounding * largest
+        turn = jnp.array([[above, below], [-below, above]]) / jnp.where(ended, 1, pivot)
+        rows = jax.lax.dynamic_slice_in_dim(q, j, 2)
+        q_new = jax.lax.dynamic_update_slice_in_dim(q, jnp.matmul(turn, rows, precision="highest"), j, 0)
+        r_new = r.at[:, j].set(column[:most].at[j].set(pivot))
+        put = jax.tree.map(lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, j + 1, 0), basis, v)
+        q, r = jnp.where(ended, q, q_new), jnp.where(ended, r, r_new)
+        left = jnp.where(ended, jnp.abs(q[j, 0]), jnp.abs(q[j + 1, 0]))
+        return put, q, r, largest, j + jnp.where(ended, 0, 1), left, ended
+
+    def cycle(carry: Any) -> Any:
+        x, residual, before, i, _, _ = carry
+        v, length = _tree.unit(residual)
+        length = length.astype(dtype)
+        basis = jax.tree.map(lambda x: jnp.stack([x] + [jnp.zeros_like(x)] * most), v)
+
+        def go_on(inner: Any) -> jax.Array:
+            *_, j, left, ended = inner
+            return (j < most) & (i + j < max_iterations) & (length * left > tolerance) & ~ended
+
+        start = (basis, jnp.eye(most + 1, dtype=dtype), jnp.eye(most, dtype=dtype), jnp.zeros([], dtype))
+        start += (jnp.zeros([], jnp.int32), jnp.ones([], dtype), jnp.zeros([], bool))
+        basis, q, r, largest, j, left, ended = jax.lax.while_loop(go_on, extend, start)
+        y = jax.scipy.linalg.solve_triangular(r, jnp.where(jnp.arange(most) < j, q[:most, 0], 0))
+        x = jax.tree.map(jnp.add, x, combine(length * jnp.append(y, 0), basis))
+        check = length * left <= tolerance
+        residual = jax.lax.cond(
+            check,
+            lambda: jax.tree.map(jnp.subtract, b, operator(x)),
+            lambda: combine(length * q[j, 0] * q[j], basis),
+        )
+        left = _tree.norm(residual).astype(dtype)
+        # What rounding in the operator does to a vector as long as b need not be solved for.
+        unsolved = left > jnp.maximum(tolerance, 8 * rounding * largest * jnp.minimum(_tree.norm(x), 1))
+        return x, residual, left, i + j + ended + check, unsolved, ended | (left >= before)
+
+    def go_on(carry: Any) -> jax.Array:
+        *_, i, unsolved, ended = carry
+        return unsolved & (i < max_iterations) & ~ended
+
+    first = jnp.where(jnp.isfinite(size), jnp.where(size == 0, 0, 1), jnp.nan).astype(dtype)
+    start = (
+        jax.tree.map(jnp.zeros_like, b),
+        b,
+        first,
+        jnp.zeros([], jnp.int32),
+        first > tolerance,
+        jnp.zeros([], bool),
+    )
+    x, residual, left, iterations, unsolved, _ = jax.lax.while_loop(go_on, cycle, start)
+    # NaN ends the loops at once: it must not pass for a solution.
+    finite = jnp.isfinite(left)
+    overlap = _tree.inner(x, residual)
+    x = times(_tree.scale(jnp.where(finite, size, jnp.nan), x))
+    solved = finite & ~unsolved
+    return Solution(x, iterations, left, solved, solved, jnp.zeros([], bool), size, overlap)
 
 
 def _symmetric_form(b: PyTree, scale: PyTree | None) -> tuple[Linear, PyTree, jax.Array]:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ import numpy as np
 from rk_optax import _checks, _tree
 from rk_optax.field import Capability, Linear, VectorField
 from rk_optax.solver._base import Cost, Quantity, Solver, Step, check_offers
-from rk_optax.solver._linear import conjugate_gradients, shifted_lanczos
+from rk_optax.solver._linear import combined, mixed
+from rk_optax.solver.linear_solvers import CONJUGATE_GRADIENTS, LinearSolver, check_linear_solver
 from rk_optax.tableau import ButcherTableau
 
 PyTree = Any
@@ -64,11 +65,12 @@ class Implicit(Solver):
     Stages that depend on earlier ones and themselves alone (a lower triangular) are solved one after the other, by
     Newton's method with conjugate gradients, which I + h·a_ii·P∇²L is made for. Coupled stages are solved together,
     with one Hessian, at the centre of the stages: the eigenvalues μ of a turn the system into (I + hμP∇²L) y = b, which
-    is complex, but a shift of a symmetric one. The unknowns are the d_i: positions would lose the digits of a tiny h,
-    and the k_i of a stiff field cancel. A stage has converged where its residual, or the last correction of a
-    well-solved linear system, is within `tolerance` of d in the norm of P^(−1), or below eight times what rounding of θ
-    does: to each number of θ − hd, and to the field, for which one Hessian product is spent where the residual has
-    stopped to fall. On a convex loss that bounds the error.
+    is complex, but a shift of a symmetric one. Where the field is the gradient of no loss, as in a game, the linear
+    systems are not symmetric, and `linear_solver=rk_optax.Gmres()` solves them. The unknowns are the d_i: positions
+    would lose the digits of a tiny h, and the k_i of a stiff field cancel. A stage has converged where its residual, or
+    the last correction of a well-solved linear system, is within `tolerance` of d in the norm of P^(−1), or below eight
+    times what rounding of θ does: to each number of θ − hd, and to the field, for which one Hessian product is spent
+    where the residual has stopped to fall. On a convex loss that bounds the error.
 
     A step whose stages do not converge is refused (NOT_SOLVED), and at a fixed h it will be refused again: shorten h,
     or let `rk_optax.descent_control()` do so. On a loss that is not convex the equations of a long step may have
@@ -83,11 +85,13 @@ class Implicit(Solver):
       tolerance: of the stage equations, in (0, 1); never tighter than 32 units of rounding.
       max_iterations: cap on Newton's iterations, for each stage.
       max_linear_iterations: cap on the products of one linear system.
+      linear_solver: `rk_optax.ConjugateGradients()`, for symmetric Jacobians, or `rk_optax.Gmres()`, for any.
 
     Raises:
-      TypeError: `tableau` is not a ButcherTableau.
+      TypeError: `tableau` is not a ButcherTableau, or `linear_solver` no LinearSolver.
       ValueError: the tableau is explicit or of none of these forms; an argument out of its range; at construction of
-        the optimizer, a `grad_fn` without a loss or a preconditioner that is not diagonal.
+        the optimizer, a `grad_fn` without a loss or a preconditioner that is not diagonal; a field whose Jacobian is
+        not symmetric, with a linear solver that needs that.
 
     Source: Hairer and Wanner, "Solving Ordinary Differential Equations II" (1996), IV.6 and IV.8.
     """
@@ -96,7 +100,7 @@ class Implicit(Solver):
     tolerance: float = 1e-5
     max_iterations: int = 10
     max_linear_iterations: int = 100
-    needs: ClassVar[frozenset[Capability]] = frozenset({"product", "symmetric", "diagonal_scale"})
+    linear_solver: LinearSolver = CONJUGATE_GRADIENTS
 
     def __post_init__(self):
         tableau = self.tableau
@@ -120,6 +124,12 @@ class Implicit(Solver):
             raise ValueError(f"tolerance must be in (0, 1), got {self.tolerance}.")
         for name in ("max_iterations", "max_linear_iterations"):
             _checks.count(getattr(self, name), name)
+        check_linear_solver(self.linear_solver)
+
+    @property
+    def needs(self) -> frozenset[Capability]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Products with the Jacobian, and what the linear solver asks of it."""
+        return self.linear_solver.needs.union(("product", "diagonal_scale"))
 
     @property
     def error_order(self) -> int | None:
@@ -179,7 +189,7 @@ class Implicit(Solver):
         of_ds = np.linalg.solve(a.T, weights[-len(a) :])
         # Zeros but for rounding must be zeros: in a stiff field k1 is huge.
         of_ds = np.where(np.abs(of_ds) < 1e-14, 0, of_ds)
-        total = _combined(of_ds, ds)
+        total = combined(of_ds, ds)
         if explicit is None:
             return total
         of_k1 = weights[0] - of_ds @ explicit
@@ -196,15 +206,15 @@ class Implicit(Solver):
         def stage(carry: tuple[PyTree, _Solved], inputs: Any) -> tuple[tuple[PyTree, _Solved], None]:
             ds, before = carry
             i, own, row, first = inputs
-            known = _tree.add_scaled(_combined(row, ds), first, k1)
+            known = _tree.add_scaled(combined(row, ds), first, k1)
 
             def residual(d: PyTree) -> PyTree:
                 k = field(_tree.add_scaled(params, -h, d), i + len(self.tableau.a) - len(a))
                 return jax.tree.map(jnp.subtract, d, _tree.add_scaled(known, own, k))
 
             def correct(d: PyTree, defect: PyTree, stalled: jax.Array) -> _Correction:
-                product = field.hessian(_tree.add_scaled(params, -h, d))
-                found = conjugate_gradients(product, h * own, defect, field.scale, **self._linear_limits)
+                product = self.linear_solver.linearized(field, _tree.add_scaled(params, -h, d))
+                found = self.linear_solver.solve(product, h * own, defect, field.scale, **self._linear_limits)
                 noise, spent = _noise(product, params, field.scale, stalled)
                 return _Correction(found.x, found.iterations + spent, found.residual, ~found.negative, own * noise)
 
@@ -219,32 +229,21 @@ class Implicit(Solver):
     def _coupled(self, field: VectorField, params: PyTree, k1: PyTree, h: Any) -> tuple[PyTree, _Solved]:
         """The displacements of any tableau, stacked, by Newton's method with one Hessian for all of them."""
         a = self.tableau.a
-        eigenvalues, vectors = np.linalg.eig(a)
-        inverse = np.linalg.inv(vectors)
-        dtype = _tree.common_dtype(_tree.default_float(), jnp.complex64)
 
         def residual(ds: PyTree) -> PyTree:
             ks = jax.lax.map(lambda d: field(_tree.add_scaled(params, -h, d), 0), ds)
-            return jax.tree.map(jnp.subtract, ds, _mixed(a, ks))
+            return jax.tree.map(jnp.subtract, ds, mixed(a, ks))
 
         def correct(ds: PyTree, defect: PyTree, stalled: jax.Array) -> _Correction:
-            product = field.hessian(_tree.add_scaled(params, -h, _combined(np.full(len(a), 1 / len(a)), ds)))
-            change, products, left = jax.tree.map(jnp.zeros_like, ds), jnp.zeros([], jnp.int32), jnp.zeros([])
-            for e in np.flatnonzero(np.imag(eigenvalues) >= 0):
-                c = jnp.asarray(h, dtype) * eigenvalues[e]
-                found = jax.lax.map(
-                    lambda b, c=c: shifted_lanczos(product, c, b, field.scale, **self._linear_limits), defect
-                )
-                # Of a conjugate pair the other solution is the conjugate one.
-                weights = (2 if np.imag(eigenvalues[e]) else 1) * np.outer(vectors[:, e], inverse[e])
-                for part, y in zip((np.real(weights), -np.imag(weights)), found.x, strict=True):
-                    change = jax.tree.map(jnp.add, change, _mixed(part, y))
-                products += jnp.sum(found.iterations, dtype=jnp.int32)
-                left += jnp.max(found.residual)
+            centre = _tree.add_scaled(params, -h, combined(np.full(len(a), 1 / len(a)), ds))
+            product = self.linear_solver.linearized(field, centre)
+            found = self.linear_solver.solve_coupled(product, h, a, defect, field.scale, **self._linear_limits)
             noise, spent = _noise(product, params, field.scale, stalled)
-            return _Correction(change, products + spent, left, jnp.ones([], bool), np.linalg.norm(a) * noise)
+            return _Correction(
+                found.x, found.products + spent, found.residual, jnp.ones([], bool), np.linalg.norm(a) * noise
+            )
 
-        defect = _tree.scale(-1, _mixed(a, _stacked(k1, len(a))))
+        defect = _tree.scale(-1, mixed(a, _stacked(k1, len(a))))
         return self._newton(defect, residual, correct, params, h, field.scale)
 
     def _newton(
@@ -343,17 +342,6 @@ def _nothing_solved() -> _Solved:
 
 def _stacked(k: PyTree, count: int) -> PyTree:
     return jax.tree.map(lambda x: jnp.stack([x] * count), k)
-
-
-def _combined(row: Any, xs: PyTree) -> PyTree:
-    """Σ_j row_j x_j of stacked trees; one that is not finite shows, even with weight 0."""
-    # No dot product, which accelerators round to bfloat16 or TF32.
-    return jax.tree.map(lambda x: sum(jnp.asarray(row[j], _tree.real_dtype(x)) * x[j] for j in range(len(x))), xs)
-
-
-def _mixed(matrix: np.ndarray, xs: PyTree) -> PyTree:
-    """Σ_j matrix_ij x_j for each i, stacked."""
-    return jax.tree.map(lambda *rows: jnp.stack(rows), *(_combined(row, xs) for row in matrix))
 
 
 _ALEXANDER = "R. Alexander, SIAM J. Numer. Anal. 14 (1977) 1006-1021"

@@ -15,8 +15,9 @@ from rk_optax import _checks, _tree
 from rk_optax.field import Capability, Linear, VectorField
 from rk_optax.solver._base import Cost, Quantity, Solver, Step, check_offers
 from rk_optax.solver._diagonal import DiagonalCurvature
-from rk_optax.solver._linear import Solution, conjugate_gradients
+from rk_optax.solver._linear import Solution
 from rk_optax.solver._path import krylov_path
+from rk_optax.solver.linear_solvers import CONJUGATE_GRADIENTS, LinearSolver, check_linear_solver
 
 PyTree = Any
 Curvature = Literal["hessian", "gauss_newton", "diagonal", "zero"] | DiagonalCurvature
@@ -43,6 +44,7 @@ class _Rosenbrock(Solver):
     curvature: Curvature = "gauss_newton"
     tolerance: float = 1e-3
     max_iterations: int = 50
+    linear_solver: LinearSolver = dataclasses.field(default=CONJUGATE_GRADIENTS, kw_only=True)
 
     def __post_init__(self):
         named = self.curvature in ("hessian", "gauss_newton", "diagonal", "zero")
@@ -54,14 +56,15 @@ class _Rosenbrock(Solver):
         if not 0 < _checks.number(self.tolerance, "tolerance", "positive") < 1:
             raise ValueError(f"tolerance must be in (0, 1), got {self.tolerance}.")
         _checks.count(self.max_iterations, "max_iterations")
+        check_linear_solver(self.linear_solver)
 
     @property
     def needs(self) -> frozenset[Capability]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """What B is made of; CG is for symmetric systems, a division for diagonal ones."""
+        """What B is made of and what the linear solver asks of it; a division is for diagonal ones."""
         if self._estimator is not None:
             return frozenset({"product", "diagonal_scale"})
         if self.curvature == "hessian":
-            return frozenset({"product", "symmetric", "diagonal_scale"})
+            return self.linear_solver.needs.union(("product", "diagonal_scale"))
         if self.curvature == "zero":
             return frozenset({"diagonal_scale"})
         return frozenset({"gauss_newton", "diagonal_scale"})
@@ -77,7 +80,9 @@ class _Rosenbrock(Solver):
         return DiagonalCurvature() if self.curvature == "diagonal" else None
 
     def _product(self, field: VectorField, params: PyTree) -> Linear:
-        return field.hessian(params) if self.curvature == "hessian" else field.gauss_newton(params)
+        if self.curvature == "hessian":
+            return self.linear_solver.linearized(field, params)
+        return field.gauss_newton(params)
 
     def _system(self, field: VectorField, params: PyTree, state: LinearState) -> tuple[_Solve, PyTree, Cost]:
         """`solve(c, b)` for (I + c·PB) x = b, the estimator's new state, and what B cost."""
@@ -88,11 +93,11 @@ class _Rosenbrock(Solver):
             return functools.partial(_divide, rate), diagonal, cost
         if self.curvature == "zero":
             return functools.partial(_divide, None), (), Cost()
-        # Linearising runs the gradient once more; CG then calls its linear part alone.
+        # Linearising runs the gradient once more; the iteration then calls its linear part alone.
         product = self._product(field, params)
 
         def solve(c: Any, b: PyTree) -> Solution:
-            return conjugate_gradients(
+            return self.linear_solver.solve(
                 product, c, b, field.scale, tolerance=self.tolerance, max_iterations=self.max_iterations
             )
 
@@ -125,23 +130,26 @@ class RosenbrockEuler(_Rosenbrock):
     first direction of negative curvature of I + hB (`state.solver.negative_curvature`), has by then a direction that
     its model descends: that is the step, the truncated Newton method's and not this one's, and `state.solver.residual`
     says how far it is from it. Never use it with a fixed h without watching. A direction that is not finite or does not
-    descend is refused (NOT_SOLVED).
+    descend is refused (NOT_SOLVED), and with `rk_optax.Gmres()` every one that does not reach `tolerance`.
 
     Args:
-      curvature: B, "gauss_newton" (of a `ModelLoss` or `LeastSquares`; never negative), "hessian" (of any loss) or an
-        estimate of its diagonal, "diagonal" or a `DiagonalCurvature`, which needs no CG: a product each `every` steps.
-      tolerance: relative residual at which CG stops, in (0, 1).
-      max_iterations: cap on CG, in products.
+      curvature: B, "gauss_newton" (of a `ModelLoss` or `LeastSquares`; never negative), "hessian" (of any loss; with
+        `rk_optax.Gmres()` the Jacobian of any smooth field) or an estimate of its diagonal, "diagonal" or a
+        `DiagonalCurvature`, which needs no CG: a product each `every` steps.
+      tolerance: relative residual at which the linear solver stops, in (0, 1).
+      max_iterations: cap on it, in products.
+      linear_solver: `rk_optax.ConjugateGradients()`, for symmetric systems, or `rk_optax.Gmres()`, for any.
 
     Raises:
+      TypeError: `linear_solver` is no LinearSolver.
       ValueError: an argument out of its range; at construction of the optimizer, a loss without that structure or a
         preconditioner that is not diagonal.
     """
 
     @property
     def offers(self) -> frozenset[Quantity]:
-        """The fall of the quadratic model with B for its Hessian; where B is a matrix, the steps of all h too."""
-        matrix = self.curvature in ("hessian", "gauss_newton")
+        """The fall of the quadratic model with B for its Hessian; where B is a symmetric matrix, the steps of all h."""
+        matrix = self.curvature in ("hessian", "gauss_newton") and "symmetric" in self.linear_solver.needs
         return frozenset({"predicted_fall", "path"}) if matrix else frozenset({"predicted_fall"})
 
     def step(
@@ -168,7 +176,7 @@ class RosenbrockEuler(_Rosenbrock):
         return Step(
             solution.x,
             _total(cost, 1, solution),
-            solved=solution.descends,
+            solved=solution.usable,
             quantities={"predicted_fall": fall},
             state=new,
             refused_state=new,
@@ -200,9 +208,10 @@ class Ros2(_Rosenbrock):
       tolerance: as for `RosenbrockEuler`.
       max_iterations: as for `RosenbrockEuler`, for each of the two systems.
       gamma: γ; by default 1 − 1/√2 for the Hessian and 1 + 1/√2 for anything less exact.
+      linear_solver: as for `RosenbrockEuler`.
 
     Raises:
-      ValueError: as for `RosenbrockEuler`.
+      TypeError, ValueError: as for `RosenbrockEuler`.
 
     Source: Verwer, Spee, Blom and Hundsdorfer (1999).
     """

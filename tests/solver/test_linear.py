@@ -155,7 +155,7 @@ def test_a_direction_that_vanished_does_not_pass_for_a_solution():
     def solution(c):
         return conjugate_gradients(lambda v: 1e30 * v, c, b, None, tolerance=1e-3, max_iterations=5)
 
-    assert bool(solution(1e-30).descends)
+    assert bool(solution(1e-30).usable)
     assert bool(solution(1e-30).converged)
-    assert not bool(solution(1e30).descends)
+    assert not bool(solution(1e30).usable)
     assert not bool(solution(1e30).converged)

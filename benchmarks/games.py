@@ -1,0 +1,243 @@
+"""Games: a GAN on a ring of eight Gaussians, by Runge–Kutta steps of one flow and by what Optax has for games.
+
+    python benchmarks/games.py                   # five seeds, about ten minutes of processor time
+    python benchmarks/games.py --json FILE       # the same, and the figures as JSON
+    python benchmarks/games.py --smoke           # a few steps of everything
+
+Every entrant has the same networks, the same batches, the same number of gradients (one of each player) and the same
+number of trials for its learning rate (three, on a seed of their own; the best by modes, then by share). All stages of
+a step see the batch of the step. Columns:
+
+modes    of the eight, that at least 2 % of 1,024 samples lie within three standard deviations of: mean and range.
+share    of the samples that lie that near to any mode.
+seconds  processor time of the whole run, from compiled steps of one seed: the entrants take turns, best of five.
+at equal seconds: the same two when the cheapest entrant's seconds are spent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import pathlib
+import platform
+import time
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import rk_optax
+
+PyTree = Any
+MODES = jnp.asarray(2 * np.exp(2j * np.pi * np.arange(8) / 8)[:, None].view(float), jnp.float32)
+DEVIATION, BATCH, LATENT, WIDTH = 0.1, 64, 8, 32
+EXTRAGRADIENT = rk_optax.ButcherTableau(
+    "extragradient", [[0, 0], [1, 0]], [0, 1], [0, 1], 1, source="G. M. Korpelevich, Matecon 12 (1976)"
+)
+
+
+def network(params: PyTree, x: jax.Array) -> jax.Array:
+    *hidden, last = params
+    for layer in hidden:
+        x = jnp.tanh(x @ layer["w"] + layer["b"])
+    return x @ last["w"] + last["b"]
+
+
+def discriminator_loss(params: PyTree, real: jax.Array, noise: jax.Array) -> jax.Array:
+    fake = network(params["generator"], noise)
+    scores = [network(params["discriminator"], x) for x in (real, fake)]
+    return jnp.mean(jax.nn.softplus(-scores[0])) + jnp.mean(jax.nn.softplus(scores[1]))
+
+
+def generator_loss(params: PyTree, noise: jax.Array) -> jax.Array:
+    return jnp.mean(jax.nn.softplus(-network(params["discriminator"], network(params["generator"], noise))))
+
+
+LOSSES = {"discriminator": discriminator_loss, "generator": generator_loss}
+
+
+def initial(key: jax.Array) -> PyTree:
+    def layers(key: jax.Array, *sizes: int) -> PyTree:
+        keys = jax.random.split(key, len(sizes))
+        return [
+            {"w": jax.random.normal(k, (i, o)) / jnp.sqrt(i), "b": jnp.zeros(o)}
+            for k, (i, o) in zip(keys, itertools.pairwise(sizes), strict=False)
+        ]
+
+    one, other = jax.random.split(key)
+    return {"generator": layers(one, LATENT, WIDTH, WIDTH, 2), "discriminator": layers(other, 2, WIDTH, WIDTH, 1)}
+
+
+def batch(key: jax.Array) -> dict[str, jax.Array]:
+    which, where, noise = jax.random.split(key, 3)
+    modes = MODES[jax.random.randint(which, (BATCH,), 0, 8)]
+    real = modes + DEVIATION * jax.random.normal(where, (BATCH, 2))
+    return {"real": real, "noise": jax.random.normal(noise, (BATCH, LATENT))}
+
+
+def covered(params: PyTree) -> tuple[jax.Array, jax.Array]:
+    """How many modes, and the share of samples near any of them."""
+    samples = network(params["generator"], jax.random.normal(jax.random.key(99), (1024, LATENT)))
+    near = jnp.linalg.norm(samples[:, None] - MODES, axis=-1) < 3 * DEVIATION
+    return jnp.sum(jnp.sum(near, axis=0) >= 21), jnp.mean(jnp.any(near, axis=1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Entrant:
+    """An optimizer by its learning rate, the gradients of a step, and the rates that are tried."""
+
+    make: Callable[[Any], optax.GradientTransformation]
+    gradients: int
+    rates: tuple[float, float, float]
+
+
+def of_game(solver: Any, gradients: int, **options: Any) -> Entrant:
+    return Entrant(lambda h: rk_optax.game(LOSSES, h, solver, **options), gradients, (0.1, 0.3, 1.0))
+
+
+PENALTY = {"discriminator": 0.02}
+ENTRANTS = {
+    "gradient descent": of_game("euler", 1),
+    "alternating": of_game("euler", 2, alternating=("discriminator", "generator")),
+    "heun": of_game("heun", 2),
+    "rk4": of_game("rk4", 4),
+    "heun, penalty": of_game("heun", 2, gradient_penalty=PENALTY),
+    "rk4, penalty": of_game("rk4", 4, gradient_penalty=PENALTY),
+    "extragradient": of_game(EXTRAGRADIENT, 2),
+    "optax.optimistic_gradient_descent": Entrant(optax.optimistic_gradient_descent, 1, (0.1, 0.3, 1.0)),
+    "optax.adam": Entrant(lambda h: optax.adam(h, b1=0.5), 1, (3e-4, 1e-3, 3e-3)),
+    "optax.optimistic_adam_v2": Entrant(lambda h: optax.optimistic_adam_v2(h, b1=0.5), 1, (3e-4, 1e-3, 3e-3)),
+}
+PLAIN = rk_optax.game(LOSSES, 0.1)
+
+
+def take(tx: optax.GradientTransformation, carry: Any, key: jax.Array) -> Any:
+    """One step on the batch of `key`."""
+    params, state = carry
+    data = batch(key)
+    if isinstance(tx, rk_optax.Game):
+        updates, state = tx.update(tx.grad(params, **data), state, params, **data)
+    else:
+        updates, state = tx.update(PLAIN.field(params, **data), state, params)
+    return optax.apply_updates(params, updates), state
+
+
+@functools.partial(jax.jit, static_argnames=("name", "steps", "looks"))
+def train(name: str, rate: jax.Array, key: jax.Array, steps: int, looks: int) -> tuple[jax.Array, jax.Array]:
+    """Modes and share at `looks` equal distances, for each of several rates and keys."""
+
+    def run(rate: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        tx = ENTRANTS[name].make(rate)
+        start, keys = jax.random.split(key)
+        params = initial(start)
+
+        def part(carry: Any, keys: jax.Array) -> Any:
+            carry, _ = jax.lax.scan(lambda c, k: (take(tx, c, k), None), carry, keys)
+            return carry, covered(carry[0])
+
+        keys = jax.random.split(keys, steps).reshape(looks, steps // looks)
+        return jax.lax.scan(part, (params, tx.init(params)), keys)[1]
+
+    return jax.vmap(run)(rate, key)
+
+
+def seconds_per_step(names: list[str], steps: int) -> dict[str, float]:
+    """Processor time of a compiled step of one seed, the best of five turns."""
+    runs = {}
+    for name in names:
+        tx = ENTRANTS[name].make(ENTRANTS[name].rates[0])
+
+        def run(key: jax.Array, tx: optax.GradientTransformation = tx) -> Any:
+            params = initial(key)
+            keys = jax.random.split(key, steps)
+            return jax.lax.scan(lambda c, k: (take(tx, c, k), None), (params, tx.init(params)), keys)[0]
+
+        runs[name] = jax.jit(run)
+        jax.block_until_ready(runs[name](jax.random.key(0)))
+    best = dict.fromkeys(names, np.inf)
+    for turn, name in itertools.product(range(5), names):
+        start = time.process_time()
+        jax.block_until_ready(runs[name](jax.random.key(turn)))
+        best[name] = min(best[name], (time.process_time() - start) / steps)
+    return best
+
+
+def summary(values: np.ndarray) -> dict[str, Any]:
+    return {
+        "mean": float(values.mean()),
+        "min": float(values.min()),
+        "max": float(values.max()),
+        "all": values.tolist(),
+    }
+
+
+def measure(gradients: int, seeds: int, looks: int, timed: int) -> list[dict[str, Any]]:
+    each = seconds_per_step(list(ENTRANTS), timed)
+    rows = []
+    for name, entrant in ENTRANTS.items():
+        steps = gradients // entrant.gradients // looks * looks
+        rates = jnp.asarray(entrant.rates, jnp.float32)
+        tried = train(name, rates, jax.random.split(jax.random.key(1000), 1).repeat(len(rates)), steps, looks)
+        modes, share = (np.asarray(x)[:, -1] for x in tried)
+        best = max(range(len(rates)), key=lambda i: (modes[i], share[i]))
+        keys = jax.random.split(jax.random.key(0), seeds)
+        modes, share = map(np.asarray, train(name, jnp.full(seeds, rates[best]), keys, steps, looks))
+        rows.append(
+            {
+                "name": name,
+                "rate": entrant.rates[best],
+                "steps": steps,
+                "gradients_per_step": entrant.gradients,
+                "seconds": steps * each[name],
+                "history": {"modes": modes.tolist(), "share": share.round(4).tolist()},
+            }
+        )
+    budget = min(row["seconds"] for row in rows)
+    for row in rows:
+        modes, share = (np.array(row["history"][key]) for key in ("modes", "share"))
+        spent = min(int(looks * budget / row["seconds"]), looks)
+        at = {"equal_gradients": looks - 1, "equal_seconds": spent - 1}
+        for equal, look in at.items():
+            row[equal] = None if look < 0 else {"modes": summary(modes[:, look]), "share": summary(share[:, look])}
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    lines = [f"{'entrant':36}{'rate':>8}{'modes':>16}{'share':>8}{'seconds':>9}   at equal seconds"]
+    for row in rows:
+        cells = []
+        for equal in ("equal_gradients", "equal_seconds"):
+            found = row[equal]
+            modes = found and found["modes"]
+            cells.append(f"{modes['mean']:.1f} [{modes['min']}, {modes['max']}]" if modes else "-")
+            cells.append(f"{found['share']['mean']:.2f}" if found else "-")
+        lines.append(
+            f"{row['name']:36}{row['rate']:>8}{cells[0]:>16}{cells[1]:>8}{row['seconds']:>9.1f}{cells[2]:>16}{cells[3]:>8}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--smoke", action="store_true")
+    arguments = parser.parse_args()
+    sizes = {"gradients": 16, "seeds": 2, "looks": 2, "timed": 2} if arguments.smoke else {}
+    sizes = {"gradients": 6000, "seeds": 5, "looks": 20, "timed": 50} | sizes
+    rows = measure(**sizes)
+    print(show(rows))
+    if arguments.json:
+        about = {"python": platform.python_version(), "clock": "process_time", **sizes, "batch": BATCH, "width": WIDTH}
+        about |= {name: metadata.version(name) for name in ("jax", "optax")}
+        arguments.json.write_text(json.dumps({"about": about, "results": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
