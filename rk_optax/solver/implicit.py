@@ -96,7 +96,7 @@ class Implicit(Solver):
     tolerance: float = 1e-5
     max_iterations: int = 10
     max_linear_iterations: int = 100
-    needs: ClassVar[frozenset[Capability]] = frozenset({"product", "symmetric", "diagonal_scale"})
+    needs: ClassVar[frozenset[Capability]] = frozenset({"product", "symmetric", "diagonal_scale", "deterministic"})
 
     def __post_init__(self):
         tableau = self.tableau
