@@ -22,8 +22,9 @@ try:
 except ImportError as error:
     raise ImportError("rk_optax.linen needs Flax: pip install 'rk-optax[flax]'") from error
 
-from rk_optax.activity_gradient import LocalLoss as LocalLoss
-from rk_optax.activity_gradient import activity_forward_gradient as activity_forward_gradient
+from rk_optax.activity_gradient import LocalLoss, activity_forward_gradient
+
+__all__ = ["LocalLoss", "RKBlock", "TrainState", "activity_forward_gradient"]
 
 
 class TrainState(train_state.TrainState):

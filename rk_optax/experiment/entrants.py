@@ -15,6 +15,7 @@ import optax
 
 import rk_optax
 from rk_optax.experiment.config import MethodConfig
+from rk_optax.experiment.direct import DIRECT
 from rk_optax.experiment.errors import UsageError
 from rk_optax.experiment.tasks.task import Data
 from rk_optax.tableau import TABLEAUS
@@ -138,6 +139,7 @@ class Optimizer(NamedTuple):
     # Of one step, from the states before and after it and from whether its first gradient was evaluated for it.
     cost: Callable[[Any, Any, int], rk_optax.Cost] = _one_gradient
     keeps_gradient: bool = False  # whether the state holds value and gradient at the new parameters
+    takes_gradient: bool = True  # whether `update` reads the gradient that it is given
 
 
 def build_optimizer(
@@ -155,9 +157,9 @@ def build_optimizer(
     Raises:
         UsageError: if there is no such factory, or it does not take the options or the loss.
     """
-    factory = OPTAX.get(config.factory) or SOLVERS.get(config.factory)
+    factory = OPTAX.get(config.factory) or SOLVERS.get(config.factory) or DIRECT.get(config.factory)
     if factory is None:
-        close = difflib.get_close_matches(config.factory, [*OPTAX, *SOLVERS], n=1)
+        close = difflib.get_close_matches(config.factory, [*OPTAX, *SOLVERS, *DIRECT], n=1)
         raise UsageError(
             f"{where}.factory = {config.factory!r} is no optimizer of Optax, nor one that `rk-optax solvers` lists"
             + (f"; did you mean {close[0]!r}?" if close else "")
@@ -197,7 +199,8 @@ def build_optimizer(
         hides = isinstance(probe, rk_optax.ModelLoss) and not isinstance(probe, rk_optax.LeastSquares)
         remedy = " Set model.loss = 'squared_error'." if hides and "LeastSquares" in str(error) else ""
         raise UsageError(f"{where}.{given}: {error}{remedy}") from error
-    return Optimizer(make, gradients_per_step, has_rate, first_stage, cost, keeps_gradient)
+    takes_gradient = config.factory not in DIRECT
+    return Optimizer(make, gradients_per_step, has_rate, first_stage, cost, keeps_gradient, takes_gradient)
 
 
 def _without_data(tx: optax.GradientTransformation) -> Transformation:

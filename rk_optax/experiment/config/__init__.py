@@ -298,7 +298,7 @@ class CompareConfig(_Checked):
 class RaceConfig(_Checked):
     """A race over several seeds, each entrant tuned on a seed of its own."""
 
-    problem: Literal["poisson", "burgers", "logistic", "gp_dual", "digits", "lorenz96"]
+    problem: Literal["poisson", "burgers", "logistic", "gp_dual", "factorisation", "digits", "lorenz96"]
     """The problem."""
     entrants: Annotated[Mapping[Name, EntrantConfig], Field(min_length=1)]
     """Who runs, by the name they are shown under."""
