@@ -43,6 +43,10 @@ STYLES: dict[str, tuple[str, str, str, str]] = {  # method: label, colour, marke
     "rkc": ("rkc", GREEN, "P", "-"),
     "rosenbrock_euler": ("rosenbrock_euler", SKY, "d", "-"),
     "residual_euler": ("residual_euler", BLUE, "o", "-"),
+    "sdd": ("stochastic dual descent", PURPLE, "s", ":"),
+    "cg": ("conjugate gradients", RED, "P", "--"),
+    "cholesky": ("Cholesky", BROWN, "*", "-"),
+    "als": ("alternating least squares", RED, "*", "-."),
 }
 # A loss is drawn as its distance from the least value that anybody reached in the race, where there is no error.
 LEAST_LOSS = {"digits"}
@@ -50,6 +54,7 @@ TITLES = {
     "poisson": "2-D Poisson PINN",
     "burgers": "Burgers' equation by a PINN",
     "gp_dual": "Gaussian-process dual",
+    "factorisation": "factors of a matrix",
     "logistic": "logistic regression, κ = 1e4",
     "digits": "digits, all at every step",
 }

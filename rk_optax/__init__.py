@@ -39,6 +39,7 @@ from rk_optax.control import (
 )
 from rk_optax.curvature_rules import Corridor, SharpnessCapped, SharpnessCappedState, corridor, sharpness_capped
 from rk_optax.field import SmoothField, VectorField
+from rk_optax.forward_gradient import forward_gradient
 from rk_optax.game import Drift, Game, PlayerGradients, game
 from rk_optax.gradient_flow import Flow, FlowResult, FlowState, gradient_flow
 from rk_optax.learning_rate_rules import Dal, SgdG2, dal, sgd_g2
@@ -78,6 +79,7 @@ from rk_optax.solver import (
 )
 from rk_optax.stage_batches import first_stage_batch
 from rk_optax.step_size import Attempt, Choice, Proposal, Reason, StepSizeRule, Verdict
+from rk_optax.stochastic_field import StochasticField
 from rk_optax.structured_loss import LeastSquares, ModelLoss
 from rk_optax.tableau import TABLEAUS, ButcherTableau, rk2, rk3, rk4_family
 from rk_optax.transform import inject_hyperparams, runge_kutta, scale_by_rk
@@ -136,6 +138,7 @@ __all__ = [
     "Stabilized",
     "Step",
     "StepSizeRule",
+    "StochasticField",
     "TrustRatioControl",
     "VectorField",
     "Verdict",
@@ -151,6 +154,7 @@ __all__ = [
     "etdrk2",
     "euler",
     "first_stage_batch",
+    "forward_gradient",
     "game",
     "gauss4",
     "gradient_flow",

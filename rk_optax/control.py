@@ -261,7 +261,7 @@ class DescentControl(ControlledRule):
     shrinkage: Number = 0.25
     min_step_size: Number | None = None
     max_step_size: Number | None = None
-    needs: ClassVar[frozenset[Capability]] = frozenset({"loss"})
+    needs: ClassVar[frozenset[Capability]] = frozenset({"loss", "deterministic"})
 
     def __post_init__(self):
         super().__post_init__()
@@ -349,7 +349,7 @@ class TrustRatioControl(ControlledRule):
     growth: Number = 3.0
     min_step_size: Number | None = None
     max_step_size: Number | None = None
-    needs: ClassVar[frozenset[Capability]] = frozenset({"loss"})
+    needs: ClassVar[frozenset[Capability]] = frozenset({"loss", "deterministic"})
     wants: ClassVar[frozenset[Quantity]] = frozenset({"predicted_fall"})
 
     def __post_init__(self):

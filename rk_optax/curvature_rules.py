@@ -124,7 +124,7 @@ class Corridor(StepSizeRule):
 
     max_learning_rate: float
     minimum: float = 0.0
-    needs: ClassVar[frozenset[Capability]] = frozenset({"loss"})
+    needs: ClassVar[frozenset[Capability]] = frozenset({"loss", "deterministic"})
 
     def __post_init__(self):
         _checks.number(self.max_learning_rate, "max_learning_rate", "positive")

@@ -18,11 +18,12 @@ from rk_optax._arguments import DataFunction, read_data_function
 from rk_optax._explanations import explained, linearized
 from rk_optax.parameter_view import ParameterView, check_kinds, check_like_params
 from rk_optax.stage_batches import StageBatches
+from rk_optax.stochastic_field import StochasticField
 from rk_optax.structured_loss import LeastSquares, ModelLoss, Rows
 
 PyTree = Any
 Linear = Callable[[PyTree], PyTree]
-Capability = Literal["loss", "product", "symmetric", "diagonal_scale", "gauss_newton", "rows", "decay"]
+Capability = Literal["loss", "product", "symmetric", "diagonal_scale", "gauss_newton", "rows", "decay", "deterministic"]
 """What a solver, a rule or a preconditioner may need beside the values of a field:
 
 loss: the loss whose gradient the field is.
@@ -32,6 +33,7 @@ diagonal_scale: the preconditioner multiplies by a positive diagonal, or there i
 gauss_newton: products with the generalised Gauss–Newton matrix.
 rows: residuals and the rows of their Jacobian.
 decay: the diagonal of a linear part of the field's own, as a layer of `rk_optax.networks` may have it.
+deterministic: the same value at the same place whatever the stage, which a `StochasticField` has not.
 """
 
 _REMEDIES: dict[Capability, str] = {
@@ -47,7 +49,13 @@ _REMEDIES: dict[Capability, str] = {
     "rk_optax.LeastSquares(residual_fn)",
     "rows": "pass a least-squares loss: rk_optax.LeastSquares(residual_fn)",
     "decay": "it is for layers of rk_optax.networks; for a loss, Etd(linear='l2') or 'diagonal'",
+    "deterministic": "the noise of a StochasticField, as rk_optax.forward_gradient is one, is drawn anew at every "
+    "stage, and would be taken for an error, a curvature or a slope; use a constant or scheduled learning rate with an "
+    "explicit method, or with rkc(..., stages=5)",
 }
+
+
+_WHO = "This solver, learning rate or preconditioner"
 
 
 def check_capabilities(needs: frozenset[Capability], offers: frozenset[Capability], who: str) -> None:
@@ -298,8 +306,9 @@ class Objective:
             raise ValueError(f"has_aux=True: a {type(loss_fn).__name__} returns its loss alone, without aux.")
         self.offers = _offers(loss_fn, grad_fn)
         needs = needs - {"diagonal_scale"}  # what a preconditioner offers is compared where there is one
-        check_capabilities(needs, self.offers, "This solver, learning rate or preconditioner")
-        self._needs = needs
+        check_capabilities(needs, self.offers, _WHO)
+        self._needs = needs - {"deterministic"}  # of the loss
+        self._deterministic = needs & {"deterministic"}
 
     def bind(self, extra_args: Mapping[str, Any], view: ParameterView) -> VectorField:
         """The field of one update.
@@ -315,6 +324,8 @@ class Objective:
         extra_args = dict(extra_args)
         override = extra_args.pop("grad_fn", None)
         gradient = self._gradient if override is None else self._read_grad_fn(override)
+        if override is not None:
+            check_capabilities(self._deterministic, _offers(None, override), f"grad_fn of update: {_WHO}")
         field = None
         if self._loss is not None and (gradient is None or self._needs):
             field = self._field_of_loss(self._loss, self._loss.select(extra_args), view)
@@ -339,8 +350,11 @@ class Objective:
     def _field_of_gradient(
         self, gradient: DataFunction, data: Mapping[str, Any], view: ParameterView, of_loss: VectorField | None
     ) -> VectorField:
+        own = gradient.function.data_of_stage if isinstance(gradient.function, StochasticField) else None
+
         def field(moving: PyTree, stage: Any = 0) -> PyTree:
-            result = _evaluated(gradient, view, moving, self._batches.at(data, stage))
+            seen = self._batches.at(data, stage)
+            result = _evaluated(gradient, view, moving, seen if own is None else own(seen, stage))
             return _tree.cast_like(view.moving(_checked_gradient(result, view.params, self._has_aux)), moving)
 
         known = VectorField(field) if of_loss is None else dataclasses.replace(of_loss, evaluate=field)
@@ -360,7 +374,7 @@ class Objective:
 
 def _offers(loss_fn: Any, grad_fn: Any) -> frozenset[Capability]:
     """What the field of these functions can do beside giving values."""
-    offers: set[Capability] = set()
+    offers: set[Capability] = set() if isinstance(grad_fn, StochasticField) else {"deterministic"}
     if loss_fn is not None:
         offers.update(("loss", "product", "symmetric"))
     if isinstance(loss_fn, ModelLoss):
@@ -398,7 +412,7 @@ def _evaluated(function: DataFunction, view: ParameterView, moving: PyTree, data
 
 
 def scalar_loss(result: Any, has_aux: bool, role: str = "loss_fn") -> jax.Array:
-    """The loss in what a loss function of the user's returned, or a TypeError that says what it must return."""
+    """What a loss returned, without aux: a real scalar, or a TypeError that says what it is instead."""
     if has_aux:
         if not (isinstance(result, tuple | list) and len(result) == 2):
             raise TypeError(f"With has_aux=True, {role} must return (loss, aux), got {type(result).__name__}.")

@@ -154,7 +154,8 @@ def gradient_flow(
     check_stage_dtype(stage_dtype)
     view = ParameterView.of(params, mask, stage_dtype)
     params, part = view.params, view.part
-    needs = (method.needs | rule.needs) - {"diagonal_scale"}  # any preconditioner here is one
+    # Any preconditioner here is a diagonal; one set of data serves all steps, so noise would be the same in all.
+    needs = (method.needs | rule.needs | {"deterministic"}) - {"diagonal_scale"}
     watches_loss = min_loss is not None or "loss" in _names(save)
     objective: tuple[tuple[str, Any], ...] = (
         ("loss_fn", loss_fn),

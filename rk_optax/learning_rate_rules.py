@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,8 +80,8 @@ class Dal(StepSizeRule):
 
     @property
     def needs(self) -> frozenset[Capability]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """A product, for the estimate by one."""
-        return frozenset({"product"}) if self.estimate == "product" else frozenset()
+        """A product, for the estimate by one, and no noise in a difference."""
+        return frozenset({"product"} if self.estimate == "product" else {"deterministic"})
 
     @property
     def wants(self) -> frozenset[Quantity]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -179,6 +179,7 @@ class SgdG2(StepSizeRule):
 
     initial_learning_rate: float | jax.Array = 1e-3
     decay: float | jax.Array = 0.9
+    needs: ClassVar[frozenset[Capability]] = frozenset({"deterministic"})
 
     def __post_init__(self):
         _checks.numbers(self, initial_learning_rate="positive", decay="decay")

@@ -1,4 +1,4 @@
-"""For Flax Linen: a `TrainState` for solvers, and a block of layers that is a Runge–Kutta method of its features.
+"""For Flax Linen: a `TrainState` for solvers, a block that is a Runge–Kutta method of its features, forward gradients.
 
 `TrainState.apply_gradients` hands the loss's data on to the solver. The stock class calls
 `tx.update(grads, opt_state, params)` and nothing else, so a solver could not evaluate its stages. This one has the same
@@ -21,6 +21,10 @@ try:
     from flax.training import train_state
 except ImportError as error:
     raise ImportError("rk_optax.linen needs Flax: pip install 'rk-optax[flax]'") from error
+
+from rk_optax.activity_gradient import LocalLoss, activity_forward_gradient
+
+__all__ = ["LocalLoss", "RKBlock", "TrainState", "activity_forward_gradient"]
 
 
 class TrainState(train_state.TrainState):

@@ -82,7 +82,7 @@ class PathControl(StepSizeRule):
     width: Number = 30.0
     boldness: Number | None = None
     corrections: int = 4
-    needs: ClassVar[frozenset[Capability]] = frozenset({"loss"})
+    needs: ClassVar[frozenset[Capability]] = frozenset({"loss", "deterministic"})
     wants: ClassVar[frozenset[Quantity]] = frozenset({"path"})
 
     def __post_init__(self):

@@ -14,7 +14,7 @@ from rk_optax import _checks
 from rk_optax._options import CheckedOptions, Options, with_options_of
 from rk_optax.field import Capability, Objective, check_capabilities
 from rk_optax.preconditioner import Preconditioner, no_preconditioner
-from rk_optax.solver import Solver, as_solver, name_of
+from rk_optax.solver import Solver, as_solver, name_of, needs_of
 from rk_optax.stage_batches import StageBatches
 from rk_optax.step_size import LearningRate, StepSizeRule, as_rule
 from rk_optax.tableau import ButcherTableau
@@ -40,7 +40,7 @@ def _transformation(
         grad_fn=options.grad_fn,
         has_aux=options.has_aux,
         argnames=options.argnames,
-        needs=method.needs | rule.needs | scale.needs,
+        needs=method.needs | rule.needs | scale.needs | needs_of(rule.wants),
         l2=options.l2,
         stage_batches=_stage_batches(options.stage_batches, options.batch_argnames, method, rule),
     )

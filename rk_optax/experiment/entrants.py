@@ -16,6 +16,7 @@ import optax
 
 import rk_optax
 from rk_optax.experiment.config import MethodConfig
+from rk_optax.experiment.direct import DIRECT
 from rk_optax.experiment.errors import UsageError
 from rk_optax.experiment.rivals import RIVALS
 from rk_optax.experiment.tasks.task import Data
@@ -142,6 +143,7 @@ class Optimizer(NamedTuple):
     keeps_gradient: bool = False  # whether the state holds value and gradient at the new parameters
     # Of the gradient, by the name of a field of the state: what `rk_optax.networks.refine_state` cannot know.
     powers: Mapping[str, int] = MappingProxyType({})
+    takes_gradient: bool = True  # whether `update` reads the gradient that it is given
 
 
 def build_optimizer(
@@ -159,9 +161,10 @@ def build_optimizer(
     Raises:
         UsageError: if there is no such factory, or it does not take the options or the loss.
     """
-    factory = OPTAX.get(config.factory) or SOLVERS.get(config.factory) or RIVALS.get(config.factory)
+    factories = {**DIRECT, **RIVALS, **SOLVERS, **OPTAX}
+    factory = factories.get(config.factory)
     if factory is None:
-        close = difflib.get_close_matches(config.factory, [*OPTAX, *SOLVERS, *RIVALS], n=1)
+        close = difflib.get_close_matches(config.factory, factories, n=1)
         raise UsageError(
             f"{where}.factory = {config.factory!r} is no optimizer of Optax, nor one that `rk-optax solvers` lists"
             + (f"; did you mean {close[0]!r}?" if close else "")
@@ -205,7 +208,16 @@ def build_optimizer(
         hides = isinstance(probe, rk_optax.ModelLoss) and not isinstance(probe, rk_optax.LeastSquares)
         remedy = " Set model.loss = 'squared_error'." if hides and "LeastSquares" in str(error) else ""
         raise UsageError(f"{where}.{given}: {error}{remedy}") from error
-    return Optimizer(make, gradients_per_step, has_rate, first_stage, cost, keeps_gradient, _powers(config))
+    return Optimizer(
+        make,
+        gradients_per_step,
+        has_rate,
+        first_stage,
+        cost,
+        keeps_gradient,
+        _powers(config),
+        takes_gradient=config.factory not in DIRECT,
+    )
 
 
 def _powers(config: MethodConfig) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 import difflib
 
-from rk_optax.solver._base import Cost, Quantity, Solver, Step, check_offers, name_of, saturating_sum
+from rk_optax.solver._base import Cost, Quantity, Solver, Step, check_offers, name_of, needs_of, saturating_sum
 from rk_optax.solver._diagonal import DiagonalCurvature
 from rk_optax.solver._path import Path
 from rk_optax.solver.explicit import Explicit
@@ -35,6 +35,7 @@ __all__ = [
     "as_solver",
     "check_offers",
     "name_of",
+    "needs_of",
     "saturating_sum",
 ]
 

@@ -140,6 +140,11 @@ def check_offers(solver: Solver, wants: frozenset[Quantity], who: str) -> None:
         raise ValueError(f"{who} needs {what}, which {name_of(solver)} does not offer. {remedy}.")
 
 
+def needs_of(wants: frozenset[Quantity]) -> frozenset[Capability]:
+    """What the wanted quantities need of a field: those that are differences of stages, stages without own noise."""
+    return frozenset({"deterministic"}) if wants & {"error", "curvature"} else frozenset()
+
+
 def name_of(solver: Solver) -> str:
     """How messages call a solver."""
     tableau = getattr(solver, "tableau", None)

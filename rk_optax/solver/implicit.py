@@ -129,7 +129,7 @@ class Implicit(Solver):
     @property
     def needs(self) -> frozenset[Capability]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Products with the Jacobian, and what the linear solver asks of it."""
-        return self.linear_solver.needs.union(("product", "diagonal_scale"))
+        return self.linear_solver.needs.union(("product", "diagonal_scale", "deterministic"))
 
     @property
     def error_order(self) -> int | None:

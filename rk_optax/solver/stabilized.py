@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rk_optax import _checks, _tree
-from rk_optax.field import VectorField
+from rk_optax.field import Capability, VectorField
 from rk_optax.solver._base import Cost, Quantity, Solver, Step, check_offers
 
 PyTree = Any
@@ -86,6 +86,11 @@ class Stabilized(Solver):
             raise ValueError(f"max_stages must be at least 2, got {self.max_stages}.")
         if not _checks.number(self.safety, "safety", "positive") >= 1:
             raise ValueError(f"safety must be at least 1, got {self.safety}.")
+
+    @property
+    def needs(self) -> frozenset[Capability]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """No noise in the differences of the power method, where that finds s."""
+        return frozenset({"deterministic"}) if self.stages == "auto" else frozenset()
 
     @property
     def gradients_per_step(self) -> int | None:

@@ -320,7 +320,16 @@ class RaceConfig(_Checked):
     """A race over several seeds, each entrant tuned on a seed of its own."""
 
     problem: Literal[
-        "poisson", "poisson_5d", "burgers", "burgers_mild", "allen_cahn", "logistic", "gp_dual", "digits", "lorenz96"
+        "poisson",
+        "poisson_5d",
+        "burgers",
+        "burgers_mild",
+        "allen_cahn",
+        "logistic",
+        "gp_dual",
+        "factorisation",
+        "digits",
+        "lorenz96",
     ]
     """The problem."""
     entrants: Annotated[Mapping[Name, EntrantConfig], Field(min_length=1)]

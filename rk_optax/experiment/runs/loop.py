@@ -208,7 +208,10 @@ class Trainer:
             def value_fn(params: Params) -> jax.Array:
                 return task.loss_fn(params, **data)
 
-            if reuses:
+            if not optimizer.takes_gradient:
+                loss, grads = jnp.asarray(jnp.nan), jax.tree.map(jnp.zeros_like, state.params)
+                statistics = state.statistics
+            elif reuses:
                 loss, grads = optax.value_and_grad_from_state(value_fn)(state.params, state=state.opt_state)
                 statistics = state.statistics
             else:

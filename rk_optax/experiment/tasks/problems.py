@@ -132,6 +132,41 @@ def digits(seed: int, l2: float = 1e-3) -> FullBatch:
     )
 
 
+def factorisation(
+    seed: int, rows: int = 40, columns: int = 30, rank: int = 4, condition: float = 1e3, observed: float = 0.5
+) -> FullBatch:
+    """The factors of a matrix of low rank from a part of its entries; run it in float64.
+
+    The singular values are log-spaced from 1 to 1/condition, `rank` is known, and so is a random fraction `observed`
+    of the entries, at least rank + 1 in each row and column. The start is normal, of the size of the solution. The
+    error is ‖LRᵀ − A‖/‖A‖ over all entries.
+    """
+    rng = np.random.default_rng(seed)
+    left, right = (np.linalg.qr(rng.normal(size=(size, rank)))[0] for size in (rows, columns))
+    matrix = left * np.logspace(0, -np.log10(condition), rank) @ right.T
+    known = rng.uniform(size=matrix.shape) < observed
+    for axis in (0, 1):
+        for line in known if axis == 0 else known.T:
+            missing = rank + 1 - int(line.sum())
+            if missing > 0:
+                line[rng.choice(np.flatnonzero(~line), missing, replace=False)] = True
+    row, column = np.nonzero(known)
+
+    def residual_fn(params: Params, row: jax.Array, column: jax.Array, entry: jax.Array) -> jax.Array:
+        return params["left"][row] @ params["right"][column] - entry
+
+    whole = jnp.asarray(matrix)
+    scale = float(np.sqrt(1 / (rows * columns)) ** 0.5 / rank**0.25)
+    start = {"left": (rows, rank), "right": (columns, rank)}
+    return FullBatch(
+        rk_optax.LeastSquares(residual_fn, pointwise=("row", "column", "entry")),
+        {name: jnp.asarray(scale * rng.normal(size=shape)) for name, shape in start.items()},
+        {"row": jnp.asarray(row), "column": jnp.asarray(column), "entry": jnp.asarray(matrix[row, column])},
+        lambda params: jnp.linalg.norm(params["left"] @ params["right"].T - whole) / jnp.linalg.norm(whole),
+        "relative error, all entries",
+    )
+
+
 # A new problem needs a line here and its name in RaceConfig.
 PROBLEMS: dict[str, Callable[..., FullBatch]] = {
     "poisson": poisson,
@@ -141,6 +176,7 @@ PROBLEMS: dict[str, Callable[..., FullBatch]] = {
     "allen_cahn": allen_cahn,
     "logistic": logistic,
     "gp_dual": gp_dual,
+    "factorisation": factorisation,
     "digits": digits,
     "lorenz96": lorenz96,
 }
