@@ -8,12 +8,12 @@ def get_config() -> RaceConfig:
         problem="factorisation",
         x64=True,
         entrants={
-            "gradient_descent": EntrantConfig("sgd", trials=(0.5, 1.5), seconds=3, chunk=200),
-            "adam": EntrantConfig("adam", trials=(1e-3, 1e-2), schedule="cosine", steps=20_000, seconds=3, chunk=200),
-            "lbfgs": EntrantConfig("lbfgs", trials=(10, 50), tunes="memory_size", seconds=3, chunk=5),
-            "residual_euler": EntrantConfig("residual_euler", seconds=3, chunk=1),
-            "rosenbrock_euler": EntrantConfig("rosenbrock_euler", seconds=3, chunk=1),
-            "als": EntrantConfig("alternating_least_squares", seconds=3, chunk=20),
+            "gradient_descent": EntrantConfig("sgd", trials=(0.5, 1.5), seconds=2, chunk=200),
+            "adam": EntrantConfig("adam", trials=(1e-3, 1e-2), schedule="cosine", steps=20_000, seconds=2, chunk=200),
+            "lbfgs": EntrantConfig("lbfgs", trials=(10, 50), tunes="memory_size", seconds=2, chunk=5),
+            "residual_euler": EntrantConfig("residual_euler", seconds=2, chunk=1),
+            "rosenbrock_euler": EntrantConfig("rosenbrock_euler", seconds=2, chunk=1),
+            "als": EntrantConfig("alternating_least_squares", seconds=2, chunk=20),
         },
         targets=(1e-1, 1e-3, 1e-6),
     )

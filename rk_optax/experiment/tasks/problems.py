@@ -10,6 +10,7 @@ from scipy.optimize import brentq
 from sklearn.datasets import load_digits
 
 import rk_optax
+from rk_optax.experiment.errors import UsageError
 from rk_optax.experiment.tasks.full_batch import FullBatch
 from rk_optax.experiment.tasks.lorenz96 import lorenz96
 from rk_optax.experiment.tasks.pinn import allen_cahn, burgers, burgers_mild, initial_network, poisson, poisson_5d
@@ -138,19 +139,13 @@ def factorisation(
     """The factors of a matrix of low rank from a part of its entries; run it in float64.
 
     The singular values are log-spaced from 1 to 1/condition, `rank` is known, and so is a random fraction `observed`
-    of the entries, at least rank + 1 in each row and column. The start is normal, of the size of the solution. The
-    error is ‖LRᵀ − A‖/‖A‖ over all entries.
+    of the entries, more than `rank` in each row and column. The start is normal, of the size of the solution. The error
+    is ‖LRᵀ − A‖/‖A‖ over all entries.
     """
     rng = np.random.default_rng(seed)
     left, right = (np.linalg.qr(rng.normal(size=(size, rank)))[0] for size in (rows, columns))
     matrix = left * np.logspace(0, -np.log10(condition), rank) @ right.T
-    known = rng.uniform(size=matrix.shape) < observed
-    for axis in (0, 1):
-        for line in known if axis == 0 else known.T:
-            missing = rank + 1 - int(line.sum())
-            if missing > 0:
-                line[rng.choice(np.flatnonzero(~line), missing, replace=False)] = True
-    row, column = np.nonzero(known)
+    row, column = _known_entries(rng, rows, columns, round(observed * rows * columns), rank + 1)
 
     def residual_fn(params: Params, row: jax.Array, column: jax.Array, entry: jax.Array) -> jax.Array:
         return params["left"][row] @ params["right"][column] - entry
@@ -165,6 +160,17 @@ def factorisation(
         lambda params: jnp.linalg.norm(params["left"] @ params["right"].T - whole) / jnp.linalg.norm(whole),
         "relative error, all entries",
     )
+
+
+def _known_entries(
+    rng: np.random.Generator, rows: int, columns: int, count: int, least: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of `count` entries, at least `least` in each row and column."""
+    for _ in range(1000):
+        row, column = np.divmod(np.sort(rng.permutation(rows * columns)[:count]), columns)
+        if min(np.bincount(row, minlength=rows).min(), np.bincount(column, minlength=columns).min()) >= least:
+            return row, column
+    raise UsageError(f"problem_options: observed leaves a row or a column with fewer than {least} entries: raise it")
 
 
 # A new problem needs a line here and its name in RaceConfig.
