@@ -99,7 +99,8 @@ def gradient_flow(
         units of a learning rate: gradient descent with rate h moves time by about h a step.
       solver: a name, a tableau or a `Solver`, as for `rk_optax.runge_kutta`; for stiff flows `Stabilized("rkc2")`,
         `Ros2()` and "sdirk3" (tolerances), `Stabilized("rkc1")` and "radau3" (`step_size`).
-      rtol: relative tolerance of a step, positive; by default 1e-5.
+      rtol: relative tolerance of a step, positive; by default 1e-5. The errors of the steps add up: over a network's
+        loss to some ten tolerances, in diffrax too (`benchmarks/flow.py`).
       atol: absolute tolerance of a step, positive, in the units of params; by default 1e-8. The controller is that of
         `rk_optax.error_control`; the first step is found by one gradient.
       step_size: instead of tolerances, a fixed h, a schedule of the steps, or a rule such as `rk_optax.dal(...)` or
