@@ -171,6 +171,14 @@ def test_the_committed_summary_is_that_of_the_config():
     hovers(kept)
 
 
+def test_the_notebook_follows_the_flows_of_the_config():
+    notebook = json.loads((CONFIG.parents[1] / "notebooks" / "edge_of_stability.ipynb").read_text(encoding="utf-8"))
+    (source,) = (c["source"] for c in notebook["cells"] if any("FlowConfig(" in line for line in c["source"]))
+    names = {"FlowConfig": FlowConfig}
+    exec("".join(source).partition("if SMOKE")[0], names)
+    assert names["config"] == load(CONFIG, FlowConfig)
+
+
 def hovers(summary):
     """What makes the edge of stability: gradient descent is at it, the flow beyond, the central flow beside."""
     descent, flow, central = (row["sharpness"] for row in summary["flows"])
