@@ -201,7 +201,7 @@ def gradient_flow(
         over = jnp.isin(state.result, jnp.array(ended))
         current = state._replace(result=jnp.where(over, state.result, FlowResult.RUNNING).astype(jnp.int32))
     if progress is None:
-        return _flow(setting, inputs, advance(setting, inputs, current, jnp.asarray(_UNBOUNDED)))
+        return _flow(setting, inputs, advance(setting, inputs, current, jnp.asarray(_UNBOUNDED, jnp.int32)))
     calls = 100 if steps_per_call is None else _checks.count(steps_per_call, "steps_per_call")
     flow = _flow(setting, inputs, current)
     while int(flow.result) == FlowResult.RUNNING:

@@ -208,6 +208,25 @@ def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted():
     assert through.result == rk_optax.FlowResult.EVENT
 
 
+def test_a_flow_stepped_from_python_is_the_same_program():
+    traces = []
+
+    def counted(w):
+        traces.append(1)
+        return decay(w)
+
+    options = {"solver": "euler", "step_size": 0.1}
+    through = rk_optax.gradient_flow(counted, jnp.ones(2), [0.0, 1.0], **options)
+    before, seen = len(traces), []
+    options |= {"progress": seen.append, "steps_per_call": 4}
+    stepped = rk_optax.gradient_flow(
+        counted, jnp.ones(2), [0.0, 1.0], **options, progress=seen.append, steps_per_call=4
+    )
+    assert len(traces) == before
+    assert [int(flow.accepted) for flow in seen] == [4, 8, 10]
+    jax.tree.map(np.testing.assert_array_equal, stepped, through)
+
+
 def test_saved_functionals_keep_memory_flat():
     params, data = jnp.ones(10_000), {"x": jnp.linspace(0.5, 1, 10_000)}
 
