@@ -219,9 +219,7 @@ def test_a_flow_stepped_from_python_is_the_same_program():
     through = rk_optax.gradient_flow(counted, jnp.ones(2), [0.0, 1.0], **options)
     before, seen = len(traces), []
     options |= {"progress": seen.append, "steps_per_call": 4}
-    stepped = rk_optax.gradient_flow(
-        counted, jnp.ones(2), [0.0, 1.0], **options, progress=seen.append, steps_per_call=4
-    )
+    stepped = rk_optax.gradient_flow(counted, jnp.ones(2), [0.0, 1.0], **options)
     assert len(traces) == before
     assert [int(flow.accepted) for flow in seen] == [4, 8, 10]
     jax.tree.map(np.testing.assert_array_equal, stepped, through)
