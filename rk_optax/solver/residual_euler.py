@@ -111,7 +111,7 @@ class ResidualEuler(Solver):
         new = _state(form, iterations, relative)
         # An h so large that numbers of g* are below the smallest one would otherwise be a step without them, or of 0.
         before, after = _tree.norm(k1), _tree.norm(direction)
-        least = float(jnp.finfo(after.dtype).tiny / jnp.finfo(after.dtype).eps)
+        least = float(jnp.finfo(after.dtype).tiny) * 1e4
         lost = (before > least) & (after < least)
         return Step(
             direction,
