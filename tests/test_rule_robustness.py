@@ -419,6 +419,16 @@ def test_counters_saturate(name):
     assert all(int(leaf) == most for leaf in counters)
 
 
+def test_counts_of_updates_and_costs_stay_at_the_largest_integer():
+    w, most = jnp.ones(2), jnp.iinfo(jnp.int32).max
+    tx = rk_optax.rkc(quadratic)
+    state = jax.tree.map(lambda x: jnp.full_like(x, most) if x.dtype == jnp.int32 else x, tx.init(w))
+    state = state._replace(rule=state.rule._replace(next_step_size=jnp.float32(1e6)))  # which is refused
+    _, after = jax.jit(tx.update)(jax.grad(quadratic)(w), state, w)
+    assert not bool(after.accepted)
+    assert [int(n) for n in (after.count, after.rejected, *after.cost)] == [most] * 6
+
+
 # --- reverse mode ---
 
 

@@ -192,6 +192,27 @@ def test_newtons_iteration_is_not_cut_short_by_what_the_loss_does_not_see(inert)
     assert np.linalg.norm(update["w"] - expected) < 1e-4 * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("estimate", ["product", "difference"])
+def test_the_curvature_that_dal_sees_has_the_unit_of_the_loss_alone(estimate):
+    """On c·Σλw²/2 beside an inert leaf."""
+    rates, w = np.array([1.0, 30.0, 300.0]), np.array([1.0, -2.0, 0.5])
+    gradient = rates * w
+    expected = np.linalg.norm(rates * gradient) / np.linalg.norm(gradient)
+
+    @jax.jit
+    @jax.vmap
+    def ratio(c, inert):
+        def loss(params):
+            return 0.5 * c * jnp.sum(jnp.asarray(rates, jnp.float32) * params["w"] ** 2)
+
+        params = {"w": jnp.asarray(w, jnp.float32), "inert": jnp.full(5, inert)}
+        tx = rk_optax.rk4(loss, rk_optax.dal(0.1 / c, estimate=estimate))
+        return tx.update(jax.grad(loss)(params), tx.init(params), params)[1].rule.ratio / c
+
+    found = ratio(jnp.array([1.0, 1e-11, 1e10, 1e-25, 1e25, 1.0, 1.0]), jnp.array([1.0] * 5 + [1e6, 1e20]))
+    np.testing.assert_allclose(found, expected, rtol=1e-5 if estimate == "product" else 1e-2)
+
+
 def test_what_a_leaf_of_another_size_hides_is_still_solved():
     """The loss sees both leaves; the one of size 1e4 has next to no curvature."""
 
