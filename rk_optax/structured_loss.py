@@ -215,6 +215,12 @@ class LeastSquares(ModelLoss):
             trees[name] = jax.vmap(at)(mapped) if mapped else at({})
             if not jax.tree.leaves(trees[name]):
                 raise TypeError(f"The residual function {name!r} returned no residuals: does it lack a `return`?")
+        if not any(jnp.size(leaf) for leaf in jax.tree.leaves(trees)):
+            names = ", ".join(map(repr, trees))
+            raise ValueError(
+                f"LeastSquares has no residual on these data (N = 0): {names} got no points. A term without points "
+                "contributes nothing, but one at least must have some."
+            )
         return trees
 
     def _weighted(self, trees: PyTree) -> PyTree:

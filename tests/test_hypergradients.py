@@ -47,6 +47,7 @@ RULES = {
     "descent": lambda h: rk_optax.descent_control(0.1),
     "error": lambda h: rk_optax.error_control(1e-2, 1e-3, initial_step_size=0.1),
     "sgd_g2": lambda h: rk_optax.sgd_g2(0.1),
+    "trust": lambda h: rk_optax.trust_ratio_control(0.1),
 }
 QUICK = {
     *((solver, "none", "constant") for solver in ("dopri5", "rkc2", "etdrk2", "ros2")),
@@ -55,9 +56,10 @@ QUICK = {
     ("heun", "none", "dal, free"),
     ("euler", "none", "sgd_g2"),
 }
-ALL_RULES = {("heun", "none", rule) for rule in RULES if rule not in ("error", "sgd_g2")} | {
+ALL_RULES = {("heun", "none", rule) for rule in RULES if rule not in ("error", "sgd_g2", "trust")} | {
     ("bogacki_shampine", "none", "error"),
     ("euler", "none", "sgd_g2"),
+    ("rosenbrock_euler", "none", "trust"),
 }
 
 
@@ -101,6 +103,20 @@ def test_reverse_mode_is_right_and_finite(solver, preconditioner, rule, x64):
         return  # optax.global_norm has no derivative at 0
     at_rest = moved(jnp.asarray(ALL_ZERO), jnp.asarray(H), jnp.asarray(DATA))[1]
     assert all(np.isfinite(g).all() for g in at_rest)
+
+
+@pytest.mark.parametrize(
+    "make", [rk_optax.backward_euler, rk_optax.rosenbrock_euler, rk_optax.rkc], ids=lambda m: m.__name__
+)
+def test_what_iterates_until_it_has_converged_has_jaxs_own_message(make):
+    loss = rk_optax.LeastSquares(lambda w, x: jnp.tanh(w) - x)
+
+    def moved(w):
+        tx = make(loss, H)
+        return jnp.sum(tx.update(jax.grad(loss)(w, DATA), tx.init(w), w, x=jnp.asarray(DATA, w.dtype))[0])
+
+    with pytest.raises(ValueError, match=r"Reverse-mode differentiation does not work for lax\.while_loop"):
+        jax.grad(moved)(jnp.ones(3))
 
 
 # --- Refused steps ---------------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ RULES = {
     # From steps whose error is above rounding for the methods of high order too.
     "error": lambda h: rk_optax.error_control(0.3, 1e-30, initial_step_size=4 * h),
     "trust": rk_optax.trust_ratio_control,
+    "path": rk_optax.path_control,
     "sgd_g2": rk_optax.sgd_g2,
 }
 
@@ -57,6 +58,7 @@ def builds(optimizer, rule):
 
 # A solver of each kind with a rule that refuses, and one solver with each rule; the others are slow.
 QUICK = {("rk4", rule) for rule in RULES} | {("rosenbrock_euler", "trust"), ("ros2", "error"), ("euler", "sgd_g2")}
+QUICK |= {("residual_euler", "path")}
 KINDS = ("dopri5", "rkc", "rosenbrock_euler", "ros2", "residual_euler", "backward_euler", "gauss4", "etdrk2")
 QUICK |= {(optimizer, "descent") for optimizer in KINDS}
 COMBINATIONS = [
@@ -94,6 +96,7 @@ def test_units_and_inert_leaves_change_no_step(optimizer, rule):
     """In the strict modes that are seen in the compiled function, too."""
     cases = [(c, 1.0, 1.0) for c in SCALES]
     cases += [(1.0, length, length) for length in (1e-12, 1e12)]
+    cases += [(c, c, 1.0) for c in (1e-25, 1e25)]  # h is then a number of float32 too
     cases += [(1.0, 1.0, inert) for inert in (1e-20, 1e20)]
     run = three_updates(optimizer, rule)
     with jax.numpy_rank_promotion("raise"), jax.debug_nans(True):
@@ -138,6 +141,30 @@ def test_a_row_space_system_of_small_residuals_is_solved():
     assert np.linalg.norm(update - expected) < 1e-3 * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_step_however_long_is_the_gauss_newton_step_or_refused(count):
+    """In the space of the residuals and in that of the parameters."""
+    w = jnp.array([0.5, -2.0])
+
+    def residuals(w):
+        return jnp.stack([w[0] - 1, 2 * (w[1] - 0.3 * w[0] ** 2), w[0] + w[1]])[:count]
+
+    loss = rk_optax.LeastSquares(residuals)
+
+    @jax.jit
+    def update(h):
+        return first_update(rk_optax.residual_euler(loss, h), loss, w)
+
+    expected = -np.linalg.lstsq(jax.jacobian(residuals)(w), residuals(w), rcond=None)[0]
+    for h in (1e10, 1e20, 1e31):
+        found, state = update(h)
+        assert bool(state.accepted)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    found, state = update(1e37)  # g* is the step over h, and no number of float32 any more
+    assert int(state.reason) == rk_optax.Reason.NOT_SOLVED
+    assert not np.any(found)
+
+
 @pytest.mark.parametrize(("size", "inert"), [(1.0, 1e6), (1e-6, 1.0), (1.0, 0.0)])
 def test_the_spectral_radius_does_not_depend_on_what_the_loss_does_not_see(size, inert):
     rates = jnp.array([1.0, 30.0, 191.25])
@@ -163,6 +190,27 @@ def test_newtons_iteration_is_not_cut_short_by_what_the_loss_does_not_see(inert)
     offset = np.asarray(params["w"], float) - 1
     expected = -0.1 * rates * offset / (1 + 0.1 * rates)
     assert np.linalg.norm(update["w"] - expected) < 1e-4 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("estimate", ["product", "difference"])
+def test_the_curvature_that_dal_sees_has_the_unit_of_the_loss_alone(estimate):
+    """On c·Σλw²/2 beside an inert leaf."""
+    rates, w = np.array([1.0, 30.0, 300.0]), np.array([1.0, -2.0, 0.5])
+    gradient = rates * w
+    expected = np.linalg.norm(rates * gradient) / np.linalg.norm(gradient)
+
+    @jax.jit
+    @jax.vmap
+    def ratio(c, inert):
+        def loss(params):
+            return 0.5 * c * jnp.sum(jnp.asarray(rates, jnp.float32) * params["w"] ** 2)
+
+        params = {"w": jnp.asarray(w, jnp.float32), "inert": jnp.full(5, inert)}
+        tx = rk_optax.rk4(loss, rk_optax.dal(0.1 / c, estimate=estimate))
+        return tx.update(jax.grad(loss)(params), tx.init(params), params)[1].rule.ratio / c
+
+    found = ratio(jnp.array([1.0, 1e-11, 1e10, 1e-25, 1e25, 1.0, 1.0]), jnp.array([1.0] * 5 + [1e6, 1e20]))
+    np.testing.assert_allclose(found, expected, rtol=1e-5 if estimate == "product" else 1e-2)
 
 
 def test_what_a_leaf_of_another_size_hides_is_still_solved():

@@ -306,6 +306,16 @@ def test_a_constraint_over_points_that_are_pointwise_elsewhere_and_a_weight_for_
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_no_residual_at_all_is_an_error(reduction):
+    loss = rk_optax.LeastSquares({"edge": lambda w, x: w[0] * x}, pointwise=["x"], reduction=reduction)
+    w, x = jnp.ones(2), jnp.zeros(0)
+    tx = rk_optax.residual_euler(loss, 0.1)
+    for evaluate in (loss, lambda w, x: tx.update(w, tx.init(w), w, x=x)):
+        with pytest.raises(ValueError, match=r"no residual on these data \(N = 0\): 'edge' got no points"):
+            evaluate(w, x=x)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_a_term_without_points_contributes_nothing(reduction):
     functions, options = {"inside": at_point, "edge": lambda params, edge: params["b"] - edge}, {"reduction": reduction}
     loss = LeastSquares(functions, pointwise=["x", "edge"], **options)

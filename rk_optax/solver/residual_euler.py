@@ -109,10 +109,14 @@ class ResidualEuler(Solver):
             field, params, h, tolerance=self.tolerance, max_iterations=self.max_iterations
         )
         new = _state(form, iterations, relative)
+        # An h so large that numbers of g* are below the smallest one would otherwise be a step without them, or of 0.
+        before, after = _tree.norm(k1), _tree.norm(direction)
+        least = float(jnp.finfo(after.dtype).tiny) * 1e4
+        lost = (before > least) & (after < least)
         return Step(
             direction,
             Cost(gradients=1, rows=count),
-            solved=solved,
+            solved=solved & ~lost,
             quantities={"predicted_fall": predicted_fall(field, k1, h, direction) + left},
             state=new,
             refused_state=new,
@@ -178,7 +182,8 @@ def _in_parameter_space(
     a, wanted, h = a / of_a, wanted / of_b, h * of_a
     rounding = 0.5 * float(jnp.finfo(a.dtype).eps)
     trace = jnp.maximum(jnp.trace(a), jnp.finfo(a.dtype).tiny)
-    inverse_h = 1 / jnp.maximum(h, rounding / trace)
+    # Beyond either bound 1/h changes no digit, and its square, or that of A beside it, would soon be lost.
+    inverse_h = jnp.maximum(1 / jnp.maximum(h, rounding / trace), rounding**2 * trace)
     shift = inverse_h + 9 * rounding * trace
     precondition = solver_of_positive(a + shift * jnp.eye(len(a), dtype=a.dtype))
 
@@ -200,13 +205,14 @@ def _in_parameter_space(
         # ‖error of x‖² ≤ r·A⁻¹r/a ≤ (shift/a²) r·M⁻¹r
         return (rz * shift > (tolerance * inverse_h) ** 2 * jnp.sum(x * x)) & (rz > 0) & (i < max_iterations)
 
-    b = inverse_h * wanted
-    z = precondition(b)
-    start = jnp.zeros_like(b), b, z, jnp.sum(b * z), jnp.zeros([], jnp.int32)
+    # (I/h + A) y = P^½∇L, and z = y/h only in the end: squares of what is already divided by a large h would be 0.
+    z = precondition(wanted)
+    start = jnp.zeros_like(wanted), wanted, z, jnp.sum(wanted * z), jnp.zeros([], jnp.int32)
     x, r, _, rz, iterations = jax.lax.while_loop(go_on, iterate, start)
     # What is not finite ends the loop: with x = 0 it must not pass for a solution.
     x = jnp.where(jnp.isfinite(rz) & jnp.isfinite(trace), x, jnp.nan)
-    direction = jax.tree.map(lambda leaf: leaf[0], vectors.unflatten((root * x * of_b)[None]))
-    left = (0.5 * h / of_a * of_b) * (jnp.sum(x * r) / inverse_h * of_b)
-    relative = _tree.ratio(_tree.norm(r), _tree.norm(b))
+    per_h = jnp.minimum(inverse_h, 1 / h)
+    direction = jax.tree.map(lambda leaf: leaf[0], vectors.unflatten((root * (per_h * x) * of_b)[None]))
+    left = (0.5 * of_b / of_a) * (h * per_h * jnp.sum(x * r) * of_b)
+    relative = _tree.ratio(_tree.norm(r), _tree.norm(wanted))
     return direction, left, _PARAMETERS, iterations, relative, relative <= 1
