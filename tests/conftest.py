@@ -2,11 +2,20 @@
 
 import os
 
-# Before JAX starts: the sharding tests need several devices.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Before JAX starts. The sharding tests need several devices. A test's program runs for less time than it takes to
+# compile, so XLA leaves out what makes programs fast; what XLA_FLAGS already says has the last word.
+FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_use_fusion_emitters=false",
+)
+os.environ["XLA_FLAGS"] = " ".join(FLAGS) + " " + os.environ.get("XLA_FLAGS", "")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import functools
+import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +28,23 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "experiment" in item.path.parts:
             item.add_marker(pytest.mark.latest)
+
+
+def memory():
+    """Megabytes that this process holds now; infinitely many where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return math.inf
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _bounded_memory():
+    """JAX keeps every program that it has compiled; between modules a large process lets go of them."""
+    yield
+    if memory() > 800:
+        jax.clear_caches()
 
 
 @pytest.fixture
