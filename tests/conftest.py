@@ -2,11 +2,24 @@
 
 import os
 
-# Before JAX starts: the sharding tests need several devices.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Before JAX starts. The sharding tests need several devices. A test's program runs for less time than it takes to
+# compile, so XLA leaves out what makes programs fast; what XLA_FLAGS already says has the last word.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_use_fusion_emitters=false",
+        os.environ.get("XLA_FLAGS", ""),
+    ]
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import ctypes
 import functools
+import math
+import platform
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +32,27 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "experiment" in item.path.parts:
             item.add_marker(pytest.mark.latest)
+
+
+def memory():
+    """Megabytes that this process holds now; infinitely many where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return math.inf
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _bounded_memory():
+    """Between modules a large process gives back what compiling took, and then the programs that JAX keeps."""
+    yield
+    for let_go in (lambda: None, jax.clear_caches):
+        if memory() > 700:
+            let_go()
+            # The megabyte that compiling the smallest program takes is free afterwards, but glibc keeps it.
+            if platform.libc_ver()[0] == "glibc":
+                ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture
