@@ -142,10 +142,8 @@ class FlowStudy:
         title, path = name.replace("_", " "), self._folder.path / "checkpoints" / name
         self._report.phase(title)
         path.parent.mkdir(exist_ok=True)
-        begun = path.exists()
         with Checkpoints(path, keep=2) as checkpoints:
-            # To know the layout of a state the whole flow is traced, which takes seconds.
-            restored = checkpoints.restore(jax.eval_shape(lambda: self.follow(name).state)) if begun else None
+            restored = checkpoints.restore(lambda steps: jax.eval_shape(lambda: self.follow(name).state))
             _, before, state = restored or (0, 0.0, None)
             began, done = time.perf_counter(), 0.0 if state is None else float(state.elapsed)
             self._report.advance(0 if again else done)
