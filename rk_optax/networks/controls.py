@@ -385,9 +385,9 @@ def _of_step(left: jax.Array, right: jax.Array, w: jax.Array) -> jax.Array:
 
 @_of_step.defjvp
 def _of_step_jvp(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-    left, right, w = primals
+    (left, right, w), (d_left, d_right, d_w) = primals, tangents
     # The choice alone would say that θ does not move with w at the ends.
-    return _chosen(*primals), _chosen(*tangents[:2], w) + tangents[2] * (right - left)
+    return _chosen(left, right, w), _chosen(d_left, d_right, w) + d_w * (right - left)
 
 
 def _chosen(left: jax.Array, right: jax.Array, w: jax.Array) -> jax.Array:

@@ -122,7 +122,7 @@ def test_the_state_of_any_optimizer_is_refined_by_what_its_fields_hold_or_refuse
     np.testing.assert_allclose(refined(optax.adagrad(0.1, 0.0), "sum_of_squares"), (quarter / 0.5) ** 2)
     np.testing.assert_allclose(refined(optax.adamax(0.1), "nu", powers={"nu": 1}), quarter / 0.5)
     np.testing.assert_allclose(refined(optax.sgd(0.1, 0.9), "trace", powers={"trace": 0}), half * 2)
-    with pytest.raises(ValueError, match=r"does not know how .*diff_params_memory.*tx\.init"):
+    with pytest.raises(ValueError, match=r"does not know how .*params.*tx\.init"):
         refine_state(optax.lbfgs().init(params), finer)
 
 
