@@ -5,8 +5,8 @@
     python benchmarks/games.py --smoke           # a few steps of everything
 
 Every entrant has the same networks, the same batches, the same number of gradients (one of each player) and the same
-number of trials for its learning rate (three, on a seed of their own; the best by modes, then by share). All stages of
-a step see the batch of the step. Columns:
+number of trials for its learning rate (five, on a seed of their own; the best by modes, then by share). All stages of a
+step see the batch of the step. Columns:
 
 modes    of the eight, that at least 2 % of 1,024 samples lie within three standard deviations of: mean and range.
 share    of the samples that lie that near to any mode.
@@ -38,6 +38,7 @@ import rk_optax
 PyTree = Any
 MODES = jnp.asarray(2 * np.exp(2j * np.pi * np.arange(8) / 8)[:, None].view(float), jnp.float32)
 DEVIATION, BATCH, LATENT, WIDTH = 0.1, 64, 8, 32
+FLOW_RATES, ADAM_RATES = (0.1, 0.2, 0.4, 0.8, 1.6), (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 EXTRAGRADIENT = rk_optax.ButcherTableau(
     "extragradient", [[0, 0], [1, 0]], [0, 1], [0, 1], 1, source="G. M. Korpelevich, Matecon 12 (1976)"
 )
@@ -91,15 +92,15 @@ def covered(params: PyTree) -> tuple[jax.Array, jax.Array]:
 
 @dataclasses.dataclass(frozen=True)
 class Entrant:
-    """An optimizer by its learning rate, the gradients of a step, and the rates that are tried."""
+    """An optimizer by its learning rate, the gradients of a step, and the rates that are tried, as many as seeds."""
 
     make: Callable[[Any], optax.GradientTransformation]
     gradients: int
-    rates: tuple[float, float, float]
+    rates: tuple[float, ...]
 
 
 def of_game(solver: Any, gradients: int, **options: Any) -> Entrant:
-    return Entrant(lambda h: rk_optax.game(LOSSES, h, solver, **options), gradients, (0.1, 0.3, 1.0))
+    return Entrant(lambda h: rk_optax.game(LOSSES, h, solver, **options), gradients, FLOW_RATES)
 
 
 PENALTY = {"discriminator": 0.02}
@@ -111,9 +112,9 @@ ENTRANTS = {
     "heun, penalty": of_game("heun", 2, gradient_penalty=PENALTY),
     "rk4, penalty": of_game("rk4", 4, gradient_penalty=PENALTY),
     "extragradient": of_game(EXTRAGRADIENT, 2),
-    "optax.optimistic_gradient_descent": Entrant(optax.optimistic_gradient_descent, 1, (0.1, 0.3, 1.0)),
-    "optax.adam": Entrant(lambda h: optax.adam(h, b1=0.5), 1, (3e-4, 1e-3, 3e-3)),
-    "optax.optimistic_adam_v2": Entrant(lambda h: optax.optimistic_adam_v2(h, b1=0.5), 1, (3e-4, 1e-3, 3e-3)),
+    "optax.optimistic_gradient_descent": Entrant(optax.optimistic_gradient_descent, 1, FLOW_RATES),
+    "optax.adam": Entrant(lambda h: optax.adam(h, b1=0.5), 1, ADAM_RATES),
+    "optax.optimistic_adam_v2": Entrant(lambda h: optax.optimistic_adam_v2(h, b1=0.5), 1, ADAM_RATES),
 }
 PLAIN = rk_optax.game(LOSSES, 0.1)
 
@@ -178,50 +179,55 @@ def summary(values: np.ndarray) -> dict[str, Any]:
     }
 
 
-def measure(gradients: int, seeds: int, looks: int, timed: int) -> list[dict[str, Any]]:
-    each = seconds_per_step(list(ENTRANTS), timed)
-    rows = []
-    for name, entrant in ENTRANTS.items():
-        steps = gradients // entrant.gradients // looks * looks
-        rates = jnp.asarray(entrant.rates, jnp.float32)
-        tried = train(name, rates, jax.random.split(jax.random.key(1000), 1).repeat(len(rates)), steps, looks)
-        modes, share = (np.asarray(x)[:, -1] for x in tried)
-        best = max(range(len(rates)), key=lambda i: (modes[i], share[i]))
-        keys = jax.random.split(jax.random.key(0), seeds)
-        modes, share = map(np.asarray, train(name, jnp.full(seeds, rates[best]), keys, steps, looks))
-        rows.append(
-            {
-                "name": name,
-                "rate": entrant.rates[best],
-                "steps": steps,
-                "gradients_per_step": entrant.gradients,
-                "seconds": steps * each[name],
-                "history": {"modes": modes.tolist(), "share": share.round(4).tolist()},
-            }
-        )
+def measure(name: str, gradients: int, looks: int) -> dict[str, Any]:
+    """One entrant's rate, and what it covers with it on the seeds."""
+    entrant = ENTRANTS[name]
+    steps = gradients // entrant.gradients // looks * looks
+    rates = jnp.asarray(entrant.rates, jnp.float32)
+    trial = jax.random.split(jax.random.key(1000), 1).repeat(len(rates))
+    modes, share = (np.asarray(x)[:, -1] for x in train(name, rates, trial, steps, looks))
+    best = max(range(len(rates)), key=lambda i: (modes[i], share[i]))
+    seeds = jax.random.split(jax.random.key(0), len(rates))
+    history = train(name, jnp.full_like(rates, rates[best]), seeds, steps, looks)
+    return {
+        "name": name,
+        "rate": entrant.rates[best],
+        "trials": {"modes": modes.tolist(), "share": share.round(4).tolist()},
+        "steps": steps,
+        "gradients_per_step": entrant.gradients,
+        "history": {key: np.asarray(x).round(4).tolist() for key, x in zip(("modes", "share"), history, strict=True)},
+    }
+
+
+def compared(rows: list[dict[str, Any]], each: dict[str, float], looks: int) -> list[dict[str, Any]]:
+    """The rows with what they had at equal gradients and at equal seconds."""
+    for row in rows:
+        row["seconds"] = row["steps"] * each[row["name"]]
     budget = min(row["seconds"] for row in rows)
     for row in rows:
         modes, share = (np.array(row["history"][key]) for key in ("modes", "share"))
         spent = min(int(looks * budget / row["seconds"]), looks)
-        at = {"equal_gradients": looks - 1, "equal_seconds": spent - 1}
-        for equal, look in at.items():
+        for equal, look in {"equal_gradients": looks - 1, "equal_seconds": spent - 1}.items():
             row[equal] = None if look < 0 else {"modes": summary(modes[:, look]), "share": summary(share[:, look])}
     return rows
 
 
+def cells(row: dict[str, Any]) -> str:
+    """The row of a table in Markdown."""
+    texts = [f"`{row['name']}`" if "." in row["name"] else row["name"], f"{row['rate']:g}"]
+    for equal in ("equal_gradients", "equal_seconds"):
+        found = row[equal]
+        modes, share = (found["modes"], found["share"]) if found else (None, None)
+        texts.append(f"{modes['mean']:.1f} [{modes['min']}, {modes['max']}]" if modes else "–")
+        texts.append(f"{100 * share['mean']:.0f} %" if share else "–")
+    texts.insert(4, f"{row['seconds']:.1f}")
+    return "| " + " | ".join(texts) + " |"
+
+
 def show(rows: list[dict[str, Any]]) -> str:
-    lines = [f"{'entrant':36}{'rate':>8}{'modes':>16}{'share':>8}{'seconds':>9}   at equal seconds"]
-    for row in rows:
-        cells = []
-        for equal in ("equal_gradients", "equal_seconds"):
-            found = row[equal]
-            modes = found and found["modes"]
-            cells.append(f"{modes['mean']:.1f} [{modes['min']}, {modes['max']}]" if modes else "-")
-            cells.append(f"{found['share']['mean']:.2f}" if found else "-")
-        lines.append(
-            f"{row['name']:36}{row['rate']:>8}{cells[0]:>16}{cells[1]:>8}{row['seconds']:>9.1f}{cells[2]:>16}{cells[3]:>8}"
-        )
-    return "\n".join(lines)
+    header = ("entrant", "rate", "modes", "share", "seconds", "modes at equal seconds", "share")
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    return "\n".join([*lines, *map(cells, rows)])
 
 
 def main() -> None:
@@ -229,12 +235,12 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
-    sizes = {"gradients": 16, "seeds": 2, "looks": 2, "timed": 2} if arguments.smoke else {}
-    sizes = {"gradients": 6000, "seeds": 5, "looks": 20, "timed": 50} | sizes
-    rows = measure(**sizes)
+    gradients, looks, timed = (16, 2, 2) if arguments.smoke else (4000, 20, 50)
+    rows = [measure(name, gradients, looks) for name in ENTRANTS]
+    rows = compared(rows, seconds_per_step(list(ENTRANTS), timed), looks)
     print(show(rows))
     if arguments.json:
-        about = {"python": platform.python_version(), "clock": "process_time", **sizes, "batch": BATCH, "width": WIDTH}
+        about = {"python": platform.python_version(), "clock": "process_time", "gradients": gradients, "batch": BATCH}
         about |= {name: metadata.version(name) for name in ("jax", "optax")}
         arguments.json.write_text(json.dumps({"about": about, "results": rows}, indent=1) + "\n")
 

@@ -106,3 +106,16 @@ def test_the_stored_costs_of_the_ingredients_are_those_of_a_full_run(file, batch
     page = (BENCHMARKS.parent / "docs" / "cost.md").read_text(encoding="utf-8")
     for name in ("rk_optax", *INGREDIENTS):
         assert f"| {rows[name]:.2f} (" in page, name
+
+
+# --- Games -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_rows_of_the_games_are_those_of_their_figures():
+    games = runpy.run_path(str(BENCHMARKS / "games.py"))
+    result = json.loads((BENCHMARKS / "results" / "games.json").read_text())
+    page = (BENCHMARKS.parent / "RESULTS.md").read_text(encoding="utf-8")
+    assert [row["name"] for row in result["results"]] == list(games["ENTRANTS"])
+    for row in result["results"]:
+        assert row["steps"] * row["gradients_per_step"] == result["about"]["gradients"]
+        assert games["cells"](row) in page, row["name"]

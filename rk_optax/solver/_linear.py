@@ -193,7 +193,7 @@ def gmres(
             w = _tree.add_scaled(w, -1, combine(part, basis))
             column = column + part
         v, length = _tree.unit(w)
-        column = q @ column.at[j + 1].set(length.astype(dtype))
+        column = jnp.matmul(q, column.at[j + 1].set(length.astype(dtype)), precision="highest")
         largest = jnp.maximum(largest, jnp.max(jnp.abs(column)))
         above, below = column[j], column[j + 1]
         pivot = jnp.hypot(above, below)
@@ -221,7 +221,7 @@ def gmres(
         start += (jnp.zeros([], jnp.int32), jnp.ones([], dtype), jnp.zeros([], bool))
         basis, q, r, largest, j, left, ended = jax.lax.while_loop(go_on, extend, start)
         y = jax.scipy.linalg.solve_triangular(r, jnp.where(jnp.arange(most) < j, q[:most, 0], 0))
-        x = jax.tree.map(jnp.add, x, combine(length * jnp.append(y, 0), basis))
+        x = jax.tree.map(jnp.add, x, combine(length * jnp.pad(y, (0, 1)), basis))
         check = length * left <= tolerance
         residual = jax.lax.cond(
             check,
@@ -231,7 +231,8 @@ def gmres(
         left = _tree.norm(residual).astype(dtype)
         # What rounding in the operator does to a vector as long as b need not be solved for.
         unsolved = left > jnp.maximum(tolerance, 8 * rounding * largest * jnp.minimum(_tree.norm(x), 1))
-        return x, residual, left, i + j + ended + check, unsolved, ended | (left >= before)
+        spent = j + ended.astype(j.dtype) + check.astype(j.dtype)
+        return x, residual, left, i + spent, unsolved, ended | (left >= before)
 
     def go_on(carry: Any) -> jax.Array:
         *_, i, unsolved, ended = carry
