@@ -287,8 +287,8 @@ def residual_euler(
     """Linearly implicit Euler for least squares, solved directly in residual space: the one for PINNs.
 
     Order 1, no stability limit; one factorisation of an N×N or P×P matrix for N residuals and P parameters, whichever
-    is smaller. By default `rk_optax.trust_ratio_control()` finds h; in float64 `rk_optax.path_control()` ends far
-    lower. The loss is a `rk_optax.LeastSquares`. See `rk_optax.ResidualEuler`.
+    is smaller. By default `rk_optax.trust_ratio_control()` finds h; `rk_optax.path_control()` costs more a step and
+    ends far lower, on data that stay. The loss is a `rk_optax.LeastSquares`. See `rk_optax.ResidualEuler`.
     """
     solver = ResidualEuler(max_rows, tolerance, max_iterations)
     return runge_kutta(loss_fn, _given_or(learning_rate, trust_ratio_control), solver, momentum=momentum, **options)

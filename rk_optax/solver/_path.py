@@ -207,14 +207,48 @@ class RowPath(LeastSquaresPath):
         return coordinates - (coordinates - response @ self.basis) / self._stiffness(h)
 
     def _vectors(self, h: jax.Array, coordinates: jax.Array) -> jax.Array:
-        pulled = ((coordinates @ self.basis.T) @ self.rows) * self.scale[None]
-        return (pulled + (self.l2 * self.theta)[None]) / (1 + h * self.l2)[:, None]
+        return (self._pulled(coordinates) + (self.l2 * self.theta)[None]) / (1 + h * self.l2)[:, None]
+
+    def _pulled(self, coordinates: jax.Array) -> jax.Array:
+        """PRᵀUz."""
+        return ((coordinates @ self.basis.T) @ self.rows) * self.scale[None]
 
     def _short(self, h: jax.Array) -> jax.Array:
         return h / (1 + h * self.l2)
 
     def _stiffness(self, h: jax.Array) -> jax.Array:
         return 1 + self._short(h)[:, None] * self.eigenvalues[None]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SingularPath(RowPath):
+    """By the singular values and vectors of R itself, RP^½ = US^½Vᵀ, for a precision in which RRᵀ has too few digits.
+
+    The step of a large h is a small difference of large terms in PRᵀUz, and a sum of the terms that stay in P^½VS^½z.
+    """
+
+    right: jax.Array  # shape=(P, n): V
+    decayed: bool = False  # whether λ is in further rows, √λ I, with the residuals √λ θ
+
+    @property
+    def l2(self) -> Any:
+        """See `LeastSquaresPath.l2`: 0 where the rows see to it."""
+        return jnp.zeros([], self.rows.dtype) if self.decayed else super().l2
+
+    def evaluate(self, params: PyTree) -> Trial:
+        """See `LeastSquaresPath.evaluate`."""
+        trial = super().evaluate(params)
+        if not self.decayed:
+            return trial
+        return trial._replace(response=self.with_decay(trial.response, self.vectors.flatten(params), super().l2))
+
+    @staticmethod
+    def with_decay(rows: jax.Array, further: jax.Array, l2: jax.Array) -> jax.Array:
+        """Residuals or their rows, with those of (λ/2)‖θ‖²."""
+        return jnp.concatenate([rows, jnp.sqrt(l2) * further])
+
+    def _pulled(self, coordinates: jax.Array) -> jax.Array:
+        return ((coordinates * jnp.sqrt(self.eigenvalues)[None]) @ self.right.T) * jnp.sqrt(self.scale)[None]
 
 
 def least_squares_path(field: VectorField, params: PyTree, *, parameters: bool) -> LeastSquaresPath:
@@ -225,12 +259,30 @@ def least_squares_path(field: VectorField, params: PyTree, *, parameters: bool) 
     vectors = RealVectors(params, real)
     theta, scale = vectors.flatten(params), vectors.diagonal(field.scale)
     matrix = vectors.flatten(rows, lead=1) if jax.tree.leaves(rows) else jnp.zeros((len(residual), 0), real)
-    form = ParameterPath if parameters else RowPath
+    residual = residual.astype(real)
     l2 = jnp.asarray(0.0 if field.l2 is None else field.l2, real)
+    if jnp.finfo(real).bits < 64 and min(matrix.shape) > 0:
+        decayed = parameters and field.l2 is not None
+        if decayed:
+            matrix = SingularPath.with_decay(matrix, jnp.eye(len(theta), dtype=real), l2)
+            residual = SingularPath.with_decay(residual, theta, l2)
+        eigenvalues, left, right = _singular(matrix * jnp.sqrt(scale)[None])
+        return SingularPath(field, vectors, theta, matrix, scale, residual, eigenvalues, left, right, decayed)
+    form = ParameterPath if parameters else RowPath
     eigenvalues, basis = jnp.linalg.eigh(form.matrix(matrix, scale, l2), symmetrize_input=False)
     # Rounding makes small ones negative.
     eigenvalues = jnp.maximum(eigenvalues, 0)
-    return form(field, vectors, theta, matrix, scale, residual.astype(real), eigenvalues, basis)
+    return form(field, vectors, theta, matrix, scale, residual, eigenvalues, basis)
+
+
+def _singular(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """S, U and V of M = US^½Vᵀ; of a triangular factor, which takes half the time of M itself."""
+    wide = matrix.shape[0] < matrix.shape[1]
+    orthogonal, triangle = jnp.linalg.qr(matrix.T if wide else matrix)
+    first, singular, second = jnp.linalg.svd(triangle, full_matrices=False)
+    long, short = real_matmul(orthogonal, first), second.T
+    left, right = (short, long) if wide else (long, short)
+    return singular * singular, left, right
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -37,9 +37,10 @@ class ResidualEuler(Solver):
     The same step as `RosenbrockEuler("gauss_newton")` with CG run to the end. Costs N Jacobian rows; the gradient that
     comes in is used for the predicted fall alone.
 
-    Under `rk_optax.path_control` the matrix is decomposed into eigenvectors, once for all h; under any other rule a
-    Cholesky factor of it preconditions the few iterations of CG that make good its rounding
-    (`state.solver.iterations`; one while h is small).
+    Under `rk_optax.path_control` the matrix is decomposed into eigenvectors, once for all h; in float32, where the
+    matrix keeps too few digits for that, R itself into singular vectors. Under any other rule a Cholesky factor of the
+    matrix preconditions the few iterations of CG that make good its rounding (`state.solver.iterations`; one while h is
+    small).
 
     Args:
       max_rows: the largest matrix that is formed, N×N or P×P; where both are larger the system is solved by CG alone,

@@ -41,21 +41,29 @@ def path_of(residuals, solver=None, *, l2=None, scale=None, params=THETA):
         tree = unravel(jnp.asarray(scale))
         field = field.preconditioned(lambda g: jax.tree.map(jnp.multiply, tree, g), tree)
     step = solver.step(field, params, field(params), 0.0, solver.init(params), wants=frozenset({"path"}))
-    return step, field, np.asarray(theta), unravel
+    return step, field, np.asarray(theta, float), unravel
 
 
 def dense(residuals, theta, unravel):
     flat = lambda t: ravel_pytree(residuals(unravel(t)))[0]  # noqa: E731
-    return flat, np.asarray(jax.jacfwd(flat)(theta)), np.asarray(flat(theta))
+    return flat, np.asarray(jax.jacfwd(flat)(theta), float), np.asarray(flat(theta), float)
 
 
 def rows_of(tree):
     return np.stack([ravel_pytree(jax.tree.map(lambda leaf, i=i: leaf[i], tree))[0] for i in range(len(SIZES))])
 
 
+@pytest.fixture(params=[64, 32])
+def eps(request):
+    """The rounding of the precision that is in use: by the Gram matrix in float64, by singular values in float32."""
+    if request.param == 64:
+        request.getfixturevalue("x64")
+    return float(jnp.finfo(float).eps)
+
+
 @pytest.mark.parametrize(("l2", "scale"), [(None, None), (0.3, None), (None, P), (0.3, P)])
 @pytest.mark.parametrize("form", RESIDUALS)
-def test_one_factorisation_has_the_steps_and_falls_of_all_step_sizes(form, l2, scale, x64):
+def test_one_factorisation_has_the_steps_and_falls_of_all_step_sizes(form, l2, scale, eps):
     step, _, theta, unravel = path_of(RESIDUALS[form], l2=l2, scale=scale)
     path = step.quantities["path"]
     _, jacobian, residual = dense(RESIDUALS[form], theta, unravel)
@@ -67,8 +75,9 @@ def test_one_factorisation_has_the_steps_and_falls_of_all_step_sizes(form, l2, s
     falls = path.predicted_fall(jnp.asarray(SIZES), coordinates)
     for h, direction, fall in zip(SIZES, found, falls, strict=True):
         expected = np.linalg.solve(np.eye(4) + h * diagonal[:, None] * matrix, diagonal * gradient)
-        np.testing.assert_allclose(direction, expected, rtol=1e-8, atol=1e-12)
-        assert fall == pytest.approx(h * gradient @ expected - 0.5 * h**2 * expected @ matrix @ expected, rel=1e-8)
+        np.testing.assert_allclose(direction, expected, rtol=1e4 * eps, atol=100 * eps * np.abs(expected).max())
+        wanted = h * gradient @ expected - 0.5 * h**2 * expected @ matrix @ expected
+        assert fall == pytest.approx(wanted, rel=2e4 * eps)
     # With both a preconditioner and l2 the matrix of the residuals would change with h.
     by_parameters = form == "parameters" or (l2 and scale is not None)
     assert int(step.state.form) == bool(by_parameters)
@@ -77,7 +86,7 @@ def test_one_factorisation_has_the_steps_and_falls_of_all_step_sizes(form, l2, s
 
 @pytest.mark.parametrize(("l2", "scale"), [(None, None), (0.3, None), (0.3, P)])
 @pytest.mark.parametrize("form", RESIDUALS)
-def test_corrections_lead_to_backward_euler_with_the_jacobian_of_its_start(form, l2, scale, x64):
+def test_corrections_lead_to_backward_euler_with_the_jacobian_of_its_start(form, l2, scale, eps):
     step, field, theta, unravel = path_of(RESIDUALS[form], l2=l2, scale=scale)
     path, h = step.quantities["path"], jnp.array([0.3])
     flat, jacobian, _ = dense(RESIDUALS[form], theta, unravel)
@@ -93,11 +102,26 @@ def test_corrections_lead_to_backward_euler_with_the_jacobian_of_its_start(form,
         point = theta - 0.3 * np.asarray(ravel_pytree(direction)[0])
         errors.append(np.linalg.norm(point - end))
         trial = path.evaluate(unravel(jnp.asarray(point)))
-        assert float(trial.loss) == pytest.approx(float(field.loss(unravel(jnp.asarray(point)))), rel=1e-12)
+        assert float(trial.loss) == pytest.approx(float(field.loss(unravel(jnp.asarray(point)))), rel=100 * eps)
         coordinates = path.corrected(h, coordinates, trial.response[None])
     assert errors[0] > 1e-4
     assert errors[1] < 0.4 * errors[0]
-    assert errors[-1] < 1e-3 * errors[0]
+    assert errors[-1] < 1e-3 * errors[0] + 20 * eps
+
+
+@pytest.mark.parametrize("form", ["parameters", "rows"])
+def test_in_float32_a_step_has_the_digits_that_the_gram_matrix_lost(form):
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.normal(size=(n, 6)))[0] for n in ((9, 6) if form == "parameters" else (6, 9)))
+    matrix = ((left * np.logspace(0, -5, 6)) @ right.T).astype(np.float32)
+    theta = {"a": rng.normal(size=matrix.shape[1]).astype(np.float32)}
+    step, _, flat, _ = path_of(lambda p: matrix @ p["a"], params=theta)
+    path, h = step.quantities["path"], jnp.array([1e11])
+    wide = matrix.astype(float)
+    expected = np.linalg.lstsq(np.vstack([wide, np.eye(len(flat)) * 1e11**-0.5]), np.append(wide @ flat, 0 * flat))[0]
+    found = 1e11 * np.asarray(path.direction(h, path.start(h))["a"][0], float)
+    # The rounding of a singular value of 1e-5 itself is 0.006 of it; of its square, 600 times that.
+    np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
 
 
 def test_complex_leaves_are_pairs_of_reals_on_the_path(x64):
