@@ -6,7 +6,7 @@ Every entrant has the same number of updates, of tuning trials and of seeds, and
 of the grids come from one short run per rate of every entrant, at the smallest and the largest batch size.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from rk_optax.experiment.config import (
     BudgetConfig,
@@ -50,7 +50,10 @@ _FASHION: _Middles = {
     "rk4_all": (0.012, 1.2),
     "rk4_split": (0.08, 0.4),
 }
-_STUDIES: dict[str, tuple[str, _Middles]] = {"mnist": ("mnist", _MNIST), "fashion": ("fashion_mnist", _FASHION)}
+_STUDIES: dict[str, tuple[Literal["mnist", "fashion_mnist"], _Middles]] = {
+    "mnist": ("mnist", _MNIST),
+    "fashion": ("fashion_mnist", _FASHION),
+}
 
 
 def study(name: str, batch_size: int) -> CompareConfig:
