@@ -43,16 +43,27 @@ def memory():
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-@pytest.fixture(scope="module", autouse=True)
+class Memory:
+    """Gives back what compiling took: the megabyte of the smallest program is free afterwards, but glibc keeps it."""
+
+    limit = 600.0
+
+    def bound(self):
+        for let_go in (lambda: None, jax.clear_caches):  # where that is not enough, what JAX keeps
+            if memory() > self.limit:
+                let_go()
+                if platform.libc_ver()[0] == "glibc":
+                    ctypes.CDLL(None).malloc_trim(0)
+        self.limit = max(Memory.limit, memory() + 200)
+
+
+MEMORY = Memory()
+
+
+@pytest.fixture(autouse=True)
 def _bounded_memory():
-    """Between modules a large process gives back what compiling took, and then the programs that JAX keeps."""
     yield
-    for let_go in (lambda: None, jax.clear_caches):
-        if memory() > 700:
-            let_go()
-            # The megabyte that compiling the smallest program takes is free afterwards, but glibc keeps it.
-            if platform.libc_ver()[0] == "glibc":
-                ctypes.CDLL(None).malloc_trim(0)
+    MEMORY.bound()
 
 
 @pytest.fixture
