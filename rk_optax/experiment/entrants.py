@@ -97,6 +97,7 @@ _PRECONDITIONERS = {
     "rms": rk_optax.precondition_by_rms,
     "adam": rk_optax.precondition_by_adam,
 }
+_CAPPED = ("dal", "corridor")  # rules whose step size is at most the learning rate
 _SOLVERS_ALONE = {"preconditioner": None, "rule": "constant", "rule_options": {}, "stage_batches": "same"}
 
 
@@ -258,7 +259,7 @@ def _check_rate(where: str, config: MethodConfig, factory: Callable[..., Any], h
             config.rule,
             "sets the learning rate itself: leave schedule and warmup_steps out",
         )
-        if config.rule == "dal":
+        if config.rule in _CAPPED:
             _refuse_unless(has_rate, f"{where}.rule", config.rule, "needs a learning_rate, its largest one")
         else:
             _refuse_unless(not has_rate, f"{where}.rule", config.rule, "finds the step size: leave learning rates out")
@@ -270,7 +271,7 @@ def _step_size(where: str, config: MethodConfig, learning_rate: Any, steps: int 
         options = dict(config.rule_options)
         rule: Any = getattr(rk_optax, config.rule)
         try:
-            return rule(learning_rate, **options) if config.rule == "dal" else rule(**options)
+            return rule(learning_rate, **options) if config.rule in _CAPPED else rule(**options)
         except (TypeError, ValueError) as error:
             raise UsageError(f"{where}.rule_options = {options!r}: {error}") from error
     warmup = config.warmup_steps

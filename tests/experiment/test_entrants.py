@@ -127,6 +127,20 @@ def test_ingredients_are_those_of_the_library(fields, direct):
     assert optimizer.gradients_per_step == (1 if "stage_batches" in fields else spent)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [OptimizerConfig("euler", (0.01, 0.1), rule="corridor"), OptimizerConfig("euler", rule="sharpness_capped")],
+)
+def test_rules_of_the_curvature_are_those_of_the_library(config):
+    rate = 0.05 if config.learning_rates else None
+    rule = rk_optax.corridor(0.05) if rate else rk_optax.sharpness_capped()
+    params = jnp.array([0.3, -0.2])
+    grads = jax.grad(loss_fn)(params, **DATA)
+    ours, direct = build_from(config).make(loss_fn, rate, None), rk_optax.euler(loss_fn, rule)
+    updates, _ = ours.update(grads, ours.init(params), params, **DATA)
+    np.testing.assert_array_equal(updates, direct.update(grads, direct.init(params), params, **DATA)[0])
+
+
 @pytest.mark.parametrize(("estimate", "gradients"), [("free", 4), ("difference", 5), ("product", 6)])
 def test_what_a_rule_costs_is_counted(estimate, gradients):
     config = OptimizerConfig("rk4", (0.1, 1.0), rule="dal", rule_options={"estimate": estimate})

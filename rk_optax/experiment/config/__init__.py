@@ -159,9 +159,18 @@ class MethodConfig(_Checked):
     preconditioner: Literal["adagrad", "rms", "adam"] | None = None
     """Scales every stage of a solver: rk_optax.precondition_by_adagrad and so on, with their defaults."""
     rule: Literal[
-        "constant", "dal", "sgd_g2", "descent_control", "trust_ratio_control", "path_control", "error_control"
+        "constant",
+        "dal",
+        "corridor",
+        "sgd_g2",
+        "sharpness_capped",
+        "descent_control",
+        "trust_ratio_control",
+        "path_control",
+        "error_control",
     ] = "constant"
-    """Where the step size comes from: the learning rate (its largest value, with dal), or a rule that finds it."""
+    """Where the step size comes from: the learning rate (its largest value, with dal and corridor), or a rule that
+    finds it."""
     rule_options: Options = dataclasses.field(default_factory=dict)
     """Keyword arguments of the rule, such as estimate of dal."""
     stage_batches: Literal["same", "split"] = "same"

@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from rk_optax.experiment.config import CompareConfig
+from rk_optax.experiment.direct import DIRECT
 from rk_optax.experiment.entrants import OPTAX, SOLVERS
+from rk_optax.experiment.rivals import RIVALS
 from rk_optax.experiment.runs.compare import Compared
 from rk_optax.experiment.runs.flow import DESCENT
 from rk_optax.experiment.runs.summary import Row, Spread
@@ -183,7 +185,7 @@ def solver_table(tableaus: Mapping[str, ButcherTableau]) -> Table:
 
 
 def optimizer_table(tableaus: Mapping[str, ButcherTableau]) -> Table:
-    """Every other optimizer of the package in the words of its documentation, and the names of those of Optax."""
+    """Every other optimizer of the package in the words of its documentation, and the names of all others."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("optimizer", no_wrap=True)
     table.add_column("needs", no_wrap=True)
@@ -194,6 +196,8 @@ def optimizer_table(tableaus: Mapping[str, ButcherTableau]) -> Table:
             summary = (inspect.getdoc(factory) or "").splitlines()[0]
             table.add_row(name, "a learning rate" if rate else "nothing", summary)
     table.add_section()
+    table.add_row("published rivals", "", ", ".join(sorted(RIVALS)))
+    table.add_row("told the problem", "", ", ".join(sorted(DIRECT)))
     table.add_row("of Optax", "", ", ".join(sorted(OPTAX)))
     return table
 

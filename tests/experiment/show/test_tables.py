@@ -108,7 +108,7 @@ def test_every_other_optimizer_is_listed_with_what_it_needs():
     for name in ("backward_euler", "sdirk3", "gauss4", "etdrk2"):
         assert "a learning rate" in rows[name]
     assert "no stability limit" in rows["backward_euler"]
-    assert all(name in text for name in ("lbfgs", "adamw"))
+    assert all(name in text for name in ("lbfgs", "adamw", "ssbroyden", "cholesky"))
 
 
 def test_a_race_never_cuts_a_name():
