@@ -46,7 +46,8 @@ PARAMS = Net(local=True).init(KEY, X, Y)["params"]
 
 def estimates(field, params=PARAMS, count=20_000):
     draw = jax.jit(jax.vmap(lambda key: field(params, X, Y, key=key)))
-    return jax.tree.map(np.asarray, draw(jax.random.split(KEY, count)))
+    # Means over so many numbers lose digits in float32.
+    return jax.tree.map(lambda x: np.asarray(x, float), draw(jax.random.split(KEY, count)))
 
 
 def gradient_of_outputs(net):
@@ -76,7 +77,7 @@ def test_the_mean_is_the_gradient_and_the_variance_is_the_formula(local):
     exact = exact_gradient(net)
     for value, mean in zip(jax.tree.leaves(values), jax.tree.leaves(exact), strict=True):
         error = value.std(0) / np.sqrt(len(value))
-        np.testing.assert_array_less(np.abs(value.mean(0) - mean), 4.5 * error + 1e-6)
+        np.testing.assert_array_less(np.abs(value.mean(0) - mean), 4.5 * error + 1e-5)
     for name in ("readout", "head"):  # no perturbed output behind them: exact
         np.testing.assert_allclose(values[name]["kernel"][0], exact[name]["kernel"], rtol=1e-4, atol=1e-6)
     # Of a layer with q outputs: Σ_n ‖x_n‖² (q‖a_n‖² + ‖a_n of the layer‖²)/N², with a the gradient with respect to all
