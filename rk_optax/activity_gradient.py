@@ -92,7 +92,8 @@ def activity_forward_gradient(
     Args:
       loss_fn: `loss_fn(params, *data) -> losses`, one for each example, shape (N,); or `(losses, aux)` with `has_aux`.
       directions: how many are averaged.
-      perturbed: the classes of the layers whose outputs are moved, or a function of a module that says so.
+      perturbed: the classes of the layers whose outputs are moved, or a function that says so
+        of a module inside of the network, by its name say.
       has_aux: as for `rk_optax.forward_gradient`.
       key_name: likewise.
       argnames: likewise.
@@ -112,13 +113,11 @@ def activity_forward_gradient(
     """
     _checks.count(directions, "directions")
     loss = read_data_function(loss_fn, "loss_fn", argnames)
-    if isinstance(perturbed, type | tuple):
-        kinds = perturbed
 
-        def chosen(module: nn.Module) -> bool:
-            return isinstance(module, kinds)
-    else:
-        chosen = perturbed
+    def chosen(module: nn.Module) -> bool:
+        if isinstance(perturbed, type | tuple):
+            return isinstance(module, perturbed)
+        return module.name is not None and perturbed(module)  # the network itself has no name, and is no layer
 
     def estimate(params: PyTree, key: jax.Array, data: dict[str, Any]) -> Any:
         def evaluated(params: PyTree, hook: Hook) -> tuple[list[jax.Array], list[int], Any]:

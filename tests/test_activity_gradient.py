@@ -31,7 +31,7 @@ class Net(nn.Module):
 
 
 def perturbed(layer):
-    return layer.name in ("first", "second")
+    return layer.name.startswith(("first", "second"))
 
 
 def losses_of(net):
@@ -129,6 +129,13 @@ def test_the_paper_s_variances_of_weights_and_activities_over_batches_drawn_from
     by_weights, by_activities = variance(forward_gradient(mean_loss)), variance(activity_forward_gradient(losses_fn))
     assert by_weights == pytest.approx((p * q + 2) / n * v + (p * q + 1) * s, rel=0.06)
     assert by_activities == pytest.approx((q + 2) / n * v + (q + 1) / n * s, rel=0.06)
+
+
+def test_a_function_is_asked_of_layers_and_not_of_the_network():
+    asked = []
+    field = activity_forward_gradient(losses_of(Net()), perturbed=lambda layer: asked.append(layer.name) or True)
+    field(PARAMS, X, Y, key=KEY)
+    assert set(asked) == {"first", "norm", "second", "readout"}
 
 
 def test_aux_is_handed_on_and_keys_are_fresh_at_every_stage():
