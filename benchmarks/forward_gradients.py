@@ -48,6 +48,10 @@ class Net(nn.Module):
         return cross_entropy(logits, y), logits
 
 
+def evaluated(net: Net, params: Any, x: jax.Array, y: jax.Array) -> Any:
+    return net.apply({"params": params}, x, y)
+
+
 def cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, y)
 
@@ -66,7 +70,8 @@ def field_of(method: str, net: Net) -> Any:
     """`field(params, x, y, key=key)`: an estimate of the gradient of the mean loss (of all losses, with local ones)."""
 
     def losses_fn(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        return net.apply({"params": params}, x, y)[0]
+        losses, _ = evaluated(net, params, x, y)
+        return losses
 
     def mean_loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
         return losses_fn(params, x, y).mean()
@@ -85,7 +90,7 @@ def trained(method: str, steps: int, batch: int, parts: Any) -> Any:
     x, y = parts["train"]
 
     def error(params: Any, part: str) -> jax.Array:
-        logits = net.apply({"params": params}, *parts[part])[1]
+        _, logits = evaluated(net, params, *parts[part])
         return jnp.mean(jnp.argmax(logits, axis=1) != parts[part][1])
 
     @jax.jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -153,7 +154,7 @@ def activity_forward_gradient(
                 return jax.lax.stop_gradient(z)
 
             losses, _, aux = evaluated(params, hook)
-            return sum(terms) + sum(jnp.mean(part) for part in losses), aux
+            return functools.reduce(jnp.add, [*terms, *map(jnp.mean, losses)]), aux
 
         gradient, aux = jax.grad(local, has_aux=True)(params)
         return (gradient, aux) if has_aux else gradient

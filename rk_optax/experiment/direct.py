@@ -63,7 +63,7 @@ def stochastic_dual_descent(
         residual = matrix[rows] @ state.place - y[rows]
         gradient = jnp.zeros_like(y).at[rows].add(residual / batch)
         moves, after = sgd.update(gradient, state.sgd, state.place)
-        place = optax.apply_updates(state.place, moves)
+        place: Any = optax.apply_updates(state.place, moves)
         velocity = -learning_rate * optax.tree_utils.tree_get(after, "trace")
         alpha = place - momentum * velocity
         whole, read = jnp.divmod(state.rows + batch, len(y))
