@@ -54,6 +54,7 @@ TITLES = {
     "poisson": "2-D Poisson PINN",
     "burgers": "Burgers' equation by a PINN",
     "gp_dual": "Gaussian-process dual",
+    "factorisation": "factors of a matrix",
     "logistic": "logistic regression, κ = 1e4",
     "digits": "digits, all at every step",
 }
