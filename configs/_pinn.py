@@ -38,10 +38,8 @@ def race(
         "engd_w": EntrantConfig("engd_w", trials=dampings, tunes="damping", seconds=seconds, chunk=chunk),
         "spring": EntrantConfig("spring", trials=dampings, tunes="damping", seconds=seconds, chunk=chunk),
         "somax": EntrantConfig("somax_egn", trials=(1e-2, 1.0), tunes="damping", seconds=seconds, chunk=chunk),
-        "residual_euler": EntrantConfig("residual_euler", seconds=seconds, chunk=chunk),
-        "residual_euler, trust ratio": EntrantConfig(
-            "residual_euler", rule="trust_ratio_control", seconds=seconds, chunk=2 * chunk
-        ),
+        "residual_euler": EntrantConfig("residual_euler", seconds=seconds, chunk=2 * chunk),
+        "residual_euler, path": EntrantConfig("residual_euler", rule="path_control", seconds=seconds, chunk=chunk),
     }
     if small:
         entrants["ssbroyden"] = EntrantConfig("ssbroyden", seconds=seconds, chunk=5 * chunk)

@@ -31,7 +31,7 @@ class PathControlState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PathControl(StepSizeRule):
-    """Tries the steps of many h from one factorisation, and takes the longest whose fall is a fair part of the best.
+    """Tries the steps of many h from one factorisation, and takes the best, or a longer one that is nearly as good.
 
     The trial steps have `probes` step sizes, log-spaced from h/width to h·width about the latest h. Those of least
     squares are then corrected: with the same factor, each correction is one more iteration of simplified Newton from
@@ -42,9 +42,10 @@ class PathControl(StepSizeRule):
     Use it for high accuracy, in either precision: its steps cost more than those of `trust_ratio_control` (two to three
     times as much in float64, four in float32) and lead further. Relative errors of one seed, on a 2-D Poisson network
     of 2,241 weights and 1,020 residuals, after so many processor seconds: in float64 4e-5 (10 s), 4e-7 (18 s) and 5e-8
-    (23 s), and of the trust ratio 1e-3, 1e-4 and 6e-5; in float32 6e-5 (11 s) and 8e-6 (25 s), and of the trust ratio
-    7e-5 (25 s), which is ahead for the first nine seconds. That is with `boldness=1.0`, the least loss; a bold path
-    falls later and may end lower (in float32, with 0.1: 2e-3 at 14 s, and 4e-6 at 25 s).
+    (23 s), and of the trust ratio 3e-4 (11 s), 1e-4 (19 s) and 6e-5 (25 s); in float32 6e-5 (11 s) and 8e-6 (25 s), and
+    of the trust ratio 7e-5 (25 s), which is ahead for the first nine seconds. A smaller `boldness` goes on with longer
+    steps while their loss is not yet the least: it falls later and may end lower (in float32, with 0.1: 2e-3 at 14 s,
+    and 4e-6 at 25 s).
 
     Where the loss at params is not the one that the previous update left there, the data have changed and falls on them
     say little: then h follows the quality of the quadratic model, as under `rk_optax.trust_ratio_control`, with one
@@ -67,8 +68,7 @@ class PathControl(StepSizeRule):
         eigenvalue of the first matrix (of the largest, in a Krylov space), so that units do not matter.
       probes: the number of trial steps, static.
       width: the largest factor by which h changes in one update, above 1.
-      boldness: β in (0, 1]; 1 takes the least loss. None: 0.1 for least squares, where the model becomes exact as the
-        residuals vanish, and 1 for other losses.
+      boldness: β in (0, 1]; 1 takes the least loss.
       corrections: evaluations of the residuals for each trial beyond the first, static; least squares alone has them.
 
     Raises:
@@ -82,7 +82,7 @@ class PathControl(StepSizeRule):
     _: dataclasses.KW_ONLY
     probes: int = 16
     width: Number = 30.0
-    boldness: Number | None = None
+    boldness: Number = 1.0
     corrections: int = 4
     needs: ClassVar[frozenset[Capability]] = frozenset({"loss", "deterministic"})
     wants: ClassVar[frozenset[Quantity]] = frozenset({"path"})
@@ -92,8 +92,7 @@ class PathControl(StepSizeRule):
             _checks.numbers(self, initial_step_size="positive")
         _checks.count(self.probes, "probes")
         _checks.numbers(self, width="growth")
-        if self.boldness is not None:
-            _checks.numbers(self, boldness="fraction")
+        _checks.numbers(self, boldness="fraction")
         if self.corrections != 0 or isinstance(self.corrections, bool):
             _checks.count(self.corrections, "corrections")
 
@@ -131,8 +130,7 @@ class PathControl(StepSizeRule):
             sizes = _bounded(h * jnp.asarray(self.width, dtype) ** exponents)
             losses, coordinates = self._try(path, params, sizes)
             falls = jnp.where(jnp.isfinite(losses), before.astype(dtype) - losses.astype(dtype), -jnp.inf)
-            boldness = path.boldness if self.boldness is None else self.boldness
-            enough = (falls > 0) & (falls >= boldness * jnp.max(falls))
+            enough = (falls > 0) & (falls >= self.boldness * jnp.max(falls))
             index = jnp.max(jnp.where(enough, jnp.arange(self.probes), 0))
             return sizes[index], coordinates[index]
 

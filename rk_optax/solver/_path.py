@@ -36,11 +36,9 @@ class Path(abc.ABC):
 
     Attributes:
       correctable: whether `corrected` improves anything: where the loss is least squares and its rows are at hand.
-      boldness: the part of the best fall for which a longer step is worth taking, where the rule is given none.
     """
 
     correctable: ClassVar[bool] = False
-    boldness: ClassVar[float] = 1.0
 
     @property
     @abc.abstractmethod
@@ -122,7 +120,6 @@ class LeastSquaresPath(Path):
     eigenvalues: jax.Array  # shape=(n,), not negative
     basis: jax.Array  # shape=(n, n): the eigenvectors are its columns
     correctable: ClassVar[bool] = True
-    boldness: ClassVar[float] = 0.1
 
     @property
     def typical(self) -> jax.Array:
