@@ -171,7 +171,7 @@ class Stabilized(Solver):
         known = jnp.isfinite(radius)
         age = jnp.where(known, jnp.where(due, 1, state.age + 1), self.estimate_every).astype(jnp.int32)
         # An estimate that is not finite, of one bad batch say, tells nothing: the last one is kept, and another is due.
-        kept = jnp.where(known, radius, state.spectral_radius)
+        kept, eigenvector = _tree.select(known, (radius, eigenvector), (state.spectral_radius, state.eigenvector))
         new = StabilizedState(kept, stages, age, eigenvector)
         return Step(
             direction,
