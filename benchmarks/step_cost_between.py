@@ -83,21 +83,18 @@ def serve(widths: Sequence[int], batch: int) -> None:
         return (x @ last)[:, 0] - y
 
     loss = rk_optax.LeastSquares(residuals, reduction="mean")
-    rows, update, state = entries(), None, None
+    rows = entries()
+    update: Any = None
+    state: Any = None
     for line in sys.stdin:
         if line.strip().isdigit():
-            assert update is not None
             start = time.process_time()
             for _ in range(int(line)):
                 jax.block_until_ready(update(params, state))
             print(time.process_time() - start, flush=True)
             continue
         tx = rows[line.strip()](rk_optax, loss)
-
-        @jax.jit
-        def update(params, state, tx=tx):
-            return tx.update(jax.grad(loss)(params, **data), state, params, **data)
-
+        update = jax.jit(lambda params, state, tx=tx: tx.update(jax.grad(loss)(params, **data), state, params, **data))
         state = update(params, tx.init(params))[1]  # what the first step alone does is not counted
         after = update(params, state)[1]
         print(sum(int(b) - int(a) for a, b in zip(state.cost, after.cost, strict=True)), flush=True)
