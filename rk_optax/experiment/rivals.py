@@ -155,10 +155,7 @@ def spring(
         data = _data(extra)
         flat, unravel = ravel_pytree(params)
         residual, rows = _matrix(loss_fn, params, data)
-        kernel = rows @ rows.T + damping * jnp.eye(len(rows), dtype=rows.dtype)
-        solve = jax.scipy.linalg.cho_solve
-        right = residual + momentum * (rows @ state.phi)
-        phi = momentum * state.phi - solve((jnp.linalg.cholesky(kernel), True), right) @ rows
+        phi = momentum * state.phi - _damped(rows, residual + momentum * (rows @ state.phi), damping)
         if learning_rate is None:
             rates = jnp.asarray(0.5 ** np.arange(31.0), flat.dtype)
             losses = jax.lax.map(lambda rate: loss_fn(unravel(flat + rate * phi), **data), rates)
@@ -273,6 +270,15 @@ def _matrix(loss_fn: rk_optax.LeastSquares, params: Any, data: Mapping[str, Any]
     # Without the barrier XLA fuses the rows into their product, which then costs twice as much.
     residual, rows = jax.lax.optimization_barrier(loss_fn.rows(params, data))
     return residual, jax.vmap(lambda row: ravel_pytree(row)[0])(rows)
+
+
+def _damped(rows: jax.Array, right: jax.Array, damping: float) -> jax.Array:
+    """Rᵀ(RRᵀ + λI)⁻¹c, by the smaller of RRᵀ and RᵀR: without Woodbury's formula where there are fewer weights."""
+    wide = len(rows) <= rows.shape[1]
+    kernel = rows @ rows.T if wide else rows.T @ rows
+    factor = jnp.linalg.cholesky(kernel + damping * jnp.eye(len(kernel), dtype=rows.dtype)), True
+    solve = jax.scipy.linalg.cho_solve
+    return solve(factor, right) @ rows if wide else solve(factor, right @ rows)
 
 
 def _check_residuals(loss_fn: Any) -> None:

@@ -46,8 +46,9 @@ def run(tx, loss_fn, params, data, steps):
     return params, state
 
 
-def test_engd_w_steps_by_the_damped_least_squares_solution():
-    loss_fn, params, data = problem()
+@pytest.mark.parametrize("points", [12, 20])
+def test_engd_w_steps_by_the_damped_least_squares_solution(points):
+    loss_fn, params, data = problem(points)
     flat, unravel, rows = jacobian(params, data)
     residual, damping = np.asarray(residual_fn(params, **data)), 1e-3
     stacked = np.vstack([rows, np.sqrt(damping) * np.eye(flat.size)])
@@ -58,7 +59,7 @@ def test_engd_w_steps_by_the_damped_least_squares_solution():
     best = min((float(loss_fn(unravel(flat + rate * step), **data)), rate) for rate in 0.5 ** np.arange(31))[1]
     new, state = run(engd_w(loss_fn, None, damping), loss_fn, params, data, 1)
     np.testing.assert_allclose(jax.flatten_util.ravel_pytree(new)[0], flat + best * step, rtol=1e-9)
-    assert (int(state.cost.rows), int(state.cost.losses)) == (12, 31)
+    assert (int(state.cost.rows), int(state.cost.losses)) == (points, 31)
 
 
 @pytest.mark.parametrize("bound", [None, 1e-4])

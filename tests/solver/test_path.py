@@ -58,7 +58,7 @@ def eps(request):
     """The rounding of the precision that is in use: by the Gram matrix in float64, by singular values in float32."""
     if request.param == 64:
         request.getfixturevalue("x64")
-    return float(jnp.finfo(float).eps)
+    return float(jnp.finfo(jnp.zeros(1).dtype).eps)
 
 
 @pytest.mark.parametrize(("l2", "scale"), [(None, None), (0.3, None), (None, P), (0.3, P)])
