@@ -15,7 +15,7 @@ from tests.conftest import network, network_loss
 def dense(loss_fn, params, **data):
     """The Hessian as a matrix, by JAX's own forward-over-reverse."""
     flat, unravel = jax.flatten_util.ravel_pytree(params)
-    return np.asarray(jax.hessian(lambda w: loss_fn(unravel(w), **data))(flat))
+    return np.asarray(jax.jit(jax.hessian(lambda w: loss_fn(unravel(w), **data)))(flat))
 
 
 @pytest.mark.usefixtures("x64")
@@ -85,8 +85,8 @@ def test_micro_batches_change_rounding_alone():
         lambda p, x: jnp.tanh(x @ p["w1"] + p["b1"]) @ p["w2"], lambda z, y: jnp.mean((z - y) ** 2)
     )
     flat, unravel = jax.flatten_util.ravel_pytree(params)
-    rows = jax.jacobian(
-        lambda w: (jnp.tanh(data["x"] @ unravel(w)["w1"] + unravel(w)["b1"]) @ unravel(w)["w2"]).ravel()
+    rows = jax.jit(
+        jax.jacobian(lambda w: (jnp.tanh(data["x"] @ unravel(w)["w1"] + unravel(w)["b1"]) @ unravel(w)["w2"]).ravel())
     )(flat)
     want = np.linalg.eigvalsh(2 / rows.shape[0] * rows.T @ rows)[::-1][:3]
     for size in (None, 4):  # a last micro-batch of three

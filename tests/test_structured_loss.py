@@ -86,7 +86,7 @@ def test_rows_are_the_jacobian_of_the_weighted_residuals(mean, pointwise, x64):
     # Rows come in an order of their own, the same for residuals and Jacobian: compare what does not depend on it.
     theta, unravel = ravel_pytree(params)
     outputs = lambda t: ravel_pytree(loss.outputs(unravel(t), DATA))[0]  # noqa: E731
-    reference, jacobian = np.asarray(outputs(theta)), np.asarray(jax.jacrev(outputs)(theta))
+    reference, jacobian = np.asarray(outputs(theta)), np.asarray(jax.jit(jax.jacrev(outputs))(theta))
     assert loss.count_rows(params, DATA) == 22 == rows.residual.size
     ours, theirs = np.argsort(rows.residual), np.argsort(reference)
     np.testing.assert_allclose(np.asarray(rows.residual)[ours], reference[theirs], rtol=1e-10)

@@ -52,20 +52,29 @@ def flat(params=THETA):
     return ravel_pytree(jax.tree.map(jnp.asarray, params))
 
 
+@functools.lru_cache
+def derivatives(loss):
+    """Gradient, Hessian and Gauss–Newton matrix at THETA as a compiled function of l2."""
+
+    def found(l2):
+        theta, unravel = flat()
+
+        def outputs(t):
+            params = unravel(t)
+            return ravel_pytree(misfit(params))[0] if isinstance(loss, LeastSquares) else curve(params, X)
+
+        of_outputs = (lambda r: 0.5 * r @ r) if isinstance(loss, LeastSquares) else softplus_misfit
+        jacobian = jax.jacfwd(outputs)(theta)
+        full = lambda t: of_outputs(outputs(t)) + 0.5 * l2 * t @ t  # noqa: E731
+        gauss_newton = jacobian.T @ jax.hessian(of_outputs)(outputs(theta)) @ jacobian + l2 * jnp.eye(len(theta))
+        return jax.grad(full)(theta), jax.hessian(full)(theta), gauss_newton
+
+    return jax.jit(found)
+
+
 def matrices(loss, l2=0.0):
     """Gradient, Hessian and Gauss–Newton matrix at THETA, from jacobians of the flattened loss."""
-    theta, unravel = flat()
-
-    def outputs(t):
-        params = unravel(t)
-        return ravel_pytree(misfit(params))[0] if isinstance(loss, LeastSquares) else curve(params, X)
-
-    of_outputs = (lambda r: 0.5 * r @ r) if isinstance(loss, LeastSquares) else softplus_misfit
-    jacobian = jax.jacfwd(outputs)(theta)
-    full = lambda t: of_outputs(outputs(t)) + 0.5 * l2 * t @ t  # noqa: E731
-    gauss_newton = jacobian.T @ jax.hessian(of_outputs)(outputs(theta)) @ jacobian + l2 * np.eye(len(theta))
-    found = jax.grad(full)(theta), jax.hessian(full)(theta), gauss_newton
-    return [np.asarray(m, np.float64) for m in found]
+    return [np.asarray(m, np.float64) for m in derivatives(loss)(l2)]
 
 
 def effective_gradient(loss, h, solver, params=THETA, **options):
@@ -154,7 +163,7 @@ def test_complex_leaves_are_pairs_of_reals(solver, x64):
         return residuals({"z": t[:2] + 1j * t[2:]})
 
     pairs = jnp.concatenate([z.real, z.imag])
-    jacobian, r = np.asarray(jax.jacfwd(of_pairs)(pairs)), np.asarray(of_pairs(pairs))
+    jacobian, r = np.asarray(jax.jit(jax.jacfwd(of_pairs))(pairs)), np.asarray(of_pairs(pairs))
     expected = np.linalg.solve(np.eye(4) + 0.7 * jacobian.T @ jacobian, jacobian.T @ r)
     found, _ = effective_gradient(LeastSquares(residuals), 0.7, solver, {"z": z})
     np.testing.assert_allclose(found, expected[:2] + 1j * expected[2:], rtol=1e-10)
@@ -203,7 +212,7 @@ def test_the_predicted_fall_is_that_of_the_quadratic_model_also_when_cg_is_cut_s
         tree = flat()[1](jnp.asarray(scale))
         problem = problem.preconditioned(lambda g: jax.tree.map(jnp.multiply, tree, g), tree)
         k1 = problem(params)
-    step = solver.step(problem, params, k1, h, solver.init(params))
+    step = jax.jit(lambda params, k1: solver.step(problem, params, k1, h, solver.init(params)))(params, k1)
     gradient, _, matrix = matrices(loss, l2 or 0.0)
     moved = h * np.asarray(ravel_pytree(step.direction)[0])
     assert float(step.quantities["predicted_fall"]) == pytest.approx(
