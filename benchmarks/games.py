@@ -38,7 +38,7 @@ import rk_optax
 PyTree = Any
 MODES = jnp.asarray(2 * np.exp(2j * np.pi * np.arange(8) / 8)[:, None].view(float), jnp.float32)
 DEVIATION, BATCH, LATENT, WIDTH = 0.1, 64, 8, 32
-FLOW_RATES, ADAM_RATES = (0.1, 0.2, 0.4, 0.8, 1.6), (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+FLOW_RATES, ADAM_RATES = (0.025, 0.05, 0.1, 0.2, 0.4), (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 EXTRAGRADIENT = rk_optax.ButcherTableau(
     "extragradient", [[0, 0], [1, 0]], [0, 1], [0, 1], 1, source="G. M. Korpelevich, Matecon 12 (1976)"
 )
