@@ -38,7 +38,7 @@ import rk_optax
 PyTree = Any
 MODES = jnp.asarray(2 * np.exp(2j * np.pi * np.arange(8) / 8)[:, None].view(float), jnp.float32)
 DEVIATION, BATCH, LATENT, WIDTH = 0.1, 64, 8, 32
-FLOW_RATES, ADAM_RATES = (0.1, 0.2, 0.4, 0.8, 1.6), (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+FLOW_RATES, ADAM_RATES = (0.025, 0.05, 0.1, 0.2, 0.4), (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 EXTRAGRADIENT = rk_optax.ButcherTableau(
     "extragradient", [[0, 0], [1, 0]], [0, 1], [0, 1], 1, source="G. M. Korpelevich, Matecon 12 (1976)"
 )
@@ -201,14 +201,15 @@ def measure(name: str, gradients: int, looks: int) -> dict[str, Any]:
 
 
 def compared(rows: list[dict[str, Any]], each: dict[str, float], looks: int) -> list[dict[str, Any]]:
-    """The rows with what they had at equal gradients and at equal seconds."""
+    """The rows with what they had at equal gradients and, where a step's seconds are known, at equal seconds."""
     for row in rows:
-        row["seconds"] = row["steps"] * each[row["name"]]
-    budget = min(row["seconds"] for row in rows)
+        row["seconds"] = row["steps"] * each[row["name"]] if each else None
+    budget = min((row["seconds"] for row in rows), default=None) if each else None
     for row in rows:
         modes, share = (np.array(row["history"][key]) for key in ("modes", "share"))
-        spent = min(int(looks * budget / row["seconds"]), looks)
-        for equal, look in {"equal_gradients": looks - 1, "equal_seconds": spent - 1}.items():
+        looked = {"equal_gradients": looks - 1}
+        looked["equal_seconds"] = min(int(looks * budget / row["seconds"]), looks) - 1 if each else -1
+        for equal, look in looked.items():
             row[equal] = None if look < 0 else {"modes": summary(modes[:, look]), "share": summary(share[:, look])}
     return rows
 
@@ -219,9 +220,9 @@ def cells(row: dict[str, Any]) -> str:
     for equal in ("equal_gradients", "equal_seconds"):
         found = row[equal]
         modes, share = (found["modes"], found["share"]) if found else (None, None)
-        texts.append(f"{modes['mean']:.1f} [{modes['min']}, {modes['max']}]" if modes else "–")
+        texts.append(f"{modes['mean']:.1f} [{modes['min']:.0f}, {modes['max']:.0f}]" if modes else "–")
         texts.append(f"{100 * share['mean']:.0f} %" if share else "–")
-    texts.insert(4, f"{row['seconds']:.1f}")
+    texts.insert(4, f"{row['seconds']:.1f}" if row["seconds"] else "–")
     return "| " + " | ".join(texts) + " |"
 
 

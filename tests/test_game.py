@@ -48,13 +48,18 @@ STABILITY = {
     "ssprk3": (3, lambda z: 1 + z + z**2 / 2 + z**3 / 6),
     "rk4": (4, lambda z: 1 + z + z**2 / 2 + z**3 / 6 + z**4 / 24),
     "rkc1": (5, chebyshev(5, 0.05)),
+    "extragradient": (2, lambda z: 1 + z + z**2),
+}
+NOT_NAMED = {
+    "rkc1": rk_optax.Stabilized("rkc1", stages=5),
+    "extragradient": rk_optax.ButcherTableau("extragradient", [[0, 0], [1, 0]], [0, 1], [0, 1], 1),
 }
 
 
 @pytest.mark.parametrize("name", STABILITY)
 def test_the_radius_of_the_spiral_is_that_of_the_stability_function(name, x64):
     gradients, stability = STABILITY[name]
-    solver = rk_optax.Stabilized("rkc1", stages=5) if name == "rkc1" else name
+    solver = NOT_NAMED.get(name, name)
     h, rates = 0.3, {"x": 2.0, "y": 0.5}  # eigenvalues ±i√(2·0.5) of the field, in an ellipse with axes √2 and √½
     path, state = trajectory(game(BILINEAR, h, solver, rates=rates), START, 40)
     z = path[:, 0] / np.sqrt(2.0) + 1j * path[:, 1] / np.sqrt(0.5)
