@@ -41,7 +41,7 @@ def path_of(residuals, solver=None, *, l2=None, scale=None, params=THETA):
         tree = unravel(jnp.asarray(scale))
         field = field.preconditioned(lambda g: jax.tree.map(jnp.multiply, tree, g), tree)
     step = solver.step(field, params, field(params), 0.0, solver.init(params), wants=frozenset({"path"}))
-    return step, field, np.asarray(theta, float), unravel
+    return step, field, np.asarray(theta, np.result_type(theta.dtype, float)), unravel
 
 
 def dense(residuals, theta, unravel):
