@@ -17,6 +17,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import ctypes
 import functools
+import gc
 import math
 import platform
 from pathlib import Path
@@ -46,15 +47,22 @@ def memory():
 class Memory:
     """Gives back what compiling took: the megabyte of the smallest program is free afterwards, but glibc keeps it."""
 
-    limit = 600.0
+    least = 900
+    limit = least
 
     def bound(self):
-        for let_go in (lambda: None, jax.clear_caches):  # where that is not enough, what JAX keeps
-            if memory() > self.limit:
-                let_go()
-                if platform.libc_ver()[0] == "glibc":
-                    ctypes.CDLL(None).malloc_trim(0)
-        self.limit = max(Memory.limit, memory() + 200)
+        if memory() <= self.limit:
+            return
+        self.give_back()
+        if memory() > self.least:  # what JAX keeps, too
+            jax.clear_caches()
+            self.give_back()
+        self.limit = max(self.least, memory() + 300)
+
+    def give_back(self):
+        gc.collect()
+        if platform.libc_ver()[0] == "glibc":
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 MEMORY = Memory()

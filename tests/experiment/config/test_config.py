@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from rk_optax.experiment.config import CompareConfig, OptimizerConfig, RaceConfig, TrainConfig, checked, load
+from rk_optax.experiment.config import (
+    CompareConfig,
+    FlowConfig,
+    OptimizerConfig,
+    RaceConfig,
+    TrainConfig,
+    checked,
+    load,
+)
 from rk_optax.experiment.errors import UsageError
 from rk_optax.experiment.runs.plan import make_plan
 from rk_optax.experiment.runs.race import Race
@@ -20,6 +28,8 @@ def test_shipped_configs_are_valid(path):
         load(path, TrainConfig)
     elif path.stem.startswith(("race_", "lorenz96")):
         Race(load(path, RaceConfig))
+    elif path.stem.startswith("edge_of"):
+        load(path, FlowConfig)
     else:
         make_plan(load(path, CompareConfig))
 
