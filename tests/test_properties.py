@@ -103,7 +103,7 @@ SHAPES = st.sampled_from([(), (2,), (1, 2), (0,)])
 @hypothesis.given(tableaus(), nested(st.tuples(SHAPES, fractions(1))), RATES, STEPS, st.booleans())
 def test_a_step_of_any_tree_is_that_of_the_textbook(x64, tableau, tree, rates, h, unroll):
     def is_leaf(x):
-        return isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], tuple)
+        return isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], float)
 
     def array(leaf):
         shape, first = leaf

@@ -40,8 +40,7 @@ RULES = {
     "dal, difference": lambda h: rk_optax.dal(h, estimate="difference"),
     "dal, free": lambda h: rk_optax.dal(h, estimate="free"),
     "descent": rk_optax.descent_control,
-    # From steps whose error is above rounding for the methods of high order too.
-    "error": lambda h: rk_optax.error_control(0.3, 1e-30, initial_step_size=4 * h),
+    "error": lambda h: rk_optax.error_control(0.3, 1e-37, initial_step_size=h),
     "trust": rk_optax.trust_ratio_control,
     "path": rk_optax.path_control,
     "sgd_g2": rk_optax.sgd_g2,
@@ -55,6 +54,8 @@ def builds(optimizer, rule):
         return False
     return True
 
+
+HIGH_ORDER = ("dopri5", "tsit5", "dopri8")
 
 # A solver of each kind with a rule that refuses, and one solver with each rule; the others are slow.
 QUICK = {("rk4", rule) for rule in RULES} | {("rosenbrock_euler", "trust"), ("ros2", "error"), ("euler", "sgd_g2")}
@@ -74,7 +75,8 @@ def three_updates(optimizer, rule):
 
     @jax.jit
     def run(c, length, inert):
-        h = jnp.float32(H) / c * length * length
+        # The error estimates of high order are above rounding where the steps are longer.
+        h = jnp.float32(4 * H if optimizer in HIGH_ORDER else H) / c * length * length
         data = {"unit": jnp.sqrt(c), "length": length}
         tx = OPTIMIZERS[optimizer](LOSS, RULES[rule](h))
         params = {"w": length * START, "inert": inert * jnp.ones(2)}
@@ -102,8 +104,8 @@ def test_units_and_inert_leaves_change_no_step(optimizer, rule):
     with jax.numpy_rank_promotion("raise"), jax.debug_nans(True):
         (expected, _, accepted), *results = (run(*case) for case in [(1.0, 1.0, 1.0), *cases])
     assert np.abs(expected[0]).max() > 1e-3
-    # A difference of gradients has the square root of the rounding for its error, and an error estimate few digits.
-    tolerance = 1e-3 if "difference" in rule or rule == "error" else 1e-4
+    # A difference of gradients has the square root of the rounding for its error; dopri8's first stages are close.
+    tolerance = 1e-3 if "difference" in rule or (optimizer, rule) == ("dopri8", "dal, free") else 1e-4
     wrong = []
     for case, (found, inert, taken) in zip(cases, results, strict=True):
         error = np.linalg.norm(found - expected) / np.linalg.norm(expected)

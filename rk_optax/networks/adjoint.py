@@ -35,6 +35,7 @@ def momentum(
     neither). Backpropagation keeps p · δy exactly, for every perturbation δy of a block; H drifts with the order of the
     method, so that its drift says whether the grid resolves the depth.
 
+    >>> import jax, jax.numpy as jnp
     >>> from rk_optax.networks import Controls, initial, momentum, single
     >>> controls = Controls.constant_in_time(initial(jax.random.key(0), single, channels=3), nodes=(0,))
     >>> along = momentum(single, controls, jnp.ones((5, 3)), (0, 0.5, 1), jnp.sum)

@@ -279,6 +279,8 @@ def _singular(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     first, singular, second = jnp.linalg.svd(triangle, full_matrices=False)
     long, short = real_matmul(orthogonal, first), second.T
     left, right = (short, long) if wide else (long, short)
+    # What the residuals do not depend on would move by rounding.
+    right = jnp.where(jnp.any(matrix != 0, axis=0)[:, None], right, 0)
     return singular * singular, left, right
 
 

@@ -18,8 +18,16 @@ from rk_optax.field import Objective
 from rk_optax.parameter_view import ParameterView
 from rk_optax.solver._linear import conjugate_gradients
 
-X = np.linspace(-1, 1, 7)
-Y = np.sin(2 * X)
+
+def abscissae():
+    """Where the curve is fitted: a new array, because JAX keeps a constant's buffer whatever the precision is later."""
+    return np.linspace(-1, 1, 7)
+
+
+def values():
+    return np.sin(2 * abscissae())
+
+
 THETA = {"a": np.array([0.7, -0.4]), "b": np.array([[0.3], [0.9]])}
 
 
@@ -30,7 +38,7 @@ def curve(params, x):
 
 def misfit(params):
     """Residuals of which there are more than parameters."""
-    return {"fit": curve(params, X) - Y, "pull": 0.5 * params["a"]}
+    return {"fit": curve(params, abscissae()) - values(), "pull": 0.5 * params["a"]}
 
 
 def half_square(outputs):
@@ -39,12 +47,12 @@ def half_square(outputs):
 
 def softplus_misfit(outputs):
     """Convex in the outputs, and not quadratic."""
-    return jnp.sum(jnp.logaddexp(outputs - Y, Y - outputs))
+    return jnp.sum(jnp.logaddexp(outputs - values(), values() - outputs))
 
 
 LOSSES = {
     "least squares": LeastSquares(misfit),
-    "split": ModelLoss(lambda params: curve(params, X), softplus_misfit),
+    "split": ModelLoss(lambda params: curve(params, abscissae()), softplus_misfit),
 }
 
 
@@ -54,14 +62,14 @@ def flat(params=THETA):
 
 @functools.lru_cache
 def derivatives(loss):
-    """Gradient, Hessian and Gauss–Newton matrix at THETA as a compiled function of l2."""
+    """Gradient, Hessian and Gauss–Newton matrix as a compiled function of params and l2."""
 
-    def found(l2):
-        theta, unravel = flat()
+    def found(params, l2):
+        theta, unravel = ravel_pytree(params)
 
         def outputs(t):
             params = unravel(t)
-            return ravel_pytree(misfit(params))[0] if isinstance(loss, LeastSquares) else curve(params, X)
+            return ravel_pytree(misfit(params))[0] if isinstance(loss, LeastSquares) else curve(params, abscissae())
 
         of_outputs = (lambda r: 0.5 * r @ r) if isinstance(loss, LeastSquares) else softplus_misfit
         jacobian = jax.jacfwd(outputs)(theta)
@@ -74,7 +82,7 @@ def derivatives(loss):
 
 def matrices(loss, l2=0.0):
     """Gradient, Hessian and Gauss–Newton matrix at THETA, from jacobians of the flattened loss."""
-    return [np.asarray(m, np.float64) for m in derivatives(loss)(l2)]
+    return [np.asarray(m, np.float64) for m in derivatives(loss)(jax.tree.map(jnp.asarray, THETA), l2)]
 
 
 def effective_gradient(loss, h, solver, params=THETA, **options):
