@@ -204,7 +204,7 @@ def compared(rows: list[dict[str, Any]], each: dict[str, float], looks: int) -> 
     """The rows with what they had at equal gradients and, where a step's seconds are known, at equal seconds."""
     for row in rows:
         row["seconds"] = row["steps"] * each[row["name"]] if each else None
-    budget = min((row["seconds"] for row in rows), default=None) if each else None
+    budget = min(row["seconds"] for row in rows) if each else 0.0
     for row in rows:
         modes, share = (np.array(row["history"][key]) for key in ("modes", "share"))
         looked = {"equal_gradients": looks - 1}
