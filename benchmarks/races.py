@@ -1,7 +1,7 @@
 """Collects finished races into benchmarks/results and prints their tables for RESULTS.md.
 
 rk-optax race configs/race_poisson.py --out runs/poisson
-python benchmarks/races.py runs/poisson
+python benchmarks/races.py runs/poisson    # writes benchmarks/results/race_poisson.json
 """
 
 import json
@@ -13,16 +13,15 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def collect(folder: Path) -> None:
-    """Copies the summary of one race, with the configuration and versions that made them."""
+    """Copies the summary of a race under the name of its folder, with the configuration and versions that made it."""
     run, summary = (json.loads((folder / name).read_text()) for name in ("config.json", "summary.json"))
-    problem = run["config"]["problem"]
     content = {"config": run["config"], "versions": run["versions"], "device": run["device"], **summary}
-    (RESULTS / f"race_{problem}.json").write_text(json.dumps(content, indent=1) + "\n")
+    (RESULTS / f"race_{folder.name}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
-def table(problem: str) -> str:
+def table(name: str) -> str:
     """The table of a collected race: gradients / V / seconds to every target, and where each entrant ends."""
-    race = json.loads((RESULTS / f"race_{problem}.json").read_text())
+    race = json.loads((RESULTS / f"race_{name}.json").read_text())
     targets = [price["error"] for price in race["entrants"][0]["targets"]]
     head = ["entrant", *(f"≤ {target:g}" for target in targets), f"{race['error']} at the end [range]", "after, s"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]

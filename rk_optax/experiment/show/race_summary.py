@@ -45,7 +45,8 @@ def on_grid(runs: Sequence[RaceRun], field: str) -> tuple[np.ndarray, np.ndarray
     """Errors (seed, point) on a common logarithmic grid of the cost: at each, that of the last point reached."""
     costs = [getattr(run, field) for run in runs]
     start, end = max(cost[:2][-1] for cost in costs), min(cost[-1] for cost in costs)
-    grid = np.geomspace(max(start, 1e-9), max(end, start * (1 + 1e-9)), 80)
+    low = max(start, 1e-9)  # a method of products alone counts no gradient
+    grid = np.geomspace(low, max(end, low * (1 + 1e-9)), 80)
     at = [np.searchsorted(cost, grid, side="right") - 1 for cost in costs]
     return grid, np.stack([run.error[index] for run, index in zip(runs, at, strict=True)])
 

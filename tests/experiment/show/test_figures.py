@@ -2,8 +2,10 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from rk_optax.experiment.runs.race import RaceRun
 from rk_optax.experiment.show.curves import Curve
 from rk_optax.experiment.show.figures import plot_comparison, plot_curves
+from rk_optax.experiment.show.race_summary import on_grid
 
 
 def test_figure_is_drawn(smoke, tmp_path):
@@ -42,3 +44,12 @@ def test_a_loss_below_zero_has_a_linear_axis(tmp_path):
     curve = Curve("a", *np.arange(12.0).reshape(3, 4), np.array([0.0, -1, -2, -3]), np.array([1.0, 0.1, 0.01, 0.001]))
     plot_curves([curve], "steps", tmp_path / "curves.svg")
     assert (tmp_path / "curves.svg").read_text().startswith("<?xml")
+
+
+def test_a_method_that_counts_no_gradient_has_a_place_on_the_axis_of_gradients():
+    counts, nothing = np.array([0.0, 1.0, 2.0]), np.zeros(3)
+    run = RaceRun(counts, counts, nothing, nothing, counts, nothing, counts, np.array([3.0, 2.0, 1.0]), v_seconds=1.0)
+    grid, errors = on_grid([run, run], "gradients")
+    assert np.all(grid > 0)
+    assert errors.shape == (2, len(grid))
+    assert np.all(errors == 1)
