@@ -80,7 +80,8 @@ class Drift:
         """That of steps of all players at once, of length `step_size`, positive: all c_ij = h/2."""
         h = _checks.number(step_size, "step_size", "positive")
         names = sorted(_names(players, "players"))
-        return cls({i: {j: h / 2 for j in names} for i in names})  # noqa: C420
+        row = {j: h / 2 for j in names}
+        return cls(dict.fromkeys(names, row))  # a Drift copies the rows
 
     @classmethod
     def alternating(cls, step_size: float | jax.Array, order: Sequence[str]) -> Drift:

@@ -44,6 +44,8 @@ class StochasticField:
       TypeError: `grad_fn` is not callable, `keys` holds anything but names; at the first update, data under such a
         name that are no random keys.
       ValueError: `keys` is empty.
+
+    Cost: that of `grad_fn`, which solvers count as one gradient.
     """
 
     grad_fn: Callable[..., Any]

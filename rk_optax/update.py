@@ -92,8 +92,7 @@ class Update:
             step_size=zero(_tree.default_float()),
             time=zero(_tree.default_float()),
             time_rounding=zero(_tree.default_float()),
-            # Separate buffers: one shared by all fields could not be donated.
-            cost=Cost(*(zero(jnp.int32) for _ in Cost._fields)),
+            cost=Cost.zeros(),
             accepted=jnp.ones([], bool),
             reason=zero(jnp.int32),
             rejected=zero(jnp.int32),

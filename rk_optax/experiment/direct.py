@@ -53,7 +53,7 @@ def stochastic_dual_descent(
     def init(params: Any) -> DualDescentState:
         key = jax.random.key_data(jax.random.key(0))
         place = jnp.array(params)  # a buffer of its own
-        return DualDescentState(no_cost(), jnp.zeros([], jnp.int32), key, place, sgd.init(params))
+        return DualDescentState(rk_optax.Cost.zeros(), jnp.zeros([], jnp.int32), key, place, sgd.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **data: Any) -> tuple[Any, DualDescentState]:
         del updates
@@ -94,7 +94,9 @@ def conjugate_gradients(loss_fn: Callable[..., jax.Array], learning_rate: None =
 
     def init(params: Any) -> ConjugateGradientsState:
         zeros = jnp.zeros_like(params)
-        return ConjugateGradientsState(no_cost(), zeros, jnp.zeros_like(params), -jnp.ones([], params.dtype))
+        return ConjugateGradientsState(
+            rk_optax.Cost.zeros(), zeros, jnp.zeros_like(params), -jnp.ones([], params.dtype)
+        )
 
     def update(updates: Any, state: Any, params: Any = None, **data: Any) -> tuple[Any, ConjugateGradientsState]:
         del updates
@@ -135,7 +137,7 @@ def cholesky(loss_fn: Callable[..., jax.Array], learning_rate: None = None) -> T
         solution = jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(data["matrix"]), data["y"])
         return solution - params, state
 
-    return optax.GradientTransformationExtraArgs(lambda params: CostState(no_cost()), update)
+    return optax.GradientTransformationExtraArgs(lambda params: CostState(rk_optax.Cost.zeros()), update)
 
 
 def alternating_least_squares(loss_fn: Callable[..., jax.Array], learning_rate: None = None) -> Transformation:
@@ -164,15 +166,10 @@ def alternating_least_squares(loss_fn: Callable[..., jax.Array], learning_rate: 
         cost = state.cost.plus(rk_optax.Cost(gradients=2))
         return {"left": left - params["left"], "right": right - params["right"]}, CostState(cost)
 
-    return optax.GradientTransformationExtraArgs(lambda params: CostState(no_cost()), update)
+    return optax.GradientTransformationExtraArgs(lambda params: CostState(rk_optax.Cost.zeros()), update)
 
 
 DIRECT: Mapping[str, Callable[..., Transformation]] = {
     method.__name__: method
     for method in (stochastic_dual_descent, conjugate_gradients, cholesky, alternating_least_squares)
 }
-
-
-def no_cost() -> rk_optax.Cost:
-    """Nothing spent, in arrays of their own."""
-    return rk_optax.Cost(*(jnp.zeros([], jnp.int32) for _ in rk_optax.Cost._fields))

@@ -45,7 +45,9 @@ def ssbroyden(loss_fn: Callable[..., jax.Array], max_linesearch_steps: int = 20)
 
     def init(params: Any) -> BroydenState:
         flat, _ = ravel_pytree(params)
-        return BroydenState(_no_cost(), jnp.eye(flat.size, dtype=flat.dtype), jnp.array(True), search.init(params))
+        return BroydenState(
+            rk_optax.Cost.zeros(), jnp.eye(flat.size, dtype=flat.dtype), jnp.array(True), search.init(params)
+        )
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, BroydenState]:
         data = _data(extra)
@@ -148,7 +150,7 @@ def spring(
     _check_residuals(loss_fn)
 
     def init(params: Any) -> NaturalGradientState:
-        return NaturalGradientState(_no_cost(), jnp.zeros_like(ravel_pytree(params)[0]))
+        return NaturalGradientState(rk_optax.Cost.zeros(), jnp.zeros_like(ravel_pytree(params)[0]))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, NaturalGradientState]:
         del updates
@@ -199,7 +201,7 @@ def somax_egn(
         return somax.make("egn_mse", predict_fn=predict, lam0=damping, learning_rate=learning_rate, **policy)
 
     def init(params: Any) -> MethodState:
-        return MethodState(_no_cost(), method(1.0).init(params))
+        return MethodState(rk_optax.Cost.zeros(), method(1.0).init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, MethodState]:
         del updates
@@ -233,7 +235,7 @@ def optimistix_lm(loss_fn: rk_optax.LeastSquares, iterations: int = 4) -> Transf
             return equinox.tree_at(lambda s: s.step_size, state, jnp.asarray(self.start, state.step_size.dtype))
 
     def init(params: Any) -> MethodState:
-        return MethodState(_no_cost(), jnp.ones([], ravel_pytree(params)[0].dtype))
+        return MethodState(rk_optax.Cost.zeros(), jnp.ones([], ravel_pytree(params)[0].dtype))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, MethodState]:
         del updates
@@ -255,10 +257,6 @@ def optimistix_lm(loss_fn: rk_optax.LeastSquares, iterations: int = 4) -> Transf
 RIVALS: dict[str, Callable[..., Transformation]] = {
     rival.__name__: rival for rival in (ssbroyden, engd_w, spring, somax_egn, optimistix_lm)
 }
-
-
-def _no_cost() -> rk_optax.Cost:
-    return rk_optax.Cost(*(jnp.zeros([], jnp.int32) for _ in rk_optax.Cost._fields))
 
 
 def _data(extra: Mapping[str, Any]) -> dict[str, Any]:

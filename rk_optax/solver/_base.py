@@ -34,6 +34,11 @@ class Cost(NamedTuple):
     products: Any = 0  # Hessian, Gauss–Newton or Jacobian products
     rows: Any = 0  # rows of an explicitly formed Jacobian
 
+    @classmethod
+    def zeros(cls) -> Cost:
+        """Nothing spent, as a state holds it: int32 scalars, in separate buffers so that they can be donated."""
+        return cls(*(jnp.zeros([], jnp.int32) for _ in cls._fields))
+
     def plus(self, other: Cost) -> Cost:
         """The sum, field by field, in int32; one that would not fit stays at the largest int32."""
         return Cost(*(saturating_sum(x, y) for x, y in zip(self, other, strict=True)))

@@ -78,6 +78,15 @@ class ConjugateGradients(LinearSolver):
 
     It stops where the curvature of I + c·PB along its direction is not positive. Coupled systems are turned into
     complex shifts of symmetric ones by the eigenvalues of A, and solved by the Lanczos process, its relative.
+
+    >>> import rk_optax
+    >>> rk_optax.RosenbrockEuler("hessian").linear_solver
+    ConjugateGradients()
+
+    Raises:
+      ValueError: at construction of the optimizer, a field whose Jacobian need not be symmetric: use `Gmres`.
+
+    Cost: a product for each iteration. Source: M. R. Hestenes and E. Stiefel, J. Res. Natl. Bur. Stand. 49 (1952).
     """
 
     needs: ClassVar[frozenset[Capability]] = frozenset({"symmetric"})
@@ -145,7 +154,8 @@ class Gmres(LinearSolver):
     Raises:
       ValueError: `restart` is no integer of at least 1.
 
-    Source: Y. Saad and M. H. Schultz, SIAM J. Sci. Stat. Comput. 7 (1986).
+    Cost: a product for each iteration, and one more for each restart to make sure of the residual. Source: Y. Saad and
+    M. H. Schultz, SIAM J. Sci. Stat. Comput. 7 (1986).
     """
 
     restart: int = 30

@@ -73,7 +73,10 @@ def derivatives(loss):
 
         of_outputs = (lambda r: 0.5 * r @ r) if isinstance(loss, LeastSquares) else softplus_misfit
         jacobian = jax.jacfwd(outputs)(theta)
-        full = lambda t: of_outputs(outputs(t)) + 0.5 * l2 * t @ t  # noqa: E731
+
+        def full(t):
+            return of_outputs(outputs(t)) + 0.5 * l2 * t @ t
+
         gauss_newton = jacobian.T @ jax.hessian(of_outputs)(outputs(theta)) @ jacobian + l2 * jnp.eye(len(theta))
         return jax.grad(full)(theta), jax.hessian(full)(theta), gauss_newton
 

@@ -190,7 +190,7 @@ class Trainer:
     def _start_run(self, variables: Variables, rate: jax.Array) -> RunState:
         params, statistics, key = variables
         opt_state = self._optimizer.make(self._task.loss_fn, rate, self._steps).init(params)
-        cost = rk_optax.Cost(*(jnp.zeros([], jnp.int32) for _ in rk_optax.Cost._fields))
+        cost = rk_optax.Cost.zeros()
         return RunState(jnp.zeros((), jnp.int32), params, statistics, opt_state, key, cost)
 
     def _advance_run(

@@ -9,7 +9,7 @@ from rk_optax.experiment.runs.compare import Compared
 
 
 class Spread(NamedTuple):
-    """A quantity over the seeds; NaN as soon as one of them diverged."""
+    """A quantity over the seeds, or over times; NaN as soon as one of them is."""
 
     mean: float
     min: float
@@ -17,7 +17,7 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, values: np.ndarray) -> "Spread":
-        """Mean, minimum and maximum of one value per seed."""
+        """Mean, minimum and maximum of one value per seed or time."""
         return cls(float(values.mean()), float(values.min()), float(values.max()))
 
 

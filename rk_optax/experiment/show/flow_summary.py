@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from rk_optax.experiment.runs.flow import DESCENT, Followed
+from rk_optax.experiment.runs.summary import Spread
 
 
 def flow_summary(results: Sequence[Followed], learning_rate: float) -> dict[str, Any]:
@@ -25,16 +26,12 @@ def flow_summary(results: Sequence[Followed], learning_rate: float) -> dict[str,
         "flows": [
             {
                 "flow": result.name,
-                "sharpness": _spread(result.sharpness[late] / edge),
-                "distance": _spread(result.distance[late]),
+                "sharpness": Spread.of(result.sharpness[late] / edge)._asdict(),
+                "distance": Spread.of(result.distance[late])._asdict(),
                 "final_loss": float(result.loss[-1]),
                 **{name: getattr(result, name) for name in ("accepted", "refused", "gradients", "products", "seconds")},
             }
             for result in results
         ],
-        "distance_ratio": _spread(ratio),
+        "distance_ratio": Spread.of(ratio)._asdict(),
     }
-
-
-def _spread(values: np.ndarray) -> dict[str, float]:
-    return {"mean": float(values.mean()), "min": float(values.min()), "max": float(values.max())}
