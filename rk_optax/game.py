@@ -80,8 +80,8 @@ class Drift:
         """That of steps of all players at once, of length `step_size`, positive: all c_ij = h/2."""
         h = _checks.number(step_size, "step_size", "positive")
         names = sorted(_names(players, "players"))
-        row = {j: h / 2 for j in names}
-        return cls(dict.fromkeys(names, row))  # a Drift copies the rows
+        half: float | jax.Array = h / 2
+        return cls(dict.fromkeys(names, dict.fromkeys(names, half)))  # a Drift copies the rows
 
     @classmethod
     def alternating(cls, step_size: float | jax.Array, order: Sequence[str]) -> Drift:
