@@ -1,8 +1,8 @@
-"""The races of physics-informed networks against the methods that are published for them, in float64 and float32.
+"""The races of physics-informed networks: what everybody uses, what is published for them, and our methods.
 
     rk-optax race configs/race_poisson_small.py
 
-Every entrant of a race has the same seconds, and at most two values of one argument to choose from on another seed. In
+Every entrant has about the same seconds and at most two values of one argument to choose from, on another seed. In
 float32 natural gradients need more damping, since the rounding of the kernel matrix exceeds what is published.
 """
 
@@ -13,46 +13,75 @@ def race(
     problem: str,
     *,
     seconds: float,
+    adam_steps: int,
     targets: tuple[float, ...],
-    x64: bool,
+    x64: bool = False,
     chunk: int = 2,
-    small: bool = False,
+    first_order: bool = False,
+    constant: bool = True,
+    small: bool = True,
+    further: dict[str, EntrantConfig] | None = None,
     **options,
 ) -> RaceConfig:
     """The race on one problem.
 
     Args:
         problem: its name.
-        seconds: of every run.
+        seconds: of every run, but for Adam's.
+        adam_steps: of Adam, whose cosine schedule needs them; about as many as take `seconds` on one core.
         targets: errors whose first crossing is reported.
         x64: whether in float64.
         chunk: steps between two looks at the error, of the entrants with expensive steps.
-        small: whether the problem is small enough for a dense inverse Hessian; with arguments of its own, also for
-            optimistix, whose steps cost a QR factorisation of N + P rows.
+        first_order: whether methods run, too, that need no residuals and are not for high accuracy.
+        constant: whether the points stay; L-BFGS and self-scaled Broyden need that.
+        small: whether the network is small enough for a dense inverse Hessian.
+        further: more entrants, or others in the place of these.
         **options: arguments of the problem.
     """
     dampings = (1e-10, 1e-8) if x64 else (1e-5, 1e-4)
+
+    def entrant(factory: str, steps: int = chunk, **arguments) -> EntrantConfig:
+        return EntrantConfig(factory, seconds=seconds, chunk=steps, **arguments)
+
     entrants = {
-        "adam": EntrantConfig("adam", trials=(3e-3, 1e-2), seconds=seconds, chunk=20 * chunk),
-        "lbfgs": EntrantConfig("lbfgs", trials=(50, 200), tunes="memory_size", seconds=seconds, chunk=10 * chunk),
-        "engd_w": EntrantConfig("engd_w", trials=dampings, tunes="damping", seconds=seconds, chunk=chunk),
-        "spring": EntrantConfig("spring", trials=dampings, tunes="damping", seconds=seconds, chunk=chunk),
-        "residual_euler": EntrantConfig("residual_euler", seconds=seconds, chunk=2 * chunk),
-        "residual_euler, path": EntrantConfig("residual_euler", rule="path_control", seconds=seconds, chunk=chunk),
-    }
-    if small:
-        entrants["ssbroyden"] = EntrantConfig("ssbroyden", seconds=seconds, chunk=5 * chunk)
-    if problem == "poisson":  # it maps a product over an N×N identity, which takes N times the memory of a loss
-        entrants["somax"] = EntrantConfig(
-            "somax_egn", trials=(1e-2, 1.0), tunes="damping", seconds=seconds, chunk=chunk
+        "adam": EntrantConfig(
+            "adam", trials=(3e-3, 1e-2), schedule="cosine", steps=adam_steps, seconds=600, chunk=adam_steps // 40
         )
-    if small and options:
-        entrants["optimistix"] = EntrantConfig("optimistix_lm", seconds=seconds, chunk=1)
+    }
+    if constant:
+        entrants["lbfgs"] = entrant("lbfgs", 10 * chunk, trials=(50, 200), tunes="memory_size")
+    if first_order:
+        entrants["adam, lbfgs"] = entrant(
+            "adam_then_lbfgs",
+            25 * chunk,
+            trials=(3e-3, 1e-2),
+            options={"adam_steps": adam_steps // 5, "memory_size": 50},
+        )
+        entrants["nesterov"] = entrant("nesterov", 100 * chunk, trials=(1e-4, 1e-3))
+        entrants["rkc"] = entrant("rkc")
+        entrants["rosenbrock_euler"] = entrant("rosenbrock_euler", options={"max_iterations": 100})
+    if constant and small:
+        entrants["ssbroyden"] = entrant("ssbroyden", 5 * chunk)
+    entrants["engd_w"] = entrant("engd_w", trials=dampings, tunes="damping")
+    entrants["spring"] = entrant("spring", trials=dampings, tunes="damping")
+    entrants["residual_euler"] = entrant("residual_euler", 2 * chunk)
+    entrants["residual_euler, path"] = entrant("residual_euler", rule="path_control")
     return RaceConfig(
         problem=problem,  # pyright: ignore[reportArgumentType]
         problem_options=options,
-        entrants=entrants,
+        entrants={**entrants, **(further or {})},
         tuning_fraction=0.5,
         x64=x64,
         targets=targets,
     )
+
+
+def libraries(*, x64: bool, seconds: float, iterations: bool) -> dict[str, EntrantConfig]:
+    """Gauss–Newton of somax and, if asked for, Levenberg–Marquardt of optimistix.
+
+    A step of somax maps a product over an N × N identity, one of optimistix costs a QR factorisation of N + P rows.
+    """
+    found = {"somax": EntrantConfig("somax_egn", trials=(1e-2, 1.0), tunes="damping", seconds=seconds, chunk=2)}
+    if iterations:
+        found["optimistix"] = EntrantConfig("optimistix_lm", seconds=seconds, chunk=1)
+    return found

@@ -7,5 +7,11 @@ from rk_optax.experiment.config import RaceConfig
 
 
 def get_config() -> RaceConfig:
-    race = runpy.run_path(str(Path(__file__).with_name("_pinn.py")))["race"]
-    return race("burgers_mild", seconds=40.0, targets=(1e-2, 1e-4, 1e-6), x64=False, small=True)
+    pinn = runpy.run_path(str(Path(__file__).with_name("_pinn.py")))
+    return pinn["race"](
+        "burgers_mild",
+        seconds=30.0,
+        adam_steps=4000,
+        targets=(1e-2, 1e-4, 1e-6),
+        x64=False,
+    )

@@ -20,6 +20,9 @@ def get_config() -> RaceConfig:
             ),
             "rkc": EntrantConfig("rkc", seconds=4, chunk=2),
             "rosenbrock_euler": EntrantConfig("rosenbrock_euler", seconds=4, chunk=1),
+            "rosenbrock_euler, path": EntrantConfig(
+                "rosenbrock_euler", rule="path_control", options={"curvature": "hessian"}, seconds=4, chunk=1
+            ),
         },
         targets=(0.2, 0.13, 0.1236),
     )

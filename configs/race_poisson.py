@@ -1,26 +1,22 @@
-"""The 2-D Poisson problem by a physics-informed network: error over seconds, five seeds."""
+"""The 2-D Poisson problem by a physics-informed network: error over seconds, five seeds; see _pinn.py."""
+
+import runpy
+from pathlib import Path
 
 from rk_optax.experiment.config import EntrantConfig, RaceConfig
 
 
 def get_config() -> RaceConfig:
-    return RaceConfig(
-        problem="poisson",
-        entrants={
-            "adam": EntrantConfig("adam", trials=(3e-3, 1e-2), schedule="cosine", steps=10_000, seconds=600, chunk=250),
-            "lbfgs": EntrantConfig("lbfgs", trials=(10, 50), tunes="memory_size", seconds=180, chunk=20),
-            "adam, lbfgs": EntrantConfig(
-                "adam_then_lbfgs",
-                trials=(3e-3, 1e-2),
-                options={"adam_steps": 2000, "memory_size": 50},
-                seconds=30,
-                chunk=50,
-            ),
-            "nesterov": EntrantConfig("nesterov", trials=(1e-4, 3e-4), seconds=10, chunk=250),
-            "rkc": EntrantConfig("rkc", seconds=20, chunk=2),
-            "rosenbrock_euler": EntrantConfig("rosenbrock_euler", options={"max_iterations": 100}, seconds=30, chunk=2),
-            "residual_euler": EntrantConfig("residual_euler", seconds=20, chunk=4),
+    pinn = runpy.run_path(str(Path(__file__).with_name("_pinn.py")))
+    return pinn["race"](
+        "poisson",
+        seconds=25.0,
+        adam_steps=15_000,
+        targets=(1e-2, 1e-3, 1e-5),
+        first_order=True,
+        further={
+            # What it reaches with more time.
+            "lbfgs": EntrantConfig("lbfgs", trials=(50, 200), tunes="memory_size", seconds=60.0, chunk=20),
+            **pinn["libraries"](x64=False, seconds=25.0, iterations=False),
         },
-        tuning_fraction=0.25,
-        targets=(1e-2, 1e-3, 2e-4),
     )

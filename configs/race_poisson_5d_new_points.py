@@ -7,5 +7,16 @@ from rk_optax.experiment.config import RaceConfig
 
 
 def get_config() -> RaceConfig:
-    race = runpy.run_path(str(Path(__file__).with_name("_pinn.py")))["race"]
-    return race("poisson_5d", seconds=600.0, targets=(1e-2, 1e-3, 1e-4), x64=True, new_points=True)
+    pinn = runpy.run_path(str(Path(__file__).with_name("_pinn.py")))
+    return pinn["race"](
+        "poisson_5d",
+        seconds=45.0,
+        adam_steps=800,
+        targets=(1e-1, 1e-2, 3e-3),
+        x64=True,
+        constant=False,
+        small=False,
+        new_points=True,
+        inside=1100,
+        boundary=200,
+    )

@@ -7,7 +7,15 @@ from rk_optax.experiment.config import RaceConfig
 
 
 def get_config() -> RaceConfig:
-    race = runpy.run_path(str(Path(__file__).with_name("_pinn.py")))["race"]
-    return race(
-        "poisson", seconds=12.0, targets=(1e-4, 1e-6, 1e-8), x64=False, chunk=10, small=True, width=64, layers=1
+    pinn = runpy.run_path(str(Path(__file__).with_name("_pinn.py")))
+    return pinn["race"](
+        "poisson",
+        seconds=12.0,
+        adam_steps=30_000,
+        targets=(1e-4, 1e-6, 1e-8),
+        x64=False,
+        chunk=10,
+        further=pinn["libraries"](x64=False, seconds=12.0, iterations=True),
+        width=64,
+        layers=1,
     )

@@ -7,6 +7,7 @@ factorisations, products and line searches count for what they take.
 import dataclasses
 import functools
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +42,24 @@ class RaceRun(NamedTuple):
     def from_json(cls, kept: dict[str, Any]) -> "RaceRun":
         """What was written, null being NaN."""
         return cls(*(np.array(kept[field], float) for field in cls._fields[:-1]), v_seconds=kept["v_seconds"])
+
+    def first_below(self, target: float) -> int | None:
+        """The first point whose error is at most the target."""
+        below = np.flatnonzero(self.error <= target)
+        return int(below[0]) if len(below) else None
+
+    def shortfall(self, targets: Sequence[float]) -> float:
+        """How far the run is from doing well by the targets: less is better, NaN where it diverged.
+
+        Of two runs the one that reaches more targets is better; then the one that reaches its last one in less of its
+        seconds; where no target is reached, the one of lower loss.
+        """
+        if not np.isfinite(self.loss[-1]):
+            return np.nan
+        reached = [i for i in map(self.first_below, targets) if i is not None]
+        if not reached:
+            return len(targets) + 1 + float(self.loss[-1] / (1 + abs(self.loss[-1])))
+        return len(targets) - len(reached) + float(self.seconds[max(reached)] / self.seconds[-1])
 
 
 class Raced(NamedTuple):
@@ -86,10 +105,11 @@ class Race:
             if trials[name]:
                 report.phase(f"tuning {name}")
                 tune = functools.partial(self._piece, folder, report, name, config.tuning_seed)
-                losses = [
-                    tune(v, f"tune-{name}-{i}", config.tuning_fraction).loss[-1] for i, v in enumerate(entrant.trials)
+                shortfalls = [
+                    tune(v, f"tune-{name}-{i}", config.tuning_fraction).shortfall(config.targets)
+                    for i, v in enumerate(entrant.trials)
                 ]
-                values[name] = entrant.trials[choose(name, losses, f"change entrants.{name}.trials").best]
+                values[name] = entrant.trials[choose(name, shortfalls, f"change entrants.{name}.trials").best]
                 tried = ", ".join(map("{:g}".format, entrant.trials))
                 report.say(f"tuned {name}: {entrant.tunes} {values[name]:g} of {tried}")
         runs: dict[str, list[RaceRun]] = {name: [] for name in entrants}

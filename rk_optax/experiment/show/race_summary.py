@@ -8,12 +8,6 @@ import numpy as np
 from rk_optax.experiment.runs.race import Raced, RaceRun
 
 
-def first_below(run: RaceRun, target: float) -> int | None:
-    """The first point whose error is at most the target."""
-    below = np.flatnonzero(run.error <= target)
-    return int(below[0]) if len(below) else None
-
-
 def race_summary(results: Sequence[Raced], targets: Sequence[float]) -> list[dict[str, Any]]:
     """One record per entrant: medians over its seeds, and the price of every target.
 
@@ -53,7 +47,7 @@ def on_grid(runs: Sequence[RaceRun], field: str) -> tuple[np.ndarray, np.ndarray
 
 def _price(runs: Sequence[RaceRun], target: float) -> dict[str, Any]:
     """What an error costs."""
-    paid = [(run, first_below(run, target)) for run in runs]
+    paid = [(run, run.first_below(target)) for run in runs]
     columns = {
         "gradients": [np.inf if i is None else run.gradients[i] for run, i in paid],
         "v": [np.inf if i is None else run.seconds[i] / run.v_seconds for run, i in paid],

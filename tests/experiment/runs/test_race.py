@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rk_optax.experiment.runs.race import Raced, RaceRun
-from rk_optax.experiment.show.race_summary import first_below, race_summary
+from rk_optax.experiment.show.race_summary import race_summary
 
 from ..helpers import RACE, race
 
@@ -74,8 +74,28 @@ def test_a_target_costs_what_the_first_point_below_it_cost():
     run = RaceRun(
         steps, steps / 2, 4 * steps, 0 * steps, 0 * steps, 0 * steps, steps, np.array([1, 0.5, 0.05, 0.2]), 0.1
     )
-    assert first_below(run, 0.1) == 2
+    assert run.first_below(0.1) == 2
     (row,) = race_summary([Raced("a", None, [run])], [0.1, 0.01])
     assert (row["targets"][0]["gradients"], row["targets"][0]["seconds"]) == (8, 1)
     assert row["targets"][0]["v"] == pytest.approx(10)
     assert row["targets"][1]["v"] is None
+
+
+def test_tuning_prefers_more_targets_then_less_time_then_a_lower_loss():
+    def run(errors, seconds, losses=(1.0, 1.0, 1.0)):
+        nothing = np.zeros(3)
+        columns = nothing, np.array(seconds), nothing, nothing, nothing, nothing, np.array(losses), np.array(errors)
+        return RaceRun(*columns, v_seconds=1.0)
+
+    time = [0.0, 1.0, 2.0]
+    ordered = [
+        run([1, 0.09, 0.009], time, (1, 1, 0.9)),  # both targets
+        run([1, 0.09, 0.02], time),  # one of them, early
+        run([1, 0.2, 0.02], time, (1, 0.5, 0.1)),  # one of them, late, though with a lower loss
+        run([1, 0.5, 0.3], time, (1, 0.5, 0.2)),
+        run([1, 0.4, 0.2], time, (1, 0.5, 0.4)),  # none: the loss decides
+    ]
+    shortfalls = [each.shortfall([0.1, 0.01]) for each in ordered]
+    assert shortfalls == sorted(shortfalls)
+    assert len(set(shortfalls)) == len(shortfalls)
+    assert np.isnan(run([1, 0.01, np.nan], time, (1, 1, np.nan)).shortfall([0.1]))
