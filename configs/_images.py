@@ -72,12 +72,12 @@ _FASHION_CNN: _Middles = {  # at batches of 64 and of 1024
     "momentum": (0.03, 0.12),
     "adam": (0.003, 0.008),
     "heun": (0.2, 0.2),
-    "rk4": (0.3, 0.25),
-    "rk4_adagrad": (0.37, 0.3),
-    "rk4_dal": (0.5, 1.0),
+    "rk4": (0.3, 0.5),
+    "rk4_adagrad": (0.37, 0.35),
+    "rk4_dal": (0.5, 1.5),
     "rk4_momentum": (0.03, 0.12),
-    "rk4_all": (0.025, 0.15),
-    "rk4_split": (0.25, 0.2),
+    "rk4_all": (0.025, 0.25),
+    "rk4_split": (0.25, 0.3),
 }
 _STUDIES = {
     "mnist": _Study("mnist", _MLP, _MNIST),
