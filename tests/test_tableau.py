@@ -18,8 +18,9 @@ import scipy.optimize
 from nodepy.runge_kutta_method import RKC1, ExplicitRungeKuttaMethod, loadRKM
 
 import rk_optax
-from rk_optax import tableau
-from rk_optax.tableau import TABLEAUS, ButcherTableau, rk2, rk3, rk4_family
+from rk_optax import methods
+from rk_optax.methods import TABLEAUS, rk2, rk3, rk4_family
+from rk_optax.tableau import ButcherTableau
 
 pytestmark = pytest.mark.latest
 
@@ -46,7 +47,7 @@ def test_table_holds_exactly_the_named_methods_and_each_has_a_constant_and_a_sou
     assert list(TABLEAUS) == NAMES
     for name, method in TABLEAUS.items():
         assert method.name == name
-        assert getattr(tableau, name.upper()) is method
+        assert getattr(methods, name.upper()) is method
         assert method.source
     with pytest.raises(TypeError):
         TABLEAUS["mine"] = TABLEAUS["rk4"]  # pyright: ignore[reportIndexIssue]
@@ -264,8 +265,8 @@ def test_tableau_does_not_import_jax():
 import sys, types
 sys.modules["rk_optax"] = package = types.ModuleType("rk_optax")  # without the package's own imports
 package.__path__ = sys.argv[1:]
-import rk_optax.tableau
-assert rk_optax.tableau.RK4.order == 4
+import rk_optax.methods
+assert rk_optax.methods.RK4.order == 4
 assert not any(name.partition(".")[0] in ("jax", "jaxlib", "optax") for name in sys.modules)
 """
     subprocess.run([sys.executable, "-c", code, str(Path(rk_optax.__file__).parent)], check=True)

@@ -26,7 +26,7 @@ from rk_optax.experiment.show.flow_summary import flow_summary
 from rk_optax.experiment.show.progress import ProgressBar
 from rk_optax.experiment.show.race_summary import race_summary
 from rk_optax.experiment.store.run_folder import RunFolder, TrainFolder, first_difference, stored_config
-from rk_optax.tableau import TABLEAUS
+from rk_optax.methods import TABLEAUS
 
 Config = TypeVar("Config", TrainConfig, CompareConfig, RaceConfig, FlowConfig)
 

@@ -20,7 +20,7 @@ from rk_optax.experiment.direct import DIRECT
 from rk_optax.experiment.errors import UsageError
 from rk_optax.experiment.rivals import RIVALS
 from rk_optax.experiment.tasks.task import Data
-from rk_optax.tableau import TABLEAUS
+from rk_optax.methods import TABLEAUS
 
 LossFn = Callable[..., jax.Array]
 Transformation = optax.GradientTransformationExtraArgs

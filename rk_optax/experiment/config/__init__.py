@@ -12,7 +12,7 @@ from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from rk_optax.experiment.config.load import checked as checked
 from rk_optax.experiment.config.load import load as load
 from rk_optax.experiment.config.load import parse as parse
-from rk_optax.tableau import TABLEAUS
+from rk_optax.methods import TABLEAUS
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
