@@ -42,6 +42,10 @@ def _name(name: str) -> str:
     return name
 
 
+def _from_anywhere(path: Path | None) -> Path | None:
+    return path and path.absolute()  # a run may go on from another directory
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
@@ -84,7 +88,7 @@ class DataConfig(_Checked):
 
     name: DatasetName = "digits"
     """Data set: digits are those inside scikit-learn, sums a text of sums in words, to be predicted by characters."""
-    data_dir: Annotated[Path | None, tyro.conf.arg(aliases=("--data-dir",))] = None
+    data_dir: Annotated[Path | None, tyro.conf.arg(aliases=("--data-dir",)), AfterValidator(_from_anywhere)] = None
     """Directory of the four IDX files of mnist or fashion_mnist, which are fetched from OpenML without it; or of the
     six files of the binary version of cifar10, which needs it."""
     validation_fraction: Fraction = 0.15
