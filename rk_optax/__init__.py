@@ -43,6 +43,7 @@ from rk_optax.forward_gradient import forward_gradient
 from rk_optax.game import Drift, Game, PlayerGradients, game
 from rk_optax.gradient_flow import Flow, FlowResult, FlowState, gradient_flow
 from rk_optax.learning_rate_rules import Dal, SgdG2, dal, sgd_g2
+from rk_optax.methods import IMPLICIT_TABLEAUS, TABLEAUS, rk2, rk3, rk4_family
 from rk_optax.micro_batches import HostRows
 from rk_optax.path_control import PathControl, path_control
 from rk_optax.preconditioner import (
@@ -61,7 +62,6 @@ from rk_optax.preconditioner import (
 )
 from rk_optax.projection import project, project_to_box
 from rk_optax.solver import (
-    IMPLICIT_TABLEAUS,
     ConjugateGradients,
     Cost,
     DiagonalCurvature,
@@ -81,7 +81,7 @@ from rk_optax.stage_batches import first_stage_batch
 from rk_optax.step_size import Attempt, Choice, Proposal, Reason, StepSizeRule, Verdict
 from rk_optax.stochastic_field import StochasticField
 from rk_optax.structured_loss import LeastSquares, ModelLoss
-from rk_optax.tableau import TABLEAUS, ButcherTableau, rk2, rk3, rk4_family
+from rk_optax.tableau import ButcherTableau
 from rk_optax.transform import inject_hyperparams, runge_kutta, scale_by_rk
 from rk_optax.update import RungeKuttaState
 

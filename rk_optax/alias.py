@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, TypeVar, Unpack, cast
 import jax
 import optax
 
-from rk_optax import tableau
+from rk_optax import methods
 from rk_optax._options import Options, with_options_of
 from rk_optax.control import descent_control, trust_ratio_control
 from rk_optax.solver import (
@@ -19,7 +19,6 @@ from rk_optax.solver import (
     RosenbrockEuler,
     Stabilized,
     as_solver,
-    implicit,
 )
 from rk_optax.solver.exponential import Linear
 from rk_optax.solver.linear_solvers import CONJUGATE_GRADIENTS
@@ -127,62 +126,62 @@ def ready(method: ButcherTableau) -> Callable[[Callable[[], None]], ReadyOptimiz
     return decorate
 
 
-@ready(tableau.EULER)
+@ready(methods.EULER)
 def euler() -> None:
     """Gradient descent: Euler's method. One gradient a step, order 1, real stability interval 2."""
 
 
-@ready(tableau.HEUN)
+@ready(methods.HEUN)
 def heun() -> None:
     """Heun's method, the explicit trapezoid: two gradients a step, order 2, real stability interval 2."""
 
 
-@ready(tableau.MIDPOINT)
+@ready(methods.MIDPOINT)
 def midpoint() -> None:
     """The explicit midpoint method: two gradients a step, order 2, real stability interval 2."""
 
 
-@ready(tableau.RALSTON)
+@ready(methods.RALSTON)
 def ralston() -> None:
     """Ralston's second-order method of least error bound: two gradients a step, real stability interval 2."""
 
 
-@ready(tableau.KUTTA3)
+@ready(methods.KUTTA3)
 def kutta3() -> None:
     """Kutta's third-order method: three gradients a step, real stability interval 2.513."""
 
 
-@ready(tableau.SSPRK3)
+@ready(methods.SSPRK3)
 def ssprk3() -> None:
     """Shu and Osher's strong-stability-preserving method of order 3: three gradients a step, interval 2.513."""
 
 
-@ready(tableau.BOGACKI_SHAMPINE)
+@ready(methods.BOGACKI_SHAMPINE)
 def bogacki_shampine() -> None:
     """Bogacki and Shampine's 3(2) pair: three gradients a step, order 3, real stability interval 2.513."""
 
 
-@ready(tableau.RK4)
+@ready(methods.RK4)
 def rk4() -> None:
     """Classical fourth-order Runge–Kutta: four gradients a step, real stability interval 2.785."""
 
 
-@ready(tableau.RK38)
+@ready(methods.RK38)
 def rk38() -> None:
     """Kutta's 3/8 rule: four gradients a step, order 4, real stability interval 2.785."""
 
 
-@ready(tableau.DOPRI5)
+@ready(methods.DOPRI5)
 def dopri5() -> None:
     """Dormand and Prince's 5(4) pair: six gradients a step, order 5, real stability interval 3.307."""
 
 
-@ready(tableau.TSIT5)
+@ready(methods.TSIT5)
 def tsit5() -> None:
     """Tsitouras' 5(4) pair: six gradients a step, order 5, real stability interval 3.507."""
 
 
-@ready(tableau.DOPRI8)
+@ready(methods.DOPRI8)
 def dopri8() -> None:
     """Prince and Dormand's 8(7) pair: thirteen gradients a step, order 8."""
 
@@ -294,7 +293,7 @@ def residual_euler(
     return runge_kutta(loss_fn, _given_or(learning_rate, trust_ratio_control), solver, momentum=momentum, **options)
 
 
-@ready(implicit.BACKWARD_EULER)
+@ready(methods.BACKWARD_EULER)
 def backward_euler() -> None:
     """Backward Euler: order 1, L-stable, no stability limit. On a convex loss g* is a proximal step of length h.
 
@@ -302,7 +301,7 @@ def backward_euler() -> None:
     """
 
 
-@ready(implicit.IMPLICIT_MIDPOINT)
+@ready(methods.IMPLICIT_MIDPOINT)
 def implicit_midpoint() -> None:
     """The implicit midpoint method: order 2, A-stable; symmetric, so that stiff modes hardly decay at a large h.
 
@@ -310,7 +309,7 @@ def implicit_midpoint() -> None:
     """
 
 
-@ready(implicit.TRAPEZOID)
+@ready(methods.TRAPEZOID)
 def trapezoid() -> None:
     """The trapezoid method of Crank and Nicolson: order 2, A-stable; stiff modes hardly decay at a large h.
 
@@ -318,7 +317,7 @@ def trapezoid() -> None:
     """
 
 
-@ready(implicit.SDIRK2)
+@ready(methods.SDIRK2)
 def sdirk2() -> None:
     """Alexander's SDIRK2: two stages, one after the other, order 2(1), L-stable.
 
@@ -326,7 +325,7 @@ def sdirk2() -> None:
     """
 
 
-@ready(implicit.SDIRK3)
+@ready(methods.SDIRK3)
 def sdirk3() -> None:
     """Alexander's SDIRK3: three stages, one after the other, order 3(2), L-stable.
 
@@ -334,7 +333,7 @@ def sdirk3() -> None:
     """
 
 
-@ready(implicit.RADAU3)
+@ready(methods.RADAU3)
 def radau3() -> None:
     """Radau IIA with two coupled stages: order 3, L-stable.
 
@@ -342,7 +341,7 @@ def radau3() -> None:
     """
 
 
-@ready(implicit.GAUSS4)
+@ready(methods.GAUSS4)
 def gauss4() -> None:
     """Gauss with two coupled stages: order 4, A-stable; stiff modes hardly decay at a large h.
 

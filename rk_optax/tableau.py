@@ -1,27 +1,21 @@
-"""Butcher tableaus: the type, its order checks, the named methods and the parametric families.
+"""Butcher tableaus: the type and its order checks.
 
 A tableau (a, b, c) of s stages is the step k_i = f(y + h Σ_j a_ij k_j), y₊ = y + h Σ_i b_i k_i.
 Nothing here imports JAX: a tableau is float64 data that a solver reads when it is built.
 """
 
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from fractions import Fraction
 from itertools import pairwise
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.polynomial import Polynomial
 from numpy.typing import ArrayLike
 
-from rk_optax import _families
-from rk_optax._coefficients import PUBLISHED
 from rk_optax._order_conditions import Array, missed_condition, tolerance
 
-# Families refuse larger coefficients: products of two of them cost float32 over half its digits.
-_LARGEST_COEFFICIENT = 100
 # |R| may exceed 1 by this much, so that a polynomial that only touches 1 is not cut off there.
 _TOUCH = 1e-9
 
@@ -138,6 +132,7 @@ class ButcherTableau:
     def stages(self) -> int:
         """Number of stages s.
 
+        >>> from rk_optax.methods import DOPRI5
         >>> DOPRI5.stages
         7
         """
@@ -147,6 +142,7 @@ class ButcherTableau:
     def is_explicit(self) -> bool:
         """Whether every stage needs earlier stages only: `a` is strictly lower triangular.
 
+        >>> from rk_optax.methods import RK4
         >>> RK4.is_explicit
         True
         """
@@ -156,6 +152,7 @@ class ButcherTableau:
     def first_same_as_last(self) -> bool:
         """Whether the last stage is evaluated at the end of the step, and so is the next step's first (FSAL).
 
+        >>> from rk_optax.methods import DOPRI5, RK4
         >>> DOPRI5.first_same_as_last, RK4.first_same_as_last
         (True, False)
         """
@@ -165,6 +162,7 @@ class ButcherTableau:
     def effective_stages(self) -> int:
         """Number of stages that a step without error estimate evaluates.
 
+        >>> from rk_optax.methods import DOPRI5
         >>> DOPRI5.effective_stages  # the seventh stage serves the error estimate alone
         6
         """
@@ -184,6 +182,7 @@ class ButcherTableau:
             ValueError: If the error estimate is wanted and there is no `b_hat`.
 
         Example:
+            >>> from rk_optax.methods import BOGACKI_SHAMPINE
             >>> BOGACKI_SHAMPINE.needed_stages(with_error=False)
             (0, 1, 2)
             >>> BOGACKI_SHAMPINE.needed_stages(with_error=True)
@@ -209,6 +208,7 @@ class ButcherTableau:
             ValueError: If the method is not explicit (R is then a rational function).
 
         Example:
+            >>> from rk_optax.methods import HEUN
             >>> HEUN.stability_polynomial.coef
             array([1. , 1. , 0.5])
         """
@@ -235,6 +235,7 @@ class ButcherTableau:
             ValueError: If the method is not explicit.
 
         Example:
+            >>> from rk_optax.methods import RK4
             >>> round(RK4.real_stability_interval, 9)
             2.785293563
         """
@@ -300,159 +301,3 @@ def _level_crossings(polynomial: Polynomial, level: float) -> list[float]:
     # A point too many does no harm to the search for a sign change, a missing one would.
     near = (roots.real > 1e-6) & (np.abs(roots.imag) <= 1e-3 * np.abs(roots.real))
     return sorted(roots.real[near].tolist())
-
-
-def rk2(alpha: float) -> ButcherTableau:
-    """Every two-stage method of order 2, c = (0, α), with the embedded Euler method; Ralston (1962).
-
-    Args:
-        alpha: A real number: 1/2 is the midpoint method, 2/3 Ralston's, 1 Heun's. Coefficients are
-            formed exactly (a Fraction stays one) and rounded to float64 once.
-
-    Returns:
-        The checked tableau, s = 2.
-
-    Raises:
-        TypeError: If `alpha` is not a real number.
-        ValueError: If it is not finite, is 0 or makes a coefficient exceed 100.
-
-    Example:
-        >>> rk2(0.5).b
-        array([0., 1.])
-    """
-    x = _parameter("alpha", alpha)
-    member = _Member(f"rk2(alpha={float(x):.6g})", {"alpha = 0": x}, "take rk2(2/3), say")
-    return member.tableau(2, _families.rk2(x), PUBLISHED["ralston"].source, [1, 0])
-
-
-def rk3(u: float, v: float) -> ButcherTableau:
-    """The generic three-stage methods of order 3, c = (0, u, v); Kutta (1901).
-
-    Args:
-        u: A real number, as in `rk2`.
-        v: A real number. (1/2, 1) is Kutta's method, (1/3, 2/3) Heun's, (1/2, 3/4) Ralston's and
-            (1, 1/2) the strong-stability-preserving one.
-
-    Returns:
-        The checked tableau, s = 3.
-
-    Raises:
-        TypeError: If a parameter is not a real number.
-        ValueError: If a parameter is not finite, the formulas divide by zero (u = 0, v = 0, u = v
-            or u = 2/3) or a coefficient exceeds 100.
-
-    Example:
-        >>> rk3(1, 0.5).b * 6
-        array([1., 1., 4.])
-    """
-    x, y = _parameter("u", u), _parameter("v", v)
-    member = _Member(
-        f"rk3(u={float(x):.6g}, v={float(y):.6g})",
-        {"u = 0": x, "v = 0": y, "u = v": y - x, "u = 2/3": 2 - 3 * x},
-        "take rk3(1/2, 3/4), say",
-    )
-    return member.tableau(3, _families.rk3(x, y), PUBLISHED["kutta3"].source)
-
-
-def rk4_family(u: float, v: float) -> ButcherTableau:
-    """Kutta's generic four-stage methods of order 4, c = (0, u, v, 1); Kutta (1901).
-
-    Args:
-        u: A real number, as in `rk2`.
-        v: A real number. (1/3, 2/3) is the 3/8 rule, (2/5, (14 - 3√5)/16) Ralston's method. The
-            classical method, u = v = 1/2, is no member: the formulas divide by zero. Use `RK4`.
-
-    Returns:
-        The checked tableau, s = 4.
-
-    Raises:
-        TypeError: If a parameter is not a real number.
-        ValueError: If a parameter is not finite, the formulas divide by zero (u or v in {0, 1},
-            u = v, u = 1/2 or 6uv - 4(u + v) + 3 = 0) or a coefficient exceeds 100.
-
-    Example:
-        >>> rk4_family(Fraction(1, 3), Fraction(2, 3)).b * 8
-        array([1., 3., 3., 1.])
-    """
-    x, y = _parameter("u", u), _parameter("v", v)
-    d = 6 * x * y - 4 * (x + y) + 3
-    member = _Member(
-        f"rk4_family(u={float(x):.6g}, v={float(y):.6g})",
-        {"u = 0": x, "v = 0": y, "u = 1": 1 - x, "v = 1": 1 - y, "u = v": y - x}
-        | {"u = 1/2": 1 - 2 * x, "6uv - 4(u + v) + 3 = 0": d},
-        "take rk4_family(1/3, 2/3), say, or RK4 for the classical method u = v = 1/2",
-    )
-    return member.tableau(4, _families.rk4(x, y), PUBLISHED["rk4"].source)
-
-
-def _parameter(label: str, value: Any) -> Fraction:
-    # Exact arithmetic from here on: the differences below would otherwise cancel digits.
-    if isinstance(value, numbers.Rational) and not isinstance(value, bool):
-        return Fraction(int(value.numerator), int(value.denominator))
-    array = np.asarray(value)
-    if array.ndim or array.dtype.kind not in "iuf":
-        raise TypeError(f"{label} must be a real number, got {value!r}")
-    if not np.isfinite(array):
-        raise ValueError(f"{label} must be finite, got {value!r}")
-    return Fraction(float(array))
-
-
-@dataclass(frozen=True)
-class _Member:
-    """A member of a family: its call, the parameter sets it must keep away from, the way out."""
-
-    call: str
-    zeros: dict[str, Fraction]  # where the formulas divide by zero, and the divisor itself
-    remedy: str
-
-    def __post_init__(self) -> None:
-        for condition, divisor in self.zeros.items():
-            if divisor == 0:
-                raise ValueError(
-                    f"{self.call}: the family's formulas divide by zero at {condition} (and "
-                    f"degenerate at any of {', '.join(self.zeros)}); {self.remedy}"
-                )
-
-    def tableau(
-        self,
-        order: int,
-        formula: _families.Formula,
-        source: str,
-        b_hat: list[int] | None = None,
-    ) -> ButcherTableau:
-        b = list(formula.b)
-        a = [[*row, *[0] * (len(b) - len(row))] for row in ((), *formula.a)]
-        largest = max(abs(x) for x in (*b, *(x for row in a for x in row)))
-        if largest > _LARGEST_COEFFICIENT:
-            raise ValueError(
-                f"{self.call}: a coefficient reaches {float(largest):.3g}, more than the "
-                f"{_LARGEST_COEFFICIENT} beyond which cancellation costs float32 half its digits; "
-                f"keep parameters of order 1 and away from {', '.join(self.zeros)}: {self.remedy}"
-            )
-        c = [sum(row) for row in a]
-        order_hat = None if b_hat is None else 1
-        return ButcherTableau(self.call, a, b, c, order, b_hat, order_hat, source)
-
-
-TABLEAUS: Mapping[str, ButcherTableau] = MappingProxyType(
-    {name: ButcherTableau(name, *published) for name, published in PUBLISHED.items()}
-)
-"""The named methods by name; `rk_optax/_coefficients.py` holds their coefficients and sources."""
-
-EULER = TABLEAUS["euler"]
-HEUN = TABLEAUS["heun"]
-MIDPOINT = TABLEAUS["midpoint"]
-RALSTON = TABLEAUS["ralston"]
-KUTTA3 = TABLEAUS["kutta3"]
-HEUN3 = TABLEAUS["heun3"]
-RALSTON3 = TABLEAUS["ralston3"]
-SSPRK3 = TABLEAUS["ssprk3"]
-BOGACKI_SHAMPINE = TABLEAUS["bogacki_shampine"]
-RK4 = TABLEAUS["rk4"]
-RK38 = TABLEAUS["rk38"]
-RALSTON4 = TABLEAUS["ralston4"]
-FEHLBERG45 = TABLEAUS["fehlberg45"]
-CASH_KARP = TABLEAUS["cash_karp"]
-DOPRI5 = TABLEAUS["dopri5"]
-TSIT5 = TABLEAUS["tsit5"]
-DOPRI8 = TABLEAUS["dopri8"]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from registry import RULES
 
 import rk_optax
 
@@ -38,17 +39,6 @@ PRECONDITIONERS = {
     "hutchinson": rk_optax.precondition_by_hutchinson(),
     "clip": rk_optax.precondition_by(optax.clip_by_global_norm(0.5)),
 }
-# Rules whose h depends smoothly on what they see in the first step, or not at all.
-RULES = {
-    "constant": lambda h: h,
-    "dal": rk_optax.dal,
-    "dal, difference": lambda h: rk_optax.dal(h, estimate="difference"),
-    "dal, free": lambda h: rk_optax.dal(h, estimate="free"),
-    "descent": lambda h: rk_optax.descent_control(0.1),
-    "error": lambda h: rk_optax.error_control(1e-2, 1e-3, initial_step_size=0.1),
-    "sgd_g2": lambda h: rk_optax.sgd_g2(0.1),
-    "trust": lambda h: rk_optax.trust_ratio_control(0.1),
-}
 QUICK = {
     *((solver, "none", "constant") for solver in ("dopri5", "rkc2", "etdrk2", "ros2")),
     *(("rk4", preconditioner, "constant") for preconditioner in ("none", "rms", "adam")),
@@ -56,7 +46,7 @@ QUICK = {
     ("heun", "none", "dal, free"),
     ("euler", "none", "sgd_g2"),
 }
-ALL_RULES = {("heun", "none", rule) for rule in RULES if rule not in ("error", "sgd_g2", "trust")} | {
+ALL_RULES = {("heun", "none", rule) for rule in RULES if rule not in ("error", "sgd_g2", "trust", "path")} | {
     ("bogacki_shampine", "none", "error"),
     ("euler", "none", "sgd_g2"),
     ("rosenbrock_euler", "none", "trust"),

@@ -13,29 +13,16 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from registry import EXPLICIT
 
 import rk_optax
 
 pytestmark = pytest.mark.latest
 
-LEARNING_RATES = {
-    "euler": 1e-3,
-    "heun": 1e-3,
-    "midpoint": 1e-3,
-    "ralston": 1e-3,
-    "kutta3": 1e-3,
-    "ssprk3": 1e-3,
-    "bogacki_shampine": 1e-3,
-    "rk4": 1e-3,
-    "rk38": 1e-3,
-    "dopri5": 1e-3,
-    "tsit5": 1e-3,
-    "dopri8": 1e-3,
-}
 OPTIMIZERS = {
-    f"{name}{label}": (name, {"learning_rate": rate, **options})
+    f"{name}{label}": (name, {"learning_rate": 1e-3, **options})
     for label, options in [("", {}), ("-momentum", {"momentum": 0.9})]
-    for name, rate in LEARNING_RATES.items()
+    for name in EXPLICIT
 }
 # Those for stiff flows, on any loss: with three stages, and with its Hessian.
 OPTIMIZERS |= {

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from registry import ALIASES, RULES
 
 import rk_optax
 
@@ -25,31 +26,11 @@ def residuals(params, unit, length):
 
 
 LOSS = rk_optax.LeastSquares(residuals)
-OPTIMIZERS = {
-    name: getattr(rk_optax, name)
-    for name in (
-        *("euler", "heun", "midpoint", "ralston", "kutta3", "ssprk3", "bogacki_shampine", "rk4", "rk38", "dopri5"),
-        *("tsit5", "dopri8", "rkc", "rkl", "rosenbrock_euler", "ros2", "residual_euler", "backward_euler"),
-        *("implicit_midpoint", "trapezoid", "sdirk2", "sdirk3", "radau3", "gauss4", "etd1", "etdrk2"),
-    )
-}
-# The rule for a first step size of h, which may be traced.
-RULES = {
-    "constant": lambda h: h,
-    "dal": rk_optax.dal,
-    "dal, difference": lambda h: rk_optax.dal(h, estimate="difference"),
-    "dal, free": lambda h: rk_optax.dal(h, estimate="free"),
-    "descent": rk_optax.descent_control,
-    "error": lambda h: rk_optax.error_control(0.3, 1e-37, initial_step_size=h),
-    "trust": rk_optax.trust_ratio_control,
-    "path": rk_optax.path_control,
-    "sgd_g2": rk_optax.sgd_g2,
-}
 
 
 def builds(optimizer, rule):
     try:
-        OPTIMIZERS[optimizer](LOSS, RULES[rule](H))
+        ALIASES[optimizer](LOSS, RULES[rule](H))
     except ValueError:
         return False
     return True
@@ -68,7 +49,7 @@ COMBINATIONS = [
     pytest.param(
         *both, marks=[*([] if both in QUICK else [pytest.mark.slow]), *([SHORT[both]] if both in SHORT else [])]
     )
-    for both in itertools.product(OPTIMIZERS, RULES)
+    for both in itertools.product(ALIASES, RULES)
     if builds(*both)
 ]
 
@@ -83,7 +64,7 @@ def three_updates(optimizer, rule):
         longer = 4 if rule == "error" and optimizer in HIGH_ORDER else 1
         h = jnp.float32(longer * H) / c * length * length
         data = {"unit": jnp.sqrt(c), "length": length}
-        tx = OPTIMIZERS[optimizer](LOSS, RULES[rule](h))
+        tx = ALIASES[optimizer](LOSS, RULES[rule](h))
         params = {"w": length * START, "inert": inert * jnp.ones(2)}
         state = tx.init(params)
 

@@ -18,13 +18,15 @@ import scipy.optimize
 from nodepy.runge_kutta_method import RKC1, ExplicitRungeKuttaMethod, loadRKM
 
 import rk_optax
-from rk_optax import tableau
-from rk_optax.tableau import TABLEAUS, ButcherTableau, rk2, rk3, rk4_family
+from rk_optax import methods
+from rk_optax.methods import TABLEAUS, rk2, rk3, rk4_family
+from rk_optax.tableau import ButcherTableau
 
 pytestmark = pytest.mark.latest
 
-NAMES = ["euler", "heun", "midpoint", "ralston", "kutta3", "heun3", "ralston3", "ssprk3", "bogacki_shampine"]
-NAMES += ["rk4", "rk38", "ralston4", "fehlberg45", "cash_karp", "dopri5", "tsit5", "dopri8"]
+KNOWN = ["euler", "heun", "midpoint", "ralston", "kutta3", "heun3", "ralston3", "ssprk3", "bogacki_shampine"]
+KNOWN += ["rk4", "rk38", "ralston4", "fehlberg45", "cash_karp", "dopri5", "tsit5", "dopri8"]
+NAMES = list(TABLEAUS)
 PAIRS = [name for name in NAMES if TABLEAUS[name].b_hat is not None]
 named = pytest.mark.parametrize("method", [pytest.param(TABLEAUS[name], id=name) for name in NAMES])
 pairs = pytest.mark.parametrize("method", [pytest.param(TABLEAUS[name], id=name) for name in PAIRS])
@@ -42,11 +44,13 @@ def heun_arguments(**changes):
 # --- the named methods ---
 
 
-def test_table_holds_exactly_the_named_methods_and_each_has_a_constant_and_a_source():
-    assert list(TABLEAUS) == NAMES
+def test_tables_hold_exactly_the_named_methods_and_each_has_a_constant_and_a_source():
+    assert set(KNOWN) <= set(TABLEAUS)
+    constants = [t for t in vars(methods).values() if isinstance(t, ButcherTableau)]
+    assert {id(t) for t in constants} == {id(t) for t in (*TABLEAUS.values(), *rk_optax.IMPLICIT_TABLEAUS.values())}
     for name, method in TABLEAUS.items():
         assert method.name == name
-        assert getattr(tableau, name.upper()) is method
+        assert getattr(methods, name.upper()) is method
         assert method.source
     with pytest.raises(TypeError):
         TABLEAUS["mine"] = TABLEAUS["rk4"]  # pyright: ignore[reportIndexIssue]
@@ -264,8 +268,8 @@ def test_tableau_does_not_import_jax():
 import sys, types
 sys.modules["rk_optax"] = package = types.ModuleType("rk_optax")  # without the package's own imports
 package.__path__ = sys.argv[1:]
-import rk_optax.tableau
-assert rk_optax.tableau.RK4.order == 4
+import rk_optax.methods
+assert rk_optax.methods.RK4.order == 4
 assert not any(name.partition(".")[0] in ("jax", "jaxlib", "optax") for name in sys.modules)
 """
     subprocess.run([sys.executable, "-c", code, str(Path(rk_optax.__file__).parent)], check=True)

@@ -4,6 +4,7 @@
 - `{{ include FILE }}` becomes that file of the repository, with its links turned to pages of the site.
 - `{{ names MODULE ... }}` becomes the documentation of all public names that live in these modules, and
   `{{ rest }}` that of the names which no page of the API names.
+- `{{ tableaus }}` becomes the table of the named explicit methods.
 - Notebooks become pages with their committed outputs; figures and raw results become files of the site.
 - TeX between dollars becomes MathML, which browsers render by themselves.
 """
@@ -27,6 +28,9 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
+
+import rk_optax
+
 ROOMS = ("rk_optax", "rk_optax.networks", "rk_optax.spectrum", "rk_optax.linen", "rk_optax.nnx")  # what users import
 _NAMES = re.compile(r"\{\{ names ([\w. ]+) \}\}")
 _FOLD = 9  # rows of a table above which the page of results folds it
@@ -109,6 +113,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     markdown = re.sub(r"\{\{ include ([\w./]+) \}\}", lambda match: _include(match[1]), markdown)
     markdown = _NAMES.sub(lambda match: _entries(names_of(match[1].split())), markdown)
     markdown = markdown.replace("{{ rest }}", _entries(_rest()))
+    markdown = markdown.replace("{{ tableaus }}", tableau_table())
     return markdown.replace("{{ repository }}", repository())
 
 
@@ -134,6 +139,23 @@ def _rest() -> list[str]:
         module for page in pages for match in _NAMES.findall(page.read_text("utf-8")) for module in match.split()
     ]
     return sorted(set(public_names()) - set(names_of(modules)), key=str.lower)
+
+
+def tableau_table() -> str:
+    """Every named explicit method: its order and that of its embedded pair, its cost, how far it is stable."""
+    lines = [
+        "| name | order | stages | gradients | real interval | interval per gradient | ready as |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, tableau in rk_optax.TABLEAUS.items():
+        order = f"{tableau.order}" if tableau.order_hat is None else f"{tableau.order}({tableau.order_hat})"
+        gradients, interval = tableau.effective_stages, tableau.real_stability_interval
+        ready = f"rk_optax.{name}" if hasattr(rk_optax, name) else f'runge_kutta(…, "{name}")'
+        lines.append(
+            f"| {name} | {order} | {tableau.stages} | {gradients} | {interval:.3f} | {interval / gradients:.2f} "
+            f"| `{ready}` |"
+        )
+    return "\n".join(lines)
 
 
 def _include(name: str) -> str:

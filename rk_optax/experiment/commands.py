@@ -1,10 +1,10 @@
 """The commands of `rk-optax`; importing this needs the `experiment` extra."""
 
 import argparse
-import contextlib
 import dataclasses
 import datetime
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import tyro
 
-from rk_optax.experiment.config import CompareConfig, FlowConfig, RaceConfig, TrainConfig, load
+from rk_optax.experiment.config import CompareConfig, FlowConfig, RaceConfig, TrainConfig, checked, load
 from rk_optax.experiment.errors import UsageError
 from rk_optax.experiment.runs.compare import Comparison
 from rk_optax.experiment.runs.flow import FlowStudy
@@ -26,7 +26,7 @@ from rk_optax.experiment.show.flow_summary import flow_summary
 from rk_optax.experiment.show.progress import ProgressBar
 from rk_optax.experiment.show.race_summary import race_summary
 from rk_optax.experiment.store.run_folder import RunFolder, TrainFolder, first_difference, stored_config
-from rk_optax.tableau import TABLEAUS
+from rk_optax.methods import TABLEAUS
 
 Config = TypeVar("Config", TrainConfig, CompareConfig, RaceConfig, FlowConfig)
 
@@ -49,43 +49,12 @@ class _Verb(NamedTuple, Generic[Config]):
 
     name: str
     kind: type[Config]
+    study: Callable[[Config], Any]  # the experiment: `study.run(folder, bar)` returns its results
+    shown: Callable[[Any, RunFolder, Any], Sequence[Any]]  # writes summary and figure; what is to be printed
     example: str
     override: str
     summary: str
-
-
-_TRAIN = _Verb(
-    "train",
-    TrainConfig,
-    "configs/train_digits.py",
-    "--optimizer.learning-rate 0.1",
-    "Trains a network with one optimizer, writing metrics and checkpoints as it goes.",
-)
-_COMPARE = _Verb(
-    "compare",
-    CompareConfig,
-    "configs/digits.py",
-    "--budget.gradients 1200",
-    "Tunes the learning rate of every optimizer over equally many trials, trains each over several\n"
-    "seeds at an equal budget of gradient evaluations or of updates, times it, and shows how they compare.",
-)
-_RACE = _Verb(
-    "race",
-    RaceConfig,
-    "configs/race_poisson.py",
-    "--seeds 0 1, or --x64",
-    "Runs solvers and optimizers on a full-batch problem with a known solution, each tuned on a seed of its own,\n"
-    "and shows what every error costs in gradients, V (one value_and_grad) and seconds.",
-)
-
-_FLOW = _Verb(
-    "flow",
-    FlowConfig,
-    "configs/edge_of_stability.py",
-    "--learning-rate 0.1",
-    "Follows full-batch gradient descent, its gradient flow and its central flow from one start,\n"
-    "and shows their sharpness beside 2/h, their losses and their distances through time.",
-)
+    folder: type[RunFolder] = RunFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,67 +77,108 @@ class _Invocation(NamedTuple, Generic[Config]):
     resumed: bool
 
 
-def train(argv: Sequence[str]) -> int:
-    """`rk-optax train`.
+def _trained(training: Training, folder: RunFolder, last: Any) -> Sequence[Any]:
+    return tables.training_summary(last)
+
+
+def _compared(comparison: Comparison, folder: RunFolder, results: Any) -> Sequence[Any]:
+    rows = summarize(results)
+    folder.write_json("summary.json", as_json(results, rows))
+    plot_comparison(results, folder.path / "comparison.png")
+    return [tables.comparison_table(rows), *tables.comparison_notes(comparison.config, results)]
+
+
+def _raced(race: Race, folder: RunFolder, results: Any) -> Sequence[Any]:
+    rows = race_summary(results, race.config.targets)
+    folder.write_json("summary.json", {"error": race.error_name, "entrants": rows})
+    plot_race(results, race.error_name, folder.path / "race.png")
+    return [tables.race_table(rows, race.error_name)]
+
+
+def _followed(study: FlowStudy, folder: RunFolder, results: Any) -> Sequence[Any]:
+    summary = flow_summary(results, study.config.learning_rate)
+    folder.write_json("summary.json", summary)
+    plot_flows(results, study.config.learning_rate, folder.path / "flow.png")
+    return [tables.flow_table(summary), *tables.flow_notes(summary)]
+
+
+_TRAIN = _Verb(
+    "train",
+    TrainConfig,
+    Training,
+    _trained,
+    "configs/train_digits.py",
+    "--optimizer.learning-rate 0.1",
+    "Trains a network with one optimizer, writing metrics and checkpoints as it goes.",
+    TrainFolder,
+)
+_COMPARE = _Verb(
+    "compare",
+    CompareConfig,
+    Comparison,
+    _compared,
+    "configs/digits.py",
+    "--budget.gradients 1200",
+    "Tunes the learning rate of every optimizer over equally many trials, trains each over several\n"
+    "seeds at an equal budget of gradient evaluations or of updates, times it, and shows how they compare.",
+)
+_RACE = _Verb(
+    "race",
+    RaceConfig,
+    Race,
+    _raced,
+    "configs/race_poisson.py",
+    "--seeds 0 1, or --x64",
+    "Runs solvers and optimizers on a full-batch problem with a known solution, each tuned on a seed of its own,\n"
+    "and shows what every error costs in gradients, V (one value_and_grad) and seconds.",
+)
+_FLOW = _Verb(
+    "flow",
+    FlowConfig,
+    FlowStudy,
+    _followed,
+    "configs/edge_of_stability.py",
+    "--learning-rate 0.1",
+    "Follows full-batch gradient descent, its gradient flow and its central flow from one start,\n"
+    "and shows their sharpness beside 2/h, their losses and their distances through time.",
+)
+
+
+def _run(verb: _Verb[Config], argv: Sequence[str]) -> int:
+    """Runs an experiment, or goes on with one.
 
     Raises:
-        UsageError: if the training is not possible as asked for.
+        UsageError: if it is not possible as asked for.
         KeyboardInterrupt: with a message that says how to go on.
     """
-    asked = _read(argv, _TRAIN)
-    if asked is None:
-        return 0
-    training = Training(asked.config)
-    with _running(_TRAIN, asked, TrainFolder) as (folder, bar):
-        last = training.run(folder, bar)
-    return _show(folder, tables.training_summary(last))
-
-
-def compare(argv: Sequence[str]) -> int:
-    """`rk-optax compare`; see `train`."""
-    asked = _read(argv, _COMPARE)
-    if asked is None:
-        return 0
-    comparison = Comparison(asked.config)
-    with _running(_COMPARE, asked, RunFolder) as (folder, bar):
-        results = comparison.run(folder, bar)
-        rows = summarize(results)
-        folder.write_json("summary.json", as_json(results, rows))
-        plot_comparison(results, folder.path / "comparison.png")
-    return _show(folder, [tables.comparison_table(rows), *tables.comparison_notes(asked.config, results)])
-
-
-def race(argv: Sequence[str]) -> int:
-    """`rk-optax race`; see `train`."""
-    asked = _read(argv, _RACE)
+    asked = _read(argv, verb)
     if asked is None:
         return 0
     before = jax.config.read("jax_enable_x64")
-    jax.config.update("jax_enable_x64", asked.config.x64 or before)
+    jax.config.update("jax_enable_x64", getattr(asked.config, "x64", False) or before)
     try:
-        contest = Race(asked.config)
-        with _running(_RACE, asked, RunFolder) as (folder, bar):
-            results = contest.run(folder, bar)
-            rows = race_summary(results, asked.config.targets)
-            folder.write_json("summary.json", {"error": contest.error_name, "entrants": rows})
-            plot_race(results, contest.error_name, folder.path / "race.png")
+        study = verb.study(asked.config)
+        with verb.folder(asked.folder, resume=asked.resumed) as folder:
+            try:
+                folder.write_config(verb.name, asked.name, asked.config)
+                with ProgressBar(tables.make_console(stderr=True)) as bar:
+                    lines = verb.shown(study, folder, study.run(folder, bar))
+            except KeyboardInterrupt:
+                again = f"rk-optax {verb.name} --resume {folder.path}"
+                raise KeyboardInterrupt(f"interrupted; go on with: {again}") from None
     finally:
         jax.config.update("jax_enable_x64", before)
-    return _show(folder, [tables.race_table(rows, contest.error_name)])
+    console = tables.make_console()
+    for line in lines:
+        console.print(line, markup=False)
+    console.print(f"Written to {asked.folder}", markup=False, soft_wrap=True)
+    return 0
 
 
-def flow(argv: Sequence[str]) -> int:
-    """`rk-optax flow`; see `train`."""
-    asked = _read(argv, _FLOW)
-    if asked is None:
-        return 0
-    study = FlowStudy(asked.config)
-    with _running(_FLOW, asked, RunFolder) as (folder, bar):
-        results = study.run(folder, bar)
-        summary = flow_summary(results, asked.config.learning_rate)
-        folder.write_json("summary.json", summary)
-        plot_flows(results, asked.config.learning_rate, folder.path / "flow.png")
-    return _show(folder, [tables.flow_table(summary), *tables.flow_notes(summary)])
+train = functools.partial(_run, _TRAIN)
+compare = functools.partial(_run, _COMPARE)
+race = functools.partial(_run, _RACE)
+flow = functools.partial(_run, _FLOW)
 
 
 def plot(argv: Sequence[str]) -> int:
@@ -234,16 +244,17 @@ def _read(argv: Sequence[str], verb: _Verb[Config]) -> _Invocation[Config] | Non
     _suggest_initials(argv[1:], dataclasses.asdict(config))
     default: Any = _Line(config)
     line: Any = tyro.cli(_Line[type(config)], default=default, args=argv[1:], prog=f"rk-optax {verb.name} {path}")
+    config = checked(line.config)
     if line.resume and line.out:
         raise UsageError("--out is for a new run and --resume for an old one: give one of them")
     if line.resume:
-        different = first_difference(stored_config(line.resume, verb.name, type(config)), line.config)
+        different = first_difference(stored_config(line.resume, verb.name, type(config)), config)
         if different:
             raise UsageError(
                 f"{line.resume} holds a run with {different}: go on with --resume alone, or start afresh with --out"
             )
     default_folder = Path("runs") / f"{path.stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    return _Invocation(path.stem, line.config, line.resume or line.out or default_folder, line.resume is not None)
+    return _Invocation(path.stem, config, line.resume or line.out or default_folder, line.resume is not None)
 
 
 def _suggest_initials(argv: Sequence[str], fields: dict[str, Any]) -> None:
@@ -257,26 +268,3 @@ def _suggest_initials(argv: Sequence[str], fields: dict[str, Any]) -> None:
             if last == "".join(word[0] for word in field.split("_")) and "_" in field:
                 meant = "--" + ".".join([*parents, field]).replace("_", "-")
                 raise UsageError(f"unrecognized option --{option}: did you mean {meant}?")
-
-
-@contextlib.contextmanager
-def _running(
-    verb: _Verb[Config], asked: _Invocation[Config], kind: Callable[..., Any]
-) -> Iterator[tuple[Any, ProgressBar]]:
-    """The folder and the progress bar of a run that Ctrl-C may interrupt."""
-    with kind(asked.folder, resume=asked.resumed) as folder:
-        try:
-            folder.write_config(verb.name, asked.name, asked.config)
-            with ProgressBar(tables.make_console(stderr=True)) as bar:
-                yield folder, bar
-        except KeyboardInterrupt:
-            again = f"rk-optax {verb.name} --resume {folder.path}"
-            raise KeyboardInterrupt(f"interrupted; go on with: {again}") from None
-
-
-def _show(folder: RunFolder, lines: Sequence[Any]) -> int:
-    console = tables.make_console()
-    for line in lines:
-        console.print(line, markup=False)
-    console.print(f"Written to {folder.path}", markup=False, soft_wrap=True)
-    return 0

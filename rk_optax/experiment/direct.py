@@ -1,7 +1,6 @@
 """Methods that are told what the problem is, a linear system or a factorisation: the bounds of a race.
 
-They read the data of the loss instead of its gradient, and take no loss_fn but to be called like the others. Their
-states count their cost, as those of rk_optax's solvers do.
+They read the data of the loss instead of its gradient, and take no loss_fn but to be called like the others.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,14 +11,12 @@ import jax.numpy as jnp
 import optax
 
 import rk_optax
-
-Transformation = optax.GradientTransformationExtraArgs
+from rk_optax.experiment.counted import Transformation, counted
 
 
 class DualDescentState(NamedTuple):
-    """State of `stochastic_dual_descent`."""
+    """What `stochastic_dual_descent` carries."""
 
-    cost: rk_optax.Cost
     rows: jax.Array  # shape=(), int32: rows of the matrix that were read, less whole multiples of it
     key: jax.Array  # for the rows to come
     place: jax.Array  # like params: where the next gradient is taken, α + ρv
@@ -53,10 +50,9 @@ def stochastic_dual_descent(
     def init(params: Any) -> DualDescentState:
         key = jax.random.key_data(jax.random.key(0))
         place = jnp.array(params)  # a buffer of its own
-        return DualDescentState(rk_optax.Cost.zeros(), jnp.zeros([], jnp.int32), key, place, sgd.init(params))
+        return DualDescentState(jnp.zeros([], jnp.int32), key, place, sgd.init(params))
 
-    def update(updates: Any, state: Any, params: Any = None, **data: Any) -> tuple[Any, DualDescentState]:
-        del updates
+    def step(grads: Any, state: DualDescentState, params: Any, data: Any, value: Any) -> Any:
         matrix, y = data["matrix"], data["y"]
         key, own = jax.random.split(jax.random.wrap_key_data(state.key))
         rows = jax.random.randint(own, (batch,), 0, len(y))
@@ -67,17 +63,15 @@ def stochastic_dual_descent(
         velocity = -learning_rate * optax.tree_utils.tree_get(after, "trace")
         alpha = place - momentum * velocity
         whole, read = jnp.divmod(state.rows + batch, len(y))
-        cost = state.cost.plus(rk_optax.Cost(gradients=whole))
-        new = DualDescentState(cost, read, jax.random.key_data(key), place, after)
-        return averaging * (alpha - params), new
+        new = DualDescentState(read, jax.random.key_data(key), place, after)
+        return averaging * (alpha - params), new, rk_optax.Cost(gradients=whole)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return counted(init, step)
 
 
 class ConjugateGradientsState(NamedTuple):
-    """State of `conjugate_gradients`."""
+    """What `conjugate_gradients` carries."""
 
-    cost: rk_optax.Cost
     residual: jax.Array  # y − Mα
     direction: jax.Array
     square: jax.Array  # shape=(): of the residual; negative before the first step
@@ -93,13 +87,9 @@ def conjugate_gradients(loss_fn: Callable[..., jax.Array], learning_rate: None =
     del loss_fn, learning_rate
 
     def init(params: Any) -> ConjugateGradientsState:
-        zeros = jnp.zeros_like(params)
-        return ConjugateGradientsState(
-            rk_optax.Cost.zeros(), zeros, jnp.zeros_like(params), -jnp.ones([], params.dtype)
-        )
+        return ConjugateGradientsState(jnp.zeros_like(params), jnp.zeros_like(params), -jnp.ones([], params.dtype))
 
-    def update(updates: Any, state: Any, params: Any = None, **data: Any) -> tuple[Any, ConjugateGradientsState]:
-        del updates
+    def step(grads: Any, state: ConjugateGradientsState, params: Any, data: Any, value: Any) -> Any:
         matrix, y = data["matrix"], data["y"]
         first = state.square < 0
         residual = jnp.where(first, y - matrix @ params, state.residual)
@@ -111,16 +101,9 @@ def conjugate_gradients(loss_fn: Callable[..., jax.Array], learning_rate: None =
         residual = residual - length * pushed
         new = residual @ residual
         following = residual + new / jnp.where(square > 0, square, 1) * direction
-        cost = state.cost.plus(rk_optax.Cost(gradients=1))
-        return length * direction, ConjugateGradientsState(cost, residual, following, new)
+        return length * direction, ConjugateGradientsState(residual, following, new), rk_optax.Cost(gradients=1)
 
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-class CostState(NamedTuple):
-    """State of a method that carries nothing else."""
-
-    cost: rk_optax.Cost
+    return counted(init, step)
 
 
 def cholesky(loss_fn: Callable[..., jax.Array], learning_rate: None = None) -> Transformation:
@@ -132,12 +115,11 @@ def cholesky(loss_fn: Callable[..., jax.Array], learning_rate: None = None) -> T
     """
     del loss_fn, learning_rate
 
-    def update(updates: Any, state: Any, params: Any = None, **data: Any) -> tuple[Any, CostState]:
-        del updates
+    def step(grads: Any, state: Any, params: Any, data: Any, value: Any) -> Any:
         solution = jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(data["matrix"]), data["y"])
-        return solution - params, state
+        return solution - params, state, rk_optax.Cost()
 
-    return optax.GradientTransformationExtraArgs(lambda params: CostState(rk_optax.Cost.zeros()), update)
+    return counted(lambda params: (), step)
 
 
 def alternating_least_squares(loss_fn: Callable[..., jax.Array], learning_rate: None = None) -> Transformation:
@@ -157,16 +139,15 @@ def alternating_least_squares(loss_fn: Callable[..., jax.Array], learning_rate: 
         right = jnp.zeros((count, rank), fixed.dtype).at[mine].add(known * entry[:, None])
         return jnp.linalg.solve(gram, right[..., None])[..., 0]
 
-    def update(updates: Any, state: Any, params: Any = None, **data: Any) -> tuple[Any, CostState]:
-        del updates
+    def step(grads: Any, state: Any, params: Any, data: Any, value: Any) -> Any:
         row, column, entry = data["row"], data["column"], data["entry"]
         left = solved(params["right"], row, column, entry, len(params["left"]))
         right = solved(left, column, row, entry, len(params["right"]))
         # Each half is a pass over the entries, as a gradient is one.
-        cost = state.cost.plus(rk_optax.Cost(gradients=2))
-        return {"left": left - params["left"], "right": right - params["right"]}, CostState(cost)
+        cost = rk_optax.Cost(gradients=2)
+        return {"left": left - params["left"], "right": right - params["right"]}, state, cost
 
-    return optax.GradientTransformationExtraArgs(lambda params: CostState(rk_optax.Cost.zeros()), update)
+    return counted(lambda params: (), step)
 
 
 DIRECT: Mapping[str, Callable[..., Transformation]] = {

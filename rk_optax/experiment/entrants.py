@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import optax
 
 import rk_optax
-from rk_optax.experiment.config import MethodConfig
+from rk_optax.experiment.config import PRECONDITIONERS, RULES, MethodConfig
 from rk_optax.experiment.direct import DIRECT
 from rk_optax.experiment.errors import UsageError
 from rk_optax.experiment.rivals import RIVALS
 from rk_optax.experiment.tasks.task import Data
-from rk_optax.tableau import TABLEAUS
+from rk_optax.methods import TABLEAUS
 
 LossFn = Callable[..., jax.Array]
 Transformation = optax.GradientTransformationExtraArgs
@@ -34,14 +34,6 @@ def _factories(module: Any, *first: str) -> dict[str, Callable[..., Any]]:
         for name, member in public.items()
         if inspect.isfunction(member) and tuple(inspect.signature(member).parameters)[: len(first)] == first
     }
-
-
-def _momentum(learning_rate: Any, momentum: float = 0.9, nesterov: bool = False) -> optax.GradientTransformation:
-    return optax.sgd(learning_rate, momentum, nesterov)
-
-
-def _nesterov(learning_rate: Any, momentum: float = 0.9) -> optax.GradientTransformation:
-    return optax.sgd(learning_rate, momentum, nesterov=True)
 
 
 class AdamThenLbfgsState(NamedTuple):
@@ -83,21 +75,14 @@ def adam_then_lbfgs(learning_rate: Any, adam_steps: int, **options: Any) -> Tran
 
 
 OPTAX = _factories(optax, "learning_rate") | {
-    "momentum": _momentum,
-    "nesterov": _nesterov,
+    "momentum": functools.partial(optax.sgd, momentum=0.9),
+    "nesterov": functools.partial(optax.sgd, momentum=0.9, nesterov=True),
     "adam_then_lbfgs": adam_then_lbfgs,
 }
 _ALIASES = _factories(rk_optax, "loss_fn", "learning_rate")
 SOLVERS = {name: functools.partial(rk_optax.runge_kutta, solver=name) for name in TABLEAUS} | {
     name: alias for name, alias in _ALIASES.items() if name not in ("runge_kutta", "scale_by_rk")
 }
-# Hutchinson's is missing: its Hessian-vector products are no whole number of gradients per step.
-_PRECONDITIONERS = {
-    "adagrad": rk_optax.precondition_by_adagrad,
-    "rms": rk_optax.precondition_by_rms,
-    "adam": rk_optax.precondition_by_adam,
-}
-_CAPPED = ("dal", "corridor")  # rules whose step size is at most the learning rate
 _SOLVERS_ALONE = {"preconditioner": None, "rule": "constant", "rule_options": {}, "stage_batches": "same"}
 
 
@@ -188,7 +173,7 @@ def build_optimizer(
     else:
         cost, gradients_per_step = _counted, _fixed_cost(where, config)
         if config.preconditioner is not None:
-            options["preconditioner"] = _PRECONDITIONERS[config.preconditioner]()
+            options["preconditioner"] = PRECONDITIONERS[config.preconditioner]()
         if config.stage_batches == "split":
             first_stage = _first_slice(where, config, sliced)
             options |= {"stage_batches": "split", "batch_argnames": tuple(sliced)}
@@ -259,19 +244,24 @@ def _check_rate(where: str, config: MethodConfig, factory: Callable[..., Any], h
             config.rule,
             "sets the learning rate itself: leave schedule and warmup_steps out",
         )
-        if config.rule in _CAPPED:
+        if _is_capped(config.rule):
             _refuse_unless(has_rate, f"{where}.rule", config.rule, "needs a learning_rate, its largest one")
         else:
             _refuse_unless(not has_rate, f"{where}.rule", config.rule, "finds the step size: leave learning rates out")
+
+
+def _is_capped(rule: str) -> bool:
+    """Whether the step size is at most the learning rate, which is then the rule's first argument."""
+    return next(iter(inspect.signature(RULES[rule]).parameters)) == "max_learning_rate"
 
 
 def _step_size(where: str, config: MethodConfig, learning_rate: Any, steps: int | None) -> Any:
     """The learning rate, its schedule, or the rule that makes a step size of it."""
     if config.rule != "constant":
         options = dict(config.rule_options)
-        rule: Any = getattr(rk_optax, config.rule)
+        rule: Any = RULES[config.rule]
         try:
-            return rule(learning_rate, **options) if config.rule in _CAPPED else rule(**options)
+            return rule(learning_rate, **options) if _is_capped(config.rule) else rule(**options)
         except (TypeError, ValueError) as error:
             raise UsageError(f"{where}.rule_options = {options!r}: {error}") from error
     warmup = config.warmup_steps

@@ -1,7 +1,6 @@
 """The optimizers that stiff least squares is raced against: quasi-Newton and Gauss–Newton methods from the literature.
 
-Each is written as published, so that a race compares with what others would run; none is part of rk_optax's API. Their
-states count their cost, as those of rk_optax's solvers do.
+Each is written as published, so that a race compares with what others would run; none is part of rk_optax's API.
 """
 
 import importlib
@@ -15,16 +14,13 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 import rk_optax
+from rk_optax.experiment.counted import Transformation, counted
 from rk_optax.experiment.errors import UsageError
-
-Transformation = optax.GradientTransformationExtraArgs
-_OF_LOSS = ("value", "grad", "value_fn")
 
 
 class BroydenState(NamedTuple):
-    """State of `ssbroyden`."""
+    """What `ssbroyden` carries."""
 
-    cost: rk_optax.Cost
     inverse: jax.Array  # shape=(P, P): of the Hessian
     fresh: jax.Array  # shape=(), bool: whether the inverse is still the identity
     search: Any  # of the line search: its value and gradient are those at the new parameters
@@ -45,13 +41,10 @@ def ssbroyden(loss_fn: Callable[..., jax.Array], max_linesearch_steps: int = 20)
 
     def init(params: Any) -> BroydenState:
         flat, _ = ravel_pytree(params)
-        return BroydenState(
-            rk_optax.Cost.zeros(), jnp.eye(flat.size, dtype=flat.dtype), jnp.array(True), search.init(params)
-        )
+        return BroydenState(jnp.eye(flat.size, dtype=flat.dtype), jnp.array(True), search.init(params))
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, BroydenState]:
-        data = _data(extra)
-        gradient, unravel = ravel_pytree(updates)
+    def step(grads: Any, state: BroydenState, params: Any, data: Any, value: Any) -> Any:
+        gradient, unravel = ravel_pytree(grads)
         identity = jnp.eye(len(gradient), dtype=gradient.dtype)
         direction = state.inverse @ gradient
         downhill = direction @ gradient > 0
@@ -60,10 +53,10 @@ def ssbroyden(loss_fn: Callable[..., jax.Array], max_linesearch_steps: int = 20)
         def value_fn(p: Any) -> jax.Array:
             return loss_fn(p, **data)
 
-        value = extra["value"] if "value" in extra else value_fn(params)
+        value = value_fn(params) if value is None else value
         after: Any
         moves, after = search.update(
-            unravel(-direction), state.search, params, value=value, grad=updates, value_fn=value_fn
+            unravel(-direction), state.search, params, value=value, grad=grads, value_fn=value_fn
         )
         s, y = ravel_pytree(moves)[0], ravel_pytree(after.grad)[0] - gradient
         fresh, sy = state.fresh | ~downhill, s @ y
@@ -75,10 +68,10 @@ def ssbroyden(loss_fn: Callable[..., jax.Array], max_linesearch_steps: int = 20)
         new = broyden_inverse(inverse, pushed, s, y, length, fresh)
         usable, stuck = (sy > 0) & (y @ pushed > 0) & (length > 0), ~jnp.any(s != 0)
         new = jnp.where(usable, new, jnp.where(stuck, identity, inverse))
-        cost = state.cost.plus(rk_optax.Cost(gradients=after.info.num_linesearch_steps))
-        return moves, BroydenState(cost, new, jnp.where(usable, False, fresh | stuck), after)
+        cost = rk_optax.Cost(gradients=after.info.num_linesearch_steps)
+        return moves, BroydenState(new, jnp.where(usable, False, fresh | stuck), after), cost
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return counted(init, step)
 
 
 def broyden_inverse(
@@ -109,13 +102,6 @@ def broyden_inverse(
     phi = (1 - theta) / sigma
     kept = inverse - jnp.outer(pushed, pushed) / square + (phi * square) * jnp.outer(v, v)
     return kept / tau + jnp.outer(s, s) / sy
-
-
-class NaturalGradientState(NamedTuple):
-    """State of `engd_w` and `spring`."""
-
-    cost: rk_optax.Cost
-    phi: Any  # shape=(P,): the last step before it was scaled
 
 
 def engd_w(loss_fn: rk_optax.LeastSquares, learning_rate: float | None = None, damping: float = 1e-8) -> Transformation:
@@ -149,15 +135,10 @@ def spring(
     """
     _check_residuals(loss_fn)
 
-    def init(params: Any) -> NaturalGradientState:
-        return NaturalGradientState(rk_optax.Cost.zeros(), jnp.zeros_like(ravel_pytree(params)[0]))
-
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, NaturalGradientState]:
-        del updates
-        data = _data(extra)
+    def step(grads: Any, last: jax.Array, params: Any, data: Any, value: Any) -> Any:
         flat, unravel = ravel_pytree(params)
         residual, rows = _matrix(loss_fn, params, data)
-        phi = momentum * state.phi - _damped(rows, residual + momentum * (rows @ state.phi), damping)
+        phi = momentum * last - _damped(rows, residual + momentum * (rows @ last), damping)
         if learning_rate is None:
             rates = jnp.asarray(0.5 ** np.arange(31.0), flat.dtype)
             losses = jax.lax.map(lambda rate: loss_fn(unravel(flat + rate * phi), **data), rates)
@@ -167,16 +148,9 @@ def spring(
             if norm_constraint is not None:
                 rate = jnp.minimum(rate, np.sqrt(norm_constraint) / jnp.linalg.norm(phi))
         cost = rk_optax.Cost(rows=len(rows), losses=31 if learning_rate is None else 0)
-        return unravel(rate * phi), NaturalGradientState(state.cost.plus(cost), phi)
+        return unravel(rate * phi), phi, cost
 
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-class MethodState(NamedTuple):
-    """State of a method of another library."""
-
-    cost: rk_optax.Cost
-    method: Any
+    return counted(lambda params: jnp.zeros_like(ravel_pytree(params)[0]), step)
 
 
 def somax_egn(
@@ -200,19 +174,13 @@ def somax_egn(
         policy = {"lam_policy": "trust_region", "record_rho_every_k": 1} if adapts else {"lam_policy": "const"}
         return somax.make("egn_mse", predict_fn=predict, lam0=damping, learning_rate=learning_rate, **policy)
 
-    def init(params: Any) -> MethodState:
-        return MethodState(rk_optax.Cost.zeros(), method(1.0).init(params))
-
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, MethodState]:
-        del updates
-        data = _data(extra)
+    def step(grads: Any, state: Any, params: Any, data: Any, value: Any) -> Any:
         count = loss_fn.count_rows(params, data)
         batch = {"x": data, "y": jnp.zeros(count, ravel_pytree(params)[0].dtype)}
-        new, inner, _ = method(float(np.sqrt(count))).step(params, batch, state.method, jax.random.key(0))
-        cost = state.cost.plus(rk_optax.Cost(gradients=1, products=count))
-        return jax.tree.map(jnp.subtract, new, params), MethodState(cost, inner)
+        new, state, _ = method(float(np.sqrt(count))).step(params, batch, state, jax.random.key(0))
+        return jax.tree.map(jnp.subtract, new, params), state, rk_optax.Cost(gradients=1, products=count)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return counted(method(1.0).init, step)
 
 
 def optimistix_lm(loss_fn: rk_optax.LeastSquares, iterations: int = 4) -> Transformation:
@@ -234,33 +202,23 @@ def optimistix_lm(loss_fn: rk_optax.LeastSquares, iterations: int = 4) -> Transf
             state = super().init(y, f_info_struct)
             return equinox.tree_at(lambda s: s.step_size, state, jnp.asarray(self.start, state.step_size.dtype))
 
-    def init(params: Any) -> MethodState:
-        return MethodState(rk_optax.Cost.zeros(), jnp.ones([], ravel_pytree(params)[0].dtype))
-
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, MethodState]:
-        del updates
-        data = _data(extra)
+    def step(grads: Any, step_size: jax.Array, params: Any, data: Any, value: Any) -> Any:
         solver = optimistix.LevenbergMarquardt(rtol=0.0, atol=0.0)
-        solver = equinox.tree_at(lambda s: s.search, solver, Resumed(start=state.method))
+        solver = equinox.tree_at(lambda s: s.search, solver, Resumed(start=step_size))
         # One more than asked for: the first evaluates where it starts.
         found = optimistix.least_squares(
             lambda p, _: loss_fn.residual(p, data), solver, params, max_steps=iterations + 1, throw=False
         )
         size = ravel_pytree(params)[0].size
-        cost = state.cost.plus(rk_optax.Cost(losses=1, products=(iterations + 1) * size))
-        step_size = found.state.search_state.step_size
-        return jax.tree.map(jnp.subtract, found.value, params), MethodState(cost, step_size)
+        cost = rk_optax.Cost(losses=1, products=(iterations + 1) * size)
+        return jax.tree.map(jnp.subtract, found.value, params), found.state.search_state.step_size, cost
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return counted(lambda params: jnp.ones([], ravel_pytree(params)[0].dtype), step)
 
 
 RIVALS: dict[str, Callable[..., Transformation]] = {
     rival.__name__: rival for rival in (ssbroyden, engd_w, spring, somax_egn, optimistix_lm)
 }
-
-
-def _data(extra: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in extra.items() if name not in _OF_LOSS}
 
 
 def _matrix(loss_fn: rk_optax.LeastSquares, params: Any, data: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:

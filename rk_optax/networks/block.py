@@ -14,10 +14,11 @@ import numpy as np
 
 from rk_optax import _checks, _tree
 from rk_optax.field import VectorField
+from rk_optax.methods import TABLEAUS
 from rk_optax.networks.controls import Controls, OnStep
 from rk_optax.networks.report import QUANTITIES, Quantity, Report, scaled_error, stiffness
 from rk_optax.solver import Cost, Explicit, Solver, Step
-from rk_optax.tableau import TABLEAUS, ButcherTableau
+from rk_optax.tableau import ButcherTableau
 from rk_optax.traced_tableau import TracedTableau
 
 PyTree = Any

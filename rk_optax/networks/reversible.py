@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 from rk_optax import _tree
 from rk_optax.field import VectorField
+from rk_optax.methods import EULER
 from rk_optax.networks.block import Block
 from rk_optax.networks.controls import Controls
 from rk_optax.solver import Explicit
-from rk_optax.tableau import EULER
 
 PyTree = Any
 Half = Callable[[PyTree, PyTree, Any], PyTree]

@@ -2,20 +2,20 @@
 
 import difflib
 
+from rk_optax.methods import IMPLICIT_TABLEAUS, TABLEAUS
 from rk_optax.solver._base import Cost, Quantity, Solver, Step, check_offers, name_of, needs_of, saturating_sum
 from rk_optax.solver._diagonal import DiagonalCurvature
 from rk_optax.solver._path import Path
 from rk_optax.solver.explicit import Explicit
 from rk_optax.solver.exponential import Etd
-from rk_optax.solver.implicit import IMPLICIT_TABLEAUS, Implicit
+from rk_optax.solver.implicit import Implicit
 from rk_optax.solver.linear_solvers import ConjugateGradients, Gmres, LinearSolver
 from rk_optax.solver.linearly_implicit import Ros2, RosenbrockEuler
 from rk_optax.solver.residual_euler import ResidualEuler
 from rk_optax.solver.stabilized import Stabilized
-from rk_optax.tableau import TABLEAUS, ButcherTableau
+from rk_optax.tableau import ButcherTableau
 
 __all__ = [
-    "IMPLICIT_TABLEAUS",
     "ConjugateGradients",
     "Cost",
     "DiagonalCurvature",

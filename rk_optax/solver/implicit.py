@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -342,48 +340,3 @@ def _nothing_solved() -> _Solved:
 
 def _stacked(k: PyTree, count: int) -> PyTree:
     return jax.tree.map(lambda x: jnp.stack([x] * count), k)
-
-
-_ALEXANDER = "R. Alexander, SIAM J. Numer. Anal. 14 (1977) 1006-1021"
-_HAIRER = "E. Hairer, G. Wanner, Solving Ordinary Differential Equations II (1996), IV.5"
-_R2, _R3 = math.sqrt(2), math.sqrt(3)
-_G2 = 1 - 1 / _R2
-_G3 = 0.43586652150845899942  # the root of γ³ − 3γ² + (3/2)γ − 1/6 that makes it L-stable
-_B3 = -(6 * _G3**2 - 16 * _G3 + 1) / 4, (6 * _G3**2 - 20 * _G3 + 5) / 4
-
-BACKWARD_EULER = ButcherTableau("backward_euler", [[1]], [1], [1], 1, source="A. L. Cauchy (1824)")
-IMPLICIT_MIDPOINT = ButcherTableau("implicit_midpoint", [[0.5]], [1], [0.5], 2, source=_HAIRER)
-TRAPEZOID = ButcherTableau(
-    "trapezoid",
-    [[0, 0], [0.5, 0.5]],
-    [0.5, 0.5],
-    [0, 1],
-    2,
-    source="J. Crank, P. Nicolson, Proc. Camb. Phil. Soc. 43 (1947)",
-)
-SDIRK2 = ButcherTableau("sdirk2", [[_G2, 0], [1 - _G2, _G2]], [1 - _G2, _G2], [_G2, 1], 2, [1, 0], 1, _ALEXANDER)
-SDIRK3 = ButcherTableau(
-    "sdirk3",
-    [[_G3, 0, 0], [(1 - _G3) / 2, _G3, 0], [*_B3, _G3]],
-    [*_B3, _G3],
-    [_G3, (1 + _G3) / 2, 1],
-    3,
-    [_G3 / (1 - _G3), (1 - 2 * _G3) / (1 - _G3), 0],
-    2,
-    _ALEXANDER,
-)
-RADAU3 = ButcherTableau(
-    "radau3", [[5 / 12, -1 / 12], [3 / 4, 1 / 4]], [3 / 4, 1 / 4], [1 / 3, 1], 3, source=f"{_HAIRER}, Radau IIA"
-)
-GAUSS4 = ButcherTableau(
-    "gauss4",
-    [[1 / 4, 1 / 4 - _R3 / 6], [1 / 4 + _R3 / 6, 1 / 4]],
-    [1 / 2, 1 / 2],
-    [1 / 2 - _R3 / 6, 1 / 2 + _R3 / 6],
-    4,
-    source=f"{_HAIRER}, Kuntzmann (1961)",
-)
-IMPLICIT_TABLEAUS: Mapping[str, ButcherTableau] = MappingProxyType(
-    {t.name: t for t in (BACKWARD_EULER, IMPLICIT_MIDPOINT, TRAPEZOID, SDIRK2, SDIRK3, RADAU3, GAUSS4)}
-)
-"""The named implicit methods. Backward Euler, SDIRK2, SDIRK3 and Radau IIA are L-stable, the others A-stable only."""

@@ -4,15 +4,20 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, TypeAlias
 
 import tyro
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
+import rk_optax
 from rk_optax.experiment.config.load import checked as checked
 from rk_optax.experiment.config.load import load as load
 from rk_optax.experiment.config.load import parse as parse
-from rk_optax.tableau import TABLEAUS
+from rk_optax.experiment.tasks.data import DATASETS
+from rk_optax.experiment.tasks.models import MODELS
+from rk_optax.experiment.tasks.problems import PROBLEMS
+from rk_optax.methods import TABLEAUS
+from rk_optax.step_size import StepSizeRule
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -37,9 +42,8 @@ def _name(name: str) -> str:
     return name
 
 
-def _tableau(method: str) -> str:
-    _require(method in TABLEAUS, f"must be one of {', '.join(TABLEAUS)}")
-    return method
+def _from_anywhere(path: Path | None) -> Path | None:
+    return path and path.absolute()  # a run may go on from another directory
 
 
 def _require(condition: bool, message: str) -> None:
@@ -47,8 +51,29 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _is_rule(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, StepSizeRule)
+
+
 Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_different)]
 Name = Annotated[str, AfterValidator(_name)]
+
+
+RULES = {name: value for name, value in vars(rk_optax).items() if _is_rule(value) and name.islower()}
+# Hutchinson's is missing: its Hessian-vector products are no whole number of gradients per step.
+PRECONDITIONERS = {name: getattr(rk_optax, f"precondition_by_{name}") for name in ("adagrad", "rms", "adam")}
+# What is there is known where it is made; at run time these are the literals that the command line shows.
+if TYPE_CHECKING:
+    DatasetName: TypeAlias = str
+    ModelName: TypeAlias = str
+    ProblemName: TypeAlias = str
+    MethodName: TypeAlias = str
+    PreconditionerName: TypeAlias = str
+    RuleName: TypeAlias = str
+else:
+    DatasetName, ModelName, ProblemName, MethodName, PreconditionerName, RuleName = (
+        Literal[tuple(names)] for names in (DATASETS, MODELS, PROBLEMS, TABLEAUS, PRECONDITIONERS, ["constant", *RULES])
+    )
 
 
 class _Checked:
@@ -61,9 +86,9 @@ class _Checked:
 class DataConfig(_Checked):
     """The data set and how it is split and batched."""
 
-    name: Literal["digits", "mnist", "fashion_mnist", "cifar10", "sums"] = "digits"
+    name: DatasetName = "digits"
     """Data set: digits are those inside scikit-learn, sums a text of sums in words, to be predicted by characters."""
-    data_dir: Annotated[Path | None, tyro.conf.arg(aliases=("--data-dir",))] = None
+    data_dir: Annotated[Path | None, tyro.conf.arg(aliases=("--data-dir",)), AfterValidator(_from_anywhere)] = None
     """Directory of the four IDX files of mnist or fashion_mnist, which are fetched from OpenML without it; or of the
     six files of the binary version of cifar10, which needs it."""
     validation_fraction: Fraction = 0.15
@@ -88,7 +113,7 @@ class DataConfig(_Checked):
 class ModelConfig(_Checked):
     """The network and its loss."""
 
-    name: Literal["mlp", "cnn", "transformer", "rk_net", "rk_conv_net"] = "mlp"
+    name: ModelName = "mlp"
     """Architecture: transformer is for sums, the others are for images; rk_net and rk_conv_net are Runge-Kutta methods
     of their features."""
     hidden: tuple[Positive, ...] = (64, 64)
@@ -103,7 +128,7 @@ class ModelConfig(_Checked):
     """Blocks of attention and feed-forward layers of a transformer."""
     heads: Positive = 4
     """Attention heads of each block of a transformer."""
-    method: Annotated[str, AfterValidator(_tableau)] = "rk4"
+    method: MethodName = "rk4"
     """The Runge-Kutta method that moves the features of rk_net and rk_conv_net: a key of rk_optax.TABLEAUS."""
     depth: Positive = 4
     """Time that the features of an rk_net move for, with a node of its weights at every unit; 4 in an rk_conv_net."""
@@ -156,19 +181,9 @@ class MethodConfig(_Checked):
     """How the learning rate goes down to 0 until the last step: Optax's cosine_decay_schedule or linear_schedule."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the learning rate first rises from 0, linearly."""
-    preconditioner: Literal["adagrad", "rms", "adam"] | None = None
+    preconditioner: PreconditionerName | None = None
     """Scales every stage of a solver: rk_optax.precondition_by_adagrad and so on, with their defaults."""
-    rule: Literal[
-        "constant",
-        "dal",
-        "corridor",
-        "sgd_g2",
-        "sharpness_capped",
-        "descent_control",
-        "trust_ratio_control",
-        "path_control",
-        "error_control",
-    ] = "constant"
+    rule: RuleName = "constant"
     """Where the step size comes from: the learning rate (its largest value, with dal and corridor), or a rule that
     finds it."""
     rule_options: Options = dataclasses.field(default_factory=dict)
@@ -328,18 +343,7 @@ class CompareConfig(_Checked):
 class RaceConfig(_Checked):
     """A race over several seeds, each entrant tuned on a seed of its own."""
 
-    problem: Literal[
-        "poisson",
-        "poisson_5d",
-        "burgers",
-        "burgers_mild",
-        "allen_cahn",
-        "logistic",
-        "gp_dual",
-        "factorisation",
-        "digits",
-        "lorenz96",
-    ]
+    problem: ProblemName
     """The problem."""
     entrants: Annotated[Mapping[Name, EntrantConfig], Field(min_length=1)]
     """Who runs, by the name they are shown under."""

@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rk_optax.experiment.config import CompareConfig
-from rk_optax.experiment.errors import UsageError
 from rk_optax.experiment.runs.loop import Point, Trainer, check_refinement
 from rk_optax.experiment.runs.plan import Entrant, make_plan
-from rk_optax.experiment.runs.protocol import Reporter, choose, in_turns, piece, seconds_at
+from rk_optax.experiment.runs.protocol import Reporter, choose, in_turns, piece, restored, seconds_at
 from rk_optax.experiment.store.run_folder import RunFolder
 from rk_optax.experiment.tasks.data import Split
 from rk_optax.experiment.tasks.supervised import build_task
@@ -20,13 +19,8 @@ class Tuned(NamedTuple):
     """The outcome of an entrant's learning-rate search."""
 
     rate: float | None  # None where the entrant finds its own
-    losses: np.ndarray  # (trial,) mean late validation loss; inf where a run diverged
+    losses: np.ndarray  # (trial,) mean late validation loss; NaN where a run diverged
     at_edge: str | None  # "lowest" or "highest" where the best rate bounds the grid
-
-    @classmethod
-    def from_json(cls, kept: dict[str, Any]) -> "Tuned":
-        """What was written, null being a diverged run."""
-        return cls(kept["rate"], np.nan_to_num(np.array(kept["losses"], float), nan=np.inf), kept["at_edge"])
 
 
 class Runs(NamedTuple):
@@ -37,17 +31,6 @@ class Runs(NamedTuple):
     train_loss: np.ndarray  # (seed, point)
     test_accuracy: np.ndarray  # (seed, point)
 
-    @classmethod
-    def from_json(cls, kept: dict[str, Any]) -> "Runs":
-        """What was written, null being NaN.
-
-        Raises:
-            UsageError: if that was done by an earlier version, which did not count gradients run by run.
-        """
-        if "gradients" not in kept:
-            raise UsageError("the pieces of this run are of another version of rk-optax: start afresh with --out")
-        return cls(np.array(kept["steps"]), *(np.array(kept[field], float) for field in cls._fields[1:]))
-
 
 class Timing(NamedTuple):
     """An entrant's serial timed runs."""
@@ -56,12 +39,6 @@ class Timing(NamedTuple):
     seconds: np.ndarray  # (point,) median over the runs
     totals: np.ndarray  # (run,) seconds of each run
     compile_seconds: float
-
-    @classmethod
-    def from_json(cls, kept: dict[str, Any]) -> "Timing":
-        """What was written."""
-        steps, seconds, totals = (np.array(kept[field]) for field in ("steps", "seconds", "totals"))
-        return cls(steps, seconds, totals, kept["compile_seconds"])
 
 
 class Compared(NamedTuple):
@@ -92,7 +69,7 @@ class Comparison:
         for entrant in self.entrants if config.model.refine_at else ():
             check_refinement(self._task, entrant.optimizer, entrant.steps)
         self._scored = Split(*(part[: config.budget.scored_examples] for part in self._task.dataset.train))
-        self._config = config
+        self.config = config
 
     def run(self, folder: RunFolder, report: Reporter) -> list[Compared]:
         """Tunes, trains and times every entrant, logging to the folder as it goes.
@@ -111,31 +88,31 @@ class Comparison:
         tuned = []
         for entrant in entrants:
             tune = functools.partial(self._tune, entrant)
-            tuned.append(Tuned.from_json(do(f"tune-{entrant.name}", self._tuning_work(entrant), tune)))
+            tuned.append(restored(Tuned, do(f"tune-{entrant.name}", self._tuning_work(entrant), tune)))
         runs, rates = [], [best.rate for best in tuned]
         for entrant, rate in zip(entrants, rates, strict=True):
             train = functools.partial(self._train, entrant, rate)
-            runs.append(Runs.from_json(do(f"compare-{entrant.name}", self._training_work(entrant), train)))
-        timings = map(Timing.from_json, do("time", self._timing_work, lambda: self._time(rates)))
+            runs.append(restored(Runs, do(f"compare-{entrant.name}", self._training_work(entrant), train)))
+        timings = [restored(Timing, kept) for kept in do("time", self._timing_work, lambda: self._time(rates))]
         return [Compared(*parts) for parts in zip(entrants, tuned, runs, timings, strict=True)]
 
     def _tuning_work(self, entrant: Entrant) -> float:
         trials = len(entrant.rates) if entrant.optimizer.takes_rate else 0
-        return _work(entrant, entrant.tuning_steps, entrant.tuning_budget) * trials * len(self._config.tuning.seeds)
+        return _work(entrant, entrant.tuning_steps, entrant.tuning_budget) * trials * len(self.config.tuning.seeds)
 
     def _training_work(self, entrant: Entrant) -> float:
-        return _work(entrant, entrant.steps, entrant.budget) * len(self._config.seeds)
+        return _work(entrant, entrant.steps, entrant.budget) * len(self.config.seeds)
 
     @property
     def _timing_work(self) -> float:
-        return sum(_work(e, e.timed_steps, e.budget) * self._config.timed_runs for e in self.entrants)
+        return sum(_work(e, e.timed_steps, e.budget) * self.config.timed_runs for e in self.entrants)
 
     def _tune(self, entrant: Entrant) -> dict[str, Any]:
         """Searches the grid; nothing but the validation split is looked at."""
         if not entrant.optimizer.takes_rate:
             return Tuned(None, np.array([]), None)._asdict()
         self._report.phase(f"tuning {entrant.name}")
-        seeds, rates, steps = self._config.tuning.seeds, entrant.rates, entrant.tuning_steps
+        seeds, rates, steps = self.config.tuning.seeds, entrant.rates, entrant.tuning_steps
         trainer = self._grid(entrant, seeds, rates, steps, entrant.tuning_refine_at)
         loss, accuracy, looks, before = np.zeros((4, len(seeds), len(rates)))
         done = 0
@@ -166,7 +143,7 @@ class Comparison:
     def _train(self, entrant: Entrant, rate: float | None) -> dict[str, Any]:
         """Trains on every seed at the tuned rate."""
         self._report.phase(f"training {entrant.name}")
-        seeds = self._config.seeds
+        seeds = self.config.seeds
         trainer = self._grid(entrant, seeds, [rate], entrant.steps, entrant.refine_at)
         columns: list[tuple[Any, ...]] = []
         for point, spent in self._points(trainer, entrant, entrant.steps, entrant.budget):
@@ -180,13 +157,13 @@ class Comparison:
 
     def _time(self, rates: Sequence[float | None]) -> list[dict[str, Any]]:
         """Times every entrant, one run at a time and nothing else meanwhile."""
-        seed, timed = self._config.seeds[0], []
+        seed, timed = self.config.seeds[0], []
         for entrant, rate in zip(self.entrants, rates, strict=True):
             self._report.phase(f"compiling {entrant.name}")
             every, at = entrant.timed_chunk, entrant.refine_at
             trainer = Trainer(self._task, entrant.optimizer, seed, rate, every, steps=entrant.steps, refine_at=at)
             timed.append((entrant, rate, trainer, []))
-        for repeat in range(self._config.timed_runs):
+        for repeat in range(self.config.timed_runs):
             for entrant, rate, trainer, runs in in_turns(timed, repeat):
                 self._report.phase(f"timing {entrant.name}")
                 runs.append([])
@@ -215,7 +192,7 @@ class Comparison:
         steps: int,
         refine_at: tuple[int, ...],
     ) -> Trainer:
-        every, vectorized = self._config.budget.evaluate_every, self._config.vectorized
+        every, vectorized = self.config.budget.evaluate_every, self.config.vectorized
         options: dict[str, Any] = {"steps": steps, "vectorized": vectorized, "refine_at": refine_at}
         return Trainer(self._task, entrant.optimizer, seeds, rates, every, **options)
 

@@ -10,7 +10,7 @@ import rk_optax
 from rk_optax import spectrum
 from rk_optax.experiment.config import FlowConfig, checked
 from rk_optax.experiment.errors import UsageError
-from rk_optax.experiment.runs.protocol import Reporter, piece
+from rk_optax.experiment.runs.protocol import Reporter, piece, restored
 from rk_optax.experiment.store.checkpoints import Checkpoints
 from rk_optax.experiment.store.run_folder import RunFolder
 from rk_optax.experiment.tasks.supervised import build_task
@@ -39,12 +39,6 @@ class Followed(NamedTuple):
         """The largest eigenvalue of the Hessian at every time."""
         return self.eigenvalues[:, 0]
 
-    @classmethod
-    def from_json(cls, kept: dict[str, Any]) -> "Followed":
-        """What was written, null being NaN."""
-        arrays = {field: np.array(kept[field], float) for field in cls._fields[1:6]}
-        return cls(name=kept["name"], **arrays, **{field: kept[field] for field in cls._fields[6:]})
-
 
 class FlowStudy:
     """The three flows of a network whose configuration is known to be possible.
@@ -63,7 +57,7 @@ class FlowStudy:
         Raises:
             UsageError: if the configuration asks for something impossible.
         """
-        self._config = checked(config)
+        self.config = checked(config)
         task = build_task(config.data, config.model)
         start = task.init(config.seed)
         if start.statistics:
@@ -90,7 +84,7 @@ class FlowStudy:
     def follow(self, name: str, **options: Any) -> rk_optax.Flow:
         """One of the three, by `rk_optax.gradient_flow`, which takes the further options."""
         save = {"params": "params", "loss": "loss", "eigenvalues": self._eigenvalues}
-        batches = self._config.micro_batch
+        batches = self.config.micro_batch
         common = {"save": save, "data": self.data, "batches": batches, "max_steps": None}
         return rk_optax.gradient_flow(self.loss_fn, self.params, self.times, **self.flows[name], **common, **options)
 
@@ -104,7 +98,7 @@ class FlowStudy:
         end = float(self.times[-1])
         report.start(end * len(self.flows))
         return [
-            Followed.from_json(piece(folder, report, name, end, lambda name=name: self._followed(name)))
+            restored(Followed, piece(folder, report, name, end, lambda name=name: self._followed(name)))
             for name in self.flows
         ]
 
@@ -112,7 +106,7 @@ class FlowStudy:
         """What a whole flow that `follow` returned shows, beside that of gradient descent."""
         return Followed(
             name=name,
-            steps=np.arange(0, self._config.steps + 1, self._config.save_every),
+            steps=np.arange(0, self.config.steps + 1, self.config.save_every),
             times=self.times,
             loss=np.asarray(flow.values["loss"], float),
             eigenvalues=np.asarray(flow.values["eigenvalues"], float),
@@ -155,7 +149,7 @@ class FlowStudy:
                 done = float(flow.time)
                 self._report.phase(f"{title}, t = {done:.4g}")
 
-            flow = self.follow(name, state=state, progress=progress, steps_per_call=self._config.checkpoint_every)
+            flow = self.follow(name, state=state, progress=progress, steps_per_call=self.config.checkpoint_every)
         if flow.result != rk_optax.FlowResult.REACHED_END:
             raise UsageError(
                 f"{title} ended at t = {float(flow.time):.4g} of {self.times[-1]:.4g}: "
@@ -167,9 +161,9 @@ class FlowStudy:
         return spectrum.eigenpairs(
             self.loss_fn,
             params,
-            self._config.eigenvalues,
+            self.config.eigenvalues,
             data=self.data,
-            batches=self._config.micro_batch,
+            batches=self.config.micro_batch,
             tolerance=1e-3,
         ).values
 

@@ -275,12 +275,7 @@ def _in_turns(
 
 def _over_one_axis(function: Callable[..., Any], axes: tuple[int | None, ...]) -> Callable[..., Any]:
     def over_runs(*arguments: Any) -> Any:
-        mapped = [argument for argument, axis in zip(arguments, axes, strict=True) if axis == 0]
-
-        def run(own: list[Any]) -> Any:
-            theirs = iter(own)
-            return function(*(next(theirs) if axis == 0 else a for a, axis in zip(arguments, axes, strict=True)))
-
-        return jax.lax.map(run, mapped)
+        mapped = {i: argument for i, (argument, axis) in enumerate(zip(arguments, axes, strict=True)) if axis == 0}
+        return jax.lax.map(lambda own: function(*(own.get(i, whole) for i, whole in enumerate(arguments))), mapped)
 
     return over_runs

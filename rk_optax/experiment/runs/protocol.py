@@ -1,12 +1,14 @@
 """What all experiments keep to: reporting, choosing among trials, taking turns on the clock, pieces done once."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from rk_optax.experiment.errors import UsageError
 from rk_optax.experiment.store.run_folder import RunFolder
+
+Record = TypeVar("Record")
 
 
 class Reporter(Protocol):
@@ -69,3 +71,20 @@ def piece(folder: RunFolder, report: Reporter, name: str, work: float, do: Calla
     else:
         report.advance(work)
     return folder.finished(name)
+
+
+def restored(kind: type[Record], kept: Mapping[str, Any]) -> Record:
+    """A named tuple of arrays and numbers from what `piece` returned, null being NaN.
+
+    Raises:
+        UsageError: if that was written by an earlier version, which knew less.
+    """
+    fields: Sequence[str] = getattr(kind, "_fields", ())
+    if not kept.keys() >= set(fields):
+        raise UsageError("the pieces of this run are of another version of rk-optax: start afresh with --out")
+    return kind(**{field: _array(kept[field]) if isinstance(kept[field], list) else kept[field] for field in fields})
+
+
+def _array(values: list[Any]) -> np.ndarray:
+    array = np.array(values)
+    return array if array.dtype.kind == "i" else np.array(values, float)

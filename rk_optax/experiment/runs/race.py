@@ -18,7 +18,7 @@ from rk_optax.experiment.config import EntrantConfig, RaceConfig, checked
 from rk_optax.experiment.entrants import Optimizer, build_optimizer
 from rk_optax.experiment.errors import UsageError
 from rk_optax.experiment.runs.loop import Point, Trainer
-from rk_optax.experiment.runs.protocol import Reporter, choose, in_turns, piece
+from rk_optax.experiment.runs.protocol import Reporter, choose, in_turns, piece, restored
 from rk_optax.experiment.store.run_folder import RunFolder
 from rk_optax.experiment.tasks.full_batch import FullBatch
 from rk_optax.experiment.tasks.problems import PROBLEMS
@@ -37,11 +37,6 @@ class RaceRun(NamedTuple):
     loss: np.ndarray
     error: np.ndarray
     v_seconds: float  # of one value_and_grad, beside this run
-
-    @classmethod
-    def from_json(cls, kept: dict[str, Any]) -> "RaceRun":
-        """What was written, null being NaN."""
-        return cls(*(np.array(kept[field], float) for field in cls._fields[:-1]), v_seconds=kept["v_seconds"])
 
     def first_below(self, target: float) -> int | None:
         """The first point whose error is at most the target."""
@@ -79,7 +74,7 @@ class Race:
         Raises:
             UsageError: if the configuration asks for something impossible.
         """
-        self._config = checked(config)
+        self.config = checked(config)
         try:
             problem = self._problem(config.tuning_seed)
         except TypeError as error:
@@ -96,7 +91,7 @@ class Race:
         Raises:
             UsageError: if an entrant diverges with every value of its tuned argument.
         """
-        config, entrants = self._config, self._config.entrants
+        config, entrants = self.config, self.config.entrants
         trials = {name: len(e.trials) if len(e.trials) > 1 else 0 for name, e in entrants.items()}
         report.start(sum(trials.values()) + len(config.seeds) * len(entrants))
         values: dict[str, float | None] = {}
@@ -127,13 +122,13 @@ class Race:
             report.advance(1)
             return {"entrant": name, "value": value, "seed": seed, **run._asdict()}
 
-        return RaceRun.from_json(piece(folder, report, key, 1, do))
+        return restored(RaceRun, piece(folder, report, key, 1, do))
 
     def _problem(self, seed: int) -> FullBatch:
-        return PROBLEMS[self._config.problem](seed, **self._config.problem_options)
+        return PROBLEMS[self.config.problem](seed, **self.config.problem_options)
 
     def _run(self, name: str, value: float | None, seed: int, fraction: float, report: Reporter) -> RaceRun:
-        entrant, problem = self._config.entrants[name], self._problem(seed)
+        entrant, problem = self.config.entrants[name], self._problem(seed)
         optimizer, rate = _build(name, entrant, problem, value)
         trainer = Trainer(problem, optimizer, seed, rate, entrant.chunk, steps=entrant.steps)
         v_seconds = _time_gradient(problem)

@@ -29,7 +29,7 @@ class Training:
         Raises:
             UsageError: if the configuration asks for something impossible.
         """
-        self._config = checked(config)
+        self.config = checked(config)
         self._summary_writer = _summary_writer() if config.tensorboard else None
         probe, rate = probe_loss(config.model), config.optimizer.learning_rate
         self.optimizer = build_optimizer(
@@ -51,7 +51,7 @@ class Training:
     def trainer(self) -> Trainer:
         """The compiled run."""
         chunk = _largest_divisor(self._evaluate_every, _LONGEST_CHUNK)
-        rate, seed = self._config.optimizer.learning_rate, self._config.seed
+        rate, seed = self.config.optimizer.learning_rate, self.config.seed
         at = self._refine_at
         return Trainer(self.task, self.optimizer, seed, rate, chunk, steps=self.steps, mesh=self._mesh, refine_at=at)
 
@@ -67,7 +67,7 @@ class Training:
         report.phase("compiling")
         trainer = self.trainer()
         with contextlib.ExitStack() as stack:
-            keep = self._config.keep_checkpoints
+            keep = self.config.keep_checkpoints
             checkpoints = stack.enter_context(Checkpoints(folder.path / "checkpoints", keep))
             start, done, losses = None, 0, []
             restored = checkpoints.restore(trainer.layout)

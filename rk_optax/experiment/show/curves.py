@@ -1,6 +1,5 @@
 """The curves of finished or running experiments, read from their folders."""
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,9 +9,10 @@ import numpy as np
 
 from rk_optax.experiment.errors import UsageError
 from rk_optax.experiment.runs.protocol import seconds_at
+from rk_optax.experiment.store.run_folder import metrics, read_json
 
 _Record = Mapping[str, Any]
-_TEST_ERROR = "test error, % (100 − accuracy)"
+TEST_ERROR = "test error, % (100 − accuracy)"
 
 
 class Curve(NamedTuple):
@@ -24,7 +24,7 @@ class Curve(NamedTuple):
     seconds: np.ndarray  # (point,) NaN if nobody timed the run
     train_loss: np.ndarray  # (point,)
     error: np.ndarray  # (point,)
-    error_name: str = _TEST_ERROR
+    error_name: str = TEST_ERROR
 
 
 def read_curves(path: Path) -> list[Curve]:
@@ -33,17 +33,18 @@ def read_curves(path: Path) -> list[Curve]:
     Raises:
         UsageError: if it holds no run with metrics, or a damaged one.
     """
-    config = _object(_text(path / "config.json", path), path / "config.json")
+    config = read_json(path / "config.json")
+    command = config.get("command") if isinstance(config, Mapping) else None
     read: dict[Any, Callable[[Path, _Record], list[Curve]]] = {"train": _train, "compare": _compare, "race": _race}
-    if config.get("command") == "flow":
+    if command == "flow":
         raise UsageError(f"{path} holds flows, whose figure is {path / 'flow.png'}")
-    if config.get("command") not in ("train", "compare", "race"):
+    if not isinstance(command, str) or command not in read:
         raise UsageError(f"{path / 'config.json'} is damaged: no command of rk-optax made this run")
     try:
-        curves = read[config["command"]](path, config)
+        curves = read[command](path, config)
+    except UsageError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, UsageError):
-            raise
         raise UsageError(f"the metrics in {path} are damaged: {type(error).__name__}: {error}") from error
     if not any(len(curve.steps) for curve in curves):
         raise UsageError(f"{path}: the run has no metrics to plot yet")
@@ -51,14 +52,14 @@ def read_curves(path: Path) -> list[Curve]:
 
 
 def _train(path: Path, config: _Record) -> list[Curve]:
-    records = _metrics(path)
+    records = [record for _, record in metrics(path)]
     steps, (cost, seconds, loss, error) = _means(records, "gradients", "seconds", "train_loss", "test_accuracy")
-    return [Curve(path.name, steps, cost, seconds, loss, _percent(error))]
+    return [Curve(path.name, steps, cost, seconds, loss, error_percent(error))]
 
 
 def _compare(path: Path, config: _Record) -> list[Curve]:
     phases: dict[str, dict[str, list[_Record]]] = defaultdict(lambda: defaultdict(list))
-    for record in _metrics(path):
+    for _, record in metrics(path):
         phases[record["phase"]][record["optimizer"]].append(record)
     curves = []
     for optimizer, compared in phases["compare"].items():
@@ -67,7 +68,7 @@ def _compare(path: Path, config: _Record) -> list[Curve]:
         if optimizer in phases["time"]:
             timed, (measured,) = _means(phases["time"][optimizer], "seconds", average=np.median)
             seconds = seconds_at(steps, timed, measured)
-        curves.append(Curve(f"{path.name}, {optimizer}", steps, cost, seconds, loss, _percent(accuracy)))
+        curves.append(Curve(f"{path.name}, {optimizer}", steps, cost, seconds, loss, error_percent(accuracy)))
     return curves
 
 
@@ -75,14 +76,13 @@ def _race(path: Path, config: _Record) -> list[Curve]:
     """Medians over the seeds, at the steps that all of them reached; the name of the error once the race is over."""
     summary, name = path / "summary.json", "error"
     if summary.exists():
-        name = str(_object(_text(summary, path), summary)["error"])
+        name = str(read_json(summary)["error"])
     curves = []
     for entrant in config["config"]["entrants"]:
         records: list[_Record] = []
         pieces = (path / "pieces" / f"run-{entrant}-{seed}.json" for seed in config["config"]["seeds"])
         runs = [run for run in pieces if run.exists()]
-        for run in runs:
-            piece = _object(_text(run, path), run)
+        for piece in map(read_json, runs):
             fields = ("steps", "gradients", "seconds", "loss", "error")
             points = zip(*(piece[field] for field in fields), strict=True)
             records.extend(dict(zip(fields, point, strict=True)) for point in points)
@@ -92,8 +92,8 @@ def _race(path: Path, config: _Record) -> list[Curve]:
     return curves
 
 
-def _percent(accuracy: np.ndarray) -> np.ndarray:
-    # A run without test errors is drawn at 0.01 %: there is no zero on a logarithmic axis.
+def error_percent(accuracy: np.ndarray) -> np.ndarray:
+    """The test error; one of zero is drawn at 0.01 %, because there is no zero on a logarithmic axis."""
     return np.maximum(100 * (1 - accuracy), 0.01)
 
 
@@ -111,28 +111,3 @@ def _means(
 
 def _number(value: Any) -> float:
     return np.nan if value is None else float(value)
-
-
-def _metrics(folder: Path) -> list[_Record]:
-    """The whole lines of the metrics; the last one of a running or killed run may be cut short."""
-    path = folder / "metrics.jsonl"
-    return [_object(line, path) for line in _text(path, folder).splitlines(keepends=True) if line.endswith("\n")]
-
-
-def _object(text: str, path: Path) -> _Record:
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, Mapping):
-        raise UsageError(f"{path} is damaged: {text[:40]!r} is no record")
-    return content
-
-
-def _text(path: Path, folder: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is damaged: {error}") from error
-    except OSError as error:
-        raise UsageError(f"{folder} holds no run: {path.name}: {error.strerror or error}") from error

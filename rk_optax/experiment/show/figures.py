@@ -12,7 +12,7 @@ from rk_optax.experiment.errors import UsageError
 from rk_optax.experiment.runs.compare import Compared
 from rk_optax.experiment.runs.flow import DESCENT, Followed
 from rk_optax.experiment.runs.race import Raced
-from rk_optax.experiment.show.curves import Curve
+from rk_optax.experiment.show.curves import TEST_ERROR, Curve, error_percent
 from rk_optax.experiment.show.race_summary import on_grid
 
 # Okabe and Ito's palette: its colours stay apart for colour-blind readers, the markers also in print.
@@ -47,8 +47,7 @@ def plot_comparison(results: Sequence[Compared], path: Path) -> None:
         names = [f"{result.entrant.name}{_valued(result.tuned.rate, '.3g')}" for result in results]
         # The initial point has no place on a logarithmic axis.
         losses = [result.runs.train_loss[:, 1:] for result in results]
-        # A run without test errors is drawn at 0.01 %: there is no zero on the axis.
-        errors = [np.maximum(100 * (1 - result.runs.test_accuracy), 0.01)[:, 1:] for result in results]
+        errors = [error_percent(result.runs.test_accuracy)[:, 1:] for result in results]
         for axis, runs in zip(column, (losses, errors), strict=True):
             lines = [_Line(name, x[1:], y) for name, x, y in zip(names, costs, runs, strict=True)]
             _draw(axis, lines, np.mean, _marked)
@@ -56,7 +55,7 @@ def plot_comparison(results: Sequence[Compared], path: Path) -> None:
             axis.axvline(min(cost[-1] for cost in costs), color="0.4", linewidth=1.2, linestyle=":")
         column[1].set_xlabel(label)
     axes[0, 0].set_ylabel("training loss")
-    axes[1, 0].set_ylabel("test error, % (100 − accuracy)")
+    axes[1, 0].set_ylabel(TEST_ERROR)
     seeds = len(results[0].runs.train_loss)
     title = f"optimizer, tuned learning rate (mean and range over {seeds} seeds; dotted: where the table compares)"
     _save(figure, axes[0, 0], path, columns=min(len(results), 5), title=title)
@@ -96,15 +95,8 @@ def plot_flows(results: Sequence[Followed], learning_rate: float, path: Path | s
     sharpness.axhline(2 / learning_rate, color="0.4", linewidth=1.2, linestyle="--")
     for axis, label in zip(axes, ("sharpness", "loss", "distance from gradient descent"), strict=True):
         axis.set(xlabel="time nh", ylabel=label)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    loss.set_yscale("log")
-    for which in (loss.yaxis.set_major_formatter, loss.yaxis.set_minor_formatter):
-        which(FuncFormatter(lambda value, _: f"{value:g}"))
-    loss.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-    handles, labels = sharpness.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3)
-    figure.savefig(path)
+        _style(axis, logarithmic=axis is loss)
+    _save(figure, sharpness, path, columns=3)
 
 
 def plot_curves(curves: Sequence[Curve], x: str, path: Path) -> None:
@@ -127,13 +119,13 @@ def plot_curves(curves: Sequence[Curve], x: str, path: Path) -> None:
         _draw(axis, lines, np.mean, _eight)
         axis.set_ylabel(name)
     axes[1].set_xlabel(AXES[x])
-    _save(figure, axes[0], path, columns=min(len(curves), 3), title=None)
+    _save(figure, axes[0], path, columns=min(len(curves), 3))
 
 
 def _draw(
     axis: Any, lines: Sequence[_Line], middle: Callable[..., np.ndarray], marked: Callable[[np.ndarray, int], Any]
 ) -> None:
-    """Lines with their bands, on a logarithmic vertical axis with labels between the powers of ten too."""
+    """Lines with their bands."""
     for index, (label, x, runs) in enumerate(lines):
         style: dict[str, Any] = {
             "color": COLORS[index % len(COLORS)],
@@ -145,7 +137,13 @@ def _draw(
         )
         if len(runs) > 1:
             axis.fill_between(x, runs.min(axis=0), runs.max(axis=0), color=style["color"], alpha=0.2, linewidth=0)
-    if all(np.nanmin(runs, initial=np.inf) > 0 for _, _, runs in lines):  # the loss of a race may be negative
+    # The loss of a race may be negative.
+    _style(axis, logarithmic=all(np.nanmin(runs, initial=np.inf) > 0 for _, _, runs in lines))
+
+
+def _style(axis: Any, *, logarithmic: bool) -> None:
+    """A grid, no frame, and plain numbers, on a logarithmic axis also between the powers of ten."""
+    if logarithmic:
         axis.set_yscale("log")
         axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -154,7 +152,7 @@ def _draw(
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _save(figure: Figure, axis: Any, path: Path, *, columns: int, title: str | None) -> None:
+def _save(figure: Figure, axis: Any, path: Path | str, *, columns: int, title: str | None = None) -> None:
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=columns, title=title)
     figure.savefig(path)

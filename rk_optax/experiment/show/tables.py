@@ -28,15 +28,22 @@ def make_console(*, stderr: bool = False, piped_width: int = 100) -> Console:
     return Console(stderr=stderr, width=None if known else piped_width, highlight=False)
 
 
+def _table(left: Sequence[str], right: Sequence[str], *, folded: Sequence[str] = (), title: str | None = None) -> Table:
+    """A table of columns of words, of columns of numbers, and of columns whose text may take several lines."""
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for heading in left:
+        table.add_column(heading, no_wrap=True)
+    for heading in right:
+        table.add_column(heading, justify="right", overflow="fold")
+    for heading in folded:
+        table.add_column(heading, overflow="fold")
+    return table
+
+
 def comparison_table(rows: Sequence[Row]) -> Table:
     """The table of a comparison: a block each at equal steps, equal gradients, equal seconds."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    table.add_column("equal", no_wrap=True)
-    table.add_column("optimizer", no_wrap=True)
-    for heading in ("rate", "steps", "gradients", "seconds"):
-        table.add_column(heading, justify="right")
-    table.add_column("test accuracy, %", justify="right")
-    table.add_column("training loss", justify="right")
+    numbers = "rate", "steps", "gradients", "seconds", "test accuracy, %", "training loss"
+    table = _table(["equal", "optimizer"], numbers)
     for index, row in enumerate(rows):
         first = index == 0 or rows[index - 1].equal != row.equal
         if first and index:
@@ -105,12 +112,8 @@ def training_summary(record: Mapping[str, Any]) -> list[str]:
 def race_table(rows: Sequence[Mapping[str, Any]], error_name: str) -> Table:
     """Gradients, V and seconds to every target, and where each entrant ends; names are never cut."""
     title = f"{error_name}: median over {rows[0]['seeds']} seeds (– : not by half of them)"
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    table.add_column("entrant", no_wrap=True)
-    for price in rows[0]["targets"]:
-        table.add_column(f"≤ {price['error']:g}\ngradients / V / s", justify="right", overflow="fold")
-    table.add_column("at the end\n(range)", justify="right", overflow="fold")
-    table.add_column("after\ns", justify="right", no_wrap=True)
+    targets = [f"≤ {price['error']:g}\ngradients / V / s" for price in rows[0]["targets"]]
+    table = _table(["entrant"], [*targets, "at the end\n(range)", "after\ns"], title=title)
     for row in rows:
         tuned = "" if row["tuned"] is None else f", {row['tuned']:g}"
         prices = [[price["gradients"], price["v"], price["seconds"]] for price in row["targets"]]
@@ -127,12 +130,7 @@ def race_table(rows: Sequence[Mapping[str, Any]], error_name: str) -> Table:
 
 def flow_table(summary: Mapping[str, Any]) -> Table:
     """Where each of the three flows is in the second half of the time, and what it took."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    table.add_column("", no_wrap=True)
-    table.add_column("sharpness / (2/h)", justify="right", no_wrap=True)
-    table.add_column("distance", justify="right", no_wrap=True)
-    for heading in ("final\nloss", "steps", "gradients +\nproducts", "s"):
-        table.add_column(heading, justify="right")
+    table = _table([""], ["sharpness / (2/h)", "distance", "final\nloss", "steps", "gradients +\nproducts", "s"])
     for row in summary["flows"]:
         distance = "" if row["flow"] == DESCENT else _three(row["distance"])
         table.add_row(
@@ -163,12 +161,8 @@ def flow_notes(summary: Mapping[str, Any]) -> list[str]:
 
 def solver_table(tableaus: Mapping[str, ButcherTableau]) -> Table:
     """Every solver with its order, cost and stability."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    table.add_column("solver", no_wrap=True)
-    table.add_column("order", no_wrap=True)
-    for heading in ("stages", "gradients\nper step", "real\ninterval", "interval /\ngradient"):
-        table.add_column(heading, justify="right")
-    table.add_column("source", overflow="fold")
+    numbers = "stages", "gradients\nper step", "real\ninterval", "interval /\ngradient"
+    table = _table(["solver", "order"], numbers, folded=["source"])
     for name, tableau in tableaus.items():
         interval = tableau.real_stability_interval
         embedded = "" if tableau.order_hat is None else f"({tableau.order_hat})"
@@ -186,10 +180,7 @@ def solver_table(tableaus: Mapping[str, ButcherTableau]) -> Table:
 
 def optimizer_table(tableaus: Mapping[str, ButcherTableau]) -> Table:
     """Every other optimizer of the package in the words of its documentation, and the names of all others."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    table.add_column("optimizer", no_wrap=True)
-    table.add_column("needs", no_wrap=True)
-    table.add_column("method", overflow="fold")
+    table = _table(["optimizer", "needs"], [], folded=["method"])
     for name, factory in SOLVERS.items():
         if name not in tableaus:
             rate = inspect.signature(factory).parameters["learning_rate"].default is inspect.Parameter.empty

@@ -1,11 +1,9 @@
 """The folder that a run writes: resolved configuration, metrics line by line, finished pieces, results."""
 
 import dataclasses
-import datetime
 import json
-import math
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -13,6 +11,7 @@ import flax
 import jax
 import numpy as np
 import optax
+from pydantic_core import to_jsonable_python
 
 import rk_optax
 from rk_optax.experiment.config import parse
@@ -51,11 +50,11 @@ class RunFolder:
 
     def _forget_unfinished(self) -> None:
         """Drops the metrics of a piece that was interrupted: it will be done anew."""
-        metrics = self.path / "metrics.jsonl"
         try:
-            kept = [line for line, record in _records(metrics) if self._piece(record["piece"]).exists()]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UsageError(f"{metrics} is damaged ({error}): start afresh with --out") from error
+            kept = [line for line, record in metrics(self.path) if self._piece(record["piece"]).exists()]
+        except (ValueError, KeyError, TypeError) as error:
+            path = self.path / "metrics.jsonl"
+            raise UsageError(f"{path} is damaged ({error}): start afresh with --out") from error
         self._replace("metrics.jsonl", "".join(kept))
 
     def __enter__(self) -> Self:
@@ -100,7 +99,10 @@ class RunFolder:
     def finished(self, piece: str) -> Any:
         """The result of a piece as strict JSON has it, or None if the piece is still to be done."""
         path = self._piece(piece)
-        return _read_json(path, "remove it to have that piece done again") if path.exists() else None
+        try:
+            return read_json(path) if path.exists() else None
+        except UsageError as error:
+            raise UsageError(f"{error}; remove it to have that piece done again") from error
 
     def _piece(self, name: str) -> Path:
         return self.path / "pieces" / f"{name}.json"
@@ -128,13 +130,13 @@ class TrainFolder(RunFolder):
         kept, last = [], None
         if steps is not None:
             try:
-                for line, record in _records(path):
+                for line, record in metrics(self.path):
                     if record["steps"] <= steps:
                         kept.append(line)
                         last = record
                     if record["steps"] >= steps:
                         break
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except (ValueError, KeyError, TypeError):
                 last = None
             if last is None or last["steps"] != steps:
                 raise UsageError(f"{path} is damaged: no metrics of step {steps}, from which the run goes on")
@@ -151,14 +153,9 @@ def stored_config(path: Path, command: str, kind: type[Config]) -> Config:
         UsageError: if there is no such run, or its `config.json` is damaged.
     """
     config = path / "config.json"
-    try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path} holds no run to resume: start one with --out {path}") from None
-    except OSError as error:
-        raise UsageError(f"{config}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{config} is damaged: {error}") from error
+    if not config.exists():
+        raise UsageError(f"{path} holds no run to resume: start one with --out {path}")
+    content = read_json(config)
     if not isinstance(content, dict) or content.get("command") != command:
         raise UsageError(f"{path} holds no run of rk-optax {command}")
     try:
@@ -176,23 +173,33 @@ def first_difference(old: Any, new: Any) -> str | None:
     return None
 
 
-def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """The lines of the metrics and what they say; a kill may have cut the last one short."""
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-        if line.endswith(b"\n"):
-            yield line.decode(), json.loads(line)
+def read_json(path: Path) -> Any:
+    """What a JSON file of a run holds.
 
-
-def _read_json(path: Path, remedy: str) -> Any:
+    Raises:
+        UsageError: if there is no such file, or it is damaged.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of UTF-8 or of JSON
-        raise UsageError(f"{path} is damaged ({error}): {remedy}") from error
+    except OSError as error:
+        raise UsageError(f"{path.parent} holds no run: {path.name}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:  # of UTF-8 or of JSON
+        raise UsageError(f"{path} is damaged: {error}") from error
 
 
-def default_path(config_name: str) -> Path:
-    """`runs/<config>-<time>`, relative to the working directory."""
-    return Path("runs") / f"{config_name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+def metrics(folder: Path) -> Iterator[tuple[str, Any]]:
+    """The lines of `metrics.jsonl` and what they say; a kill may have cut the last one short.
+
+    Raises:
+        UsageError: if a line is damaged.
+    """
+    path = folder / "metrics.jsonl"
+    try:
+        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+            if line.endswith(b"\n"):
+                yield line.decode(), json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is damaged: {error}") from error
 
 
 def _blank(path: Path) -> bool:
@@ -212,15 +219,4 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _strict(value: Any) -> Any:
     """The value in terms of what strict JSON has."""
-    if isinstance(value, Mapping):
-        return {str(key): _strict(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return _strict(value.tolist())
-    if isinstance(value, np.generic):
-        return _strict(value.item())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_strict(item) for item in value]
-    # A run may go on from another directory.
-    return str(value.absolute()) if isinstance(value, Path) else value
+    return to_jsonable_python(value, inf_nan_mode="null", fallback=lambda array: np.asarray(array).tolist())

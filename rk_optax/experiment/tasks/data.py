@@ -1,18 +1,22 @@
 """Data sets, their splits, and the order in which batches are drawn."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from sklearn.datasets import fetch_openml, load_digits
 from sklearn.model_selection import train_test_split
 
-from rk_optax.experiment.config import DataConfig, ModelConfig
 from rk_optax.experiment.errors import UsageError
 from rk_optax.experiment.tasks import cifar, idx, text
 from rk_optax.experiment.tasks.models import MODELS
 from rk_optax.experiment.tasks.task import Array
+
+if TYPE_CHECKING:  # the configuration knows what is here
+    from rk_optax.experiment.config import DataConfig, ModelConfig
 
 
 class Split(NamedTuple):
@@ -168,7 +172,7 @@ class Source(NamedTuple):
 
 _OPENML = {"mnist": "mnist_784", "fashion_mnist": "Fashion-MNIST"}
 _OPENML_EXAMPLES, _OPENML_TRAINING = 70_000, 60_000  # the training part comes first
-# A new data set needs a line here and its name among those of DataConfig.
+# A new data set needs a line here.
 DATASETS = {
     "digits": Source(_digits, "images"),
     "mnist": Source(_mnist, "images"),

@@ -4,15 +4,19 @@ Each is called as `model(inputs, train=...)` and returns logits. In training it 
 stream `dropout` and moves whatever statistics it keeps in the collection `batch_stats`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rk_optax.experiment.config import ModelConfig
 from rk_optax.experiment.tasks.rk_net import ConvRKNet, RKNet
+
+if TYPE_CHECKING:  # the configuration knows what is here
+    from rk_optax.experiment.config import ModelConfig
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"tanh": nn.tanh, "relu": nn.relu, "gelu": nn.gelu}
 
@@ -120,7 +124,7 @@ def _rk_conv_net(config: ModelConfig, classes: int) -> nn.Module:
     return ConvRKNet(config.steps, config.method, classes, activation=_ACTIVATIONS[config.activation])
 
 
-# A new network needs a line here and its name among those of ModelConfig.
+# A new network needs a line here.
 MODELS = {
     "mlp": Architecture(_mlp, "images"),
     "cnn": Architecture(_cnn, "images"),

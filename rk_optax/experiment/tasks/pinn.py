@@ -1,7 +1,7 @@
 """Physics-informed networks: the residuals of a differential equation as a least-squares loss."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,41 @@ def network(params: Params, x: jax.Array) -> jax.Array:
     for layer in params[:-1]:
         x = jnp.tanh(x @ layer["w"] + layer["b"])
     return (x @ params[-1]["w"] + params[-1]["b"])[0]
+
+
+def _pinn(
+    key: jax.Array,
+    widths: tuple[int, ...],
+    terms: Mapping[str, tuple[float, Callable[..., jax.Array]]],
+    data: Data,
+    points: Any,
+    values: Any,
+    u: Callable[[Params, jax.Array], jax.Array] = network,
+) -> FullBatch:
+    """A problem.
+
+    Args:
+        key: of the initial weights.
+        widths: of the network's layers.
+        terms: of the loss, each a weight and the residual at one point.
+        data: the points, by the name under which a residual takes them.
+        points: where the error is measured, which is relative in L2.
+        values: of the solution there.
+        u: the solution as the network has it.
+    """
+    points, values = jnp.asarray(points, float), jnp.asarray(values, float)
+
+    def error(params: Params) -> jax.Array:
+        predicted = jax.vmap(lambda x: u(params, x))(points)
+        return jnp.linalg.norm(predicted - values) / jnp.linalg.norm(values)
+
+    loss_fn = rk_optax.LeastSquares(
+        {name: residual for name, (_, residual) in terms.items()},
+        weights={name: weight for name, (weight, _) in terms.items()},
+        pointwise=tuple(data),
+        reduction="mean",
+    )
+    return FullBatch(loss_fn, initial_network(key, widths), data, error, "relative L2 error")
 
 
 def poisson(seed: int, width: int = 32, layers: int = 3) -> FullBatch:
@@ -45,20 +80,10 @@ def poisson(seed: int, width: int = 32, layers: int = 3) -> FullBatch:
     def at_boundary(params: Params, x_boundary: jax.Array) -> jax.Array:
         return network(params, x_boundary)
 
-    loss_fn = rk_optax.LeastSquares(
-        {"equation": equation, "boundary": at_boundary},
-        weights={"equation": 1.0, "boundary": 100.0},
-        pointwise=("x", "x_boundary"),
-        reduction="mean",
-    )
     points = jax.random.uniform(elsewhere, (2000, 2))
-    return FullBatch(
-        loss_fn,
-        initial_network(start, (2, *[width] * layers, 1)),
-        {"x": x, "x_boundary": boundary},
-        _relative_error(points, jax.vmap(solution)(points)),
-        "relative L2 error",
-    )
+    terms = {"equation": (1.0, equation), "boundary": (100.0, at_boundary)}
+    data, widths = {"x": x, "x_boundary": boundary}, (2, *[width] * layers, 1)
+    return _pinn(start, widths, terms, data, points, jax.vmap(solution)(points))
 
 
 VISCOSITY = 0.01 / float(np.pi)
@@ -91,20 +116,10 @@ def burgers(seed: int) -> FullBatch:
     def at_side(params: Params, side: jax.Array) -> jax.Array:
         return network(params, side)
 
-    loss_fn = rk_optax.LeastSquares(
-        {"equation": equation, "start": at_start, "side": at_side},
-        weights={"equation": 1.0, "start": 10.0, "side": 10.0},
-        pointwise=("xt", "x_start", "side"),
-        reduction="mean",
-    )
     grid = np.stack(np.meshgrid(np.linspace(-1, 1, 81), np.linspace(0, 1, 26)), axis=-1).reshape(-1, 2)
-    return FullBatch(
-        loss_fn,
-        initial_network(start, (2, 32, 32, 32, 1)),
-        {"xt": xt, "x_start": x_start, "side": jnp.stack([x_side, t_side], axis=1)},
-        _relative_error(jnp.asarray(grid, xt.dtype), jnp.asarray(burgers_solution(grid[:, 0], grid[:, 1]), xt.dtype)),
-        "relative L2 error",
-    )
+    terms = {"equation": (1.0, equation), "start": (10.0, at_start), "side": (10.0, at_side)}
+    data = {"xt": xt, "x_start": x_start, "side": jnp.stack([x_side, t_side], axis=1)}
+    return _pinn(start, (2, 32, 32, 32, 1), terms, data, grid, burgers_solution(grid[:, 0], grid[:, 1]))
 
 
 def burgers_mild(seed: int) -> FullBatch:
@@ -156,21 +171,10 @@ def _periodic(
     def at_start(params: Params, x_start: jax.Array) -> jax.Array:
         return u(params, jnp.stack([x_start, jnp.zeros_like(x_start)])) - start(x_start)
 
-    loss_fn = rk_optax.LeastSquares(
-        {"equation": inner, "start": at_start},
-        weights={"equation": 1.0, "start": 10.0},
-        pointwise=("xt", "x_start"),
-        reduction="mean",
-    )
     axes = np.linspace(-1, 1, 81), np.linspace(0, 1, 26)
     grid = np.stack(np.meshgrid(*axes), axis=-1).reshape(-1, 2)
-    return FullBatch(
-        loss_fn,
-        initial_network(weights, (3, 20, 20, 20, 20, 1)),
-        {"xt": xt, "x_start": x_start},
-        _relative_error(jnp.asarray(grid, xt.dtype), jnp.asarray(solution(*axes), xt.dtype).ravel(), u),
-        "relative L2 error",
-    )
+    terms, data = {"equation": (1.0, inner), "start": (10.0, at_start)}, {"xt": xt, "x_start": x_start}
+    return _pinn(weights, (3, 20, 20, 20, 20, 1), terms, data, grid, solution(*axes).ravel(), u)
 
 
 class NewPoints(FullBatch):
@@ -218,17 +222,9 @@ def poisson_5d(seed: int, inside: int = 3000, boundary: int = 500, new_points: b
         edge = edge.at[jnp.arange(boundary), which].set(value)
         return {"x": jax.random.uniform(of_inside, (inside, 5)), "x_boundary": edge}
 
-    loss_fn = rk_optax.LeastSquares(
-        {"equation": equation, "boundary": at_boundary}, pointwise=("x", "x_boundary"), reduction="mean"
-    )
     test = jax.random.uniform(elsewhere, (4000, 5))
-    problem = FullBatch(
-        loss_fn,
-        initial_network(start, (5, 64, 64, 48, 48, 1)),
-        sample(points),
-        _relative_error(test, jax.vmap(solution)(test)),
-        "relative L2 error",
-    )
+    terms = {"equation": (1.0, equation), "boundary": (1.0, at_boundary)}
+    problem = _pinn(start, (5, 64, 64, 48, 48, 1), terms, sample(points), test, jax.vmap(solution)(test))
     return NewPoints(problem, sample, seed) if new_points else problem
 
 
@@ -272,13 +268,3 @@ def initial_network(key: jax.Array, widths: tuple[int, ...]) -> Params:
 def _second_derivative(u: Callable[[jax.Array], jax.Array], x: jax.Array, unit: jax.Array) -> jax.Array:
     unit = unit.astype(x.dtype)
     return jax.jvp(lambda y: jax.jvp(u, (y,), (unit,))[1], (x,), (unit,))[1]
-
-
-def _relative_error(
-    points: jax.Array, values: jax.Array, u: Callable[[Params, jax.Array], jax.Array] = network
-) -> Callable[[Params], jax.Array]:
-    def error(params: Params) -> jax.Array:
-        predicted = jax.vmap(lambda x: u(params, x))(points)
-        return jnp.linalg.norm(predicted - values) / jnp.linalg.norm(values)
-
-    return error

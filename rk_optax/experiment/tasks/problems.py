@@ -173,7 +173,7 @@ def _known_entries(
     raise UsageError(f"problem_options: observed leaves a row or a column with fewer than {least} entries: raise it")
 
 
-# A new problem needs a line here and its name in RaceConfig.
+# A new problem needs a line here.
 PROBLEMS: dict[str, Callable[..., FullBatch]] = {
     "poisson": poisson,
     "poisson_5d": poisson_5d,
