@@ -239,6 +239,7 @@ def compiled(name):
     return tx, jax.jit(lambda theta, state, x, x1: tx.update(x1**2 * theta, state, theta, x=x))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("first_stage", [True, False], ids=["stage 1 too", "later stages"])
 @pytest.mark.parametrize("poison", [np.nan, np.inf, 1e30])
 @rules
@@ -355,6 +356,7 @@ def test_the_step_size_stays_between_its_bounds(rule):
 # --- programs ---
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("double", [False, True], ids=["float32", "x64"])
 @rules
 def test_state_and_updates_keep_their_types_so_that_nothing_retraces(name, double, request):

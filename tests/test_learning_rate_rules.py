@@ -63,6 +63,7 @@ def seen_and_exact(tx, steps, dtype=np.float64, loss=network_loss):
 # --- The formula -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(
     ("form", "power", "solver"),
     [
@@ -96,6 +97,7 @@ def test_both_sides_of_the_clip_are_met(x64):
     assert [rate(0.3), rate(0.7)] == [0.3, 0.5]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("form", ["rescaled", "clipped"])
 @pytest.mark.parametrize("power", [0.5, 1, 2.0])
 def test_limits(form, power, x64):
@@ -114,6 +116,7 @@ def test_limits(form, power, x64):
     np.testing.assert_allclose(rate(0.7, 1e9), 2 / 1e9**power, rtol=1e-3)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("estimate", ESTIMATES)
 @pytest.mark.parametrize("curvature", [0.3, 1.0, 20.0])
 def test_r_is_lambda_on_a_quadratic(estimate, curvature, x64):
@@ -149,6 +152,7 @@ def test_product_and_difference_find_the_true_r(dtype, product, difference, requ
         assert np.ptp(exact) > 0.1 * exact.max()  # it moves
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("solver", ["heun", "ssprk3", "rk4", "dopri5"])
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_the_free_estimate_is_within_ten_percent_at_small_h(solver, dtype, request):
@@ -202,6 +206,7 @@ def test_float32_parameters_under_x64_are_differenced_in_their_own_precision(est
     np.testing.assert_allclose(seen, exact, rtol=0.1)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("recomputed", [True, False])
 @pytest.mark.parametrize("estimate", ESTIMATES)
 def test_bfloat16_parameters_are_differenced_in_float32(estimate, recomputed):
@@ -269,6 +274,7 @@ SCALES = {
 }
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("estimate", ESTIMATES)
 @pytest.mark.parametrize("name", SCALES)
 def test_r_is_of_the_preconditioned_field(name, estimate, x64):
@@ -283,6 +289,7 @@ def test_r_is_of_the_preconditioned_field(name, estimate, x64):
     assert abs(exact_ratio(network_loss, params, data) / r - 1) > 0.05
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("estimate", ESTIMATES)
 @pytest.mark.parametrize("adapted", [optax.clip_by_global_norm(0.1), optax.scale_by_rss(1.0)], ids=["clip", "rss"])
 def test_r_is_of_the_field_that_an_adapted_transformation_makes(adapted, estimate, x64):
@@ -321,6 +328,7 @@ COUNTED = [
 ]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("rule", "solver", "jit"), COUNTED)
 def test_what_is_charged_is_what_is_evaluated(rule, solver, jit):
     rate, gradients, products = RULES[rule]
@@ -383,6 +391,7 @@ def test_an_update_traces_the_loss_once_whatever_the_number_of_steps(rule):
 # --- Zero, nothing and NaN -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("estimate", ESTIMATES)
 @pytest.mark.parametrize("form", ["rescaled", "clipped"])
 def test_a_gradient_of_zero_is_a_step_that_stays(estimate, form):
@@ -422,6 +431,7 @@ def poisoned_loss(params, x, y, poison=False):
     return jnp.where(poison, jnp.nan, 1.0) * network_loss(params, x, y)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("estimate", ESTIMATES)
 @pytest.mark.parametrize("when", [0, 2])
 def test_a_step_that_is_not_finite_leaves_the_last_r_and_keeps_nothing_else(estimate, when):
@@ -457,6 +467,7 @@ def test_the_free_estimate_of_a_step_refused_for_another_reason_is_kept(x64):
     np.testing.assert_allclose(state.rule.ratio, 2.0, rtol=1e-9)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("incoming", [np.nan, np.inf])
 @pytest.mark.parametrize("estimate", ESTIMATES)
 def test_an_incoming_gradient_that_is_not_finite_poisons_no_state(incoming, estimate):
@@ -656,6 +667,7 @@ def test_the_rates_names_in_state_are_not_those_of_injected_hyperparameters():
 # --- Data of several stages ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("policy", ["split", "fresh"])
 @pytest.mark.parametrize("estimate", ["product", "difference"])
 def test_r_is_of_the_first_stages_data(policy, estimate, x64):

@@ -47,6 +47,7 @@ BETWEEN = {
 # --- Momentum and after ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(
     ("between", "rate"), [*((name, "constant") for name in BETWEEN), ("momentum", "scheduled"), ("chain", "scheduled")]
 )
@@ -59,6 +60,7 @@ def test_it_is_the_transformation_between_solver_and_step_size(between, rate, x6
     assert_close(ours[-1][1].after, theirs[-1][1][1], rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("rule", [dal(0.4), dal(0.4, estimate="free"), dal(0.4, 2.0, form="clipped"), sgd_g2(0.05)])
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_so_it_is_for_adaptive_rates(rule, nesterov, x64):
@@ -211,6 +213,7 @@ L2_OPTIONS = {
 }
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(
     ("name", "solver"), [*((name, "rk4") for name in L2_OPTIONS), ("plain", "euler"), ("preconditioned", "dopri5")]
 )
@@ -293,6 +296,7 @@ def test_the_two_decays_agree_for_gradient_descent_and_part_for_everything_else(
 VALUES = {"a Python float": float, "a NumPy scalar": np.float64, "a JAX scalar": jnp.float32}
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("kind", VALUES)
 def test_updates_and_states_keep_the_dtypes_of_params(dtype, kind, x64):

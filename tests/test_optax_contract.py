@@ -109,6 +109,7 @@ def dtypes(tree):
     return jax.tree.map(lambda leaf: leaf.dtype, tree)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64])
 def test_optimisation_ends_at_the_minimum(optimizer, dtype):
     factory, keywords = optimizer
@@ -157,6 +158,7 @@ def test_unexpected_extra_args_are_accepted_and_a_second_call_compiles_nothing(o
     assert len(traces) == after_one
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("jit", [True, False])
 def test_inject_hyperparams_changes_neither_updates_nor_states(optimizer, jit):
     factory, keywords = optimizer
@@ -182,6 +184,7 @@ def test_inject_hyperparams_changes_neither_updates_nor_states(optimizer, jit):
         assert set(state.hyperparams) == set(keywords) - {"stages", "curvature"}
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.complex64])
 def test_updates_have_the_dtype_of_params(optimizer, dtype):
     factory, keywords = optimizer
@@ -191,6 +194,7 @@ def test_updates_have_the_dtype_of_params(optimizer, dtype):
     assert updates.dtype == dtype
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64, jnp.complex64, jnp.complex128])
 def test_the_types_of_params_and_state_are_stable_through_cond(optimizer, dtype, x64):
     factory, keywords = optimizer

@@ -105,6 +105,7 @@ def test_rk4_freezes_the_scale_of_stage_one_at_every_stage_as_numpy_does(name, x
         params = jax.tree.map(lambda p, d: p - H * d, params, effective)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", EQUATIONS)
 @pytest.mark.parametrize("how", ["stored stages", "recomputed stage 1", "grad_fn"])
 def test_the_scale_reaches_every_kind_of_stage(name, how, x64):
@@ -427,6 +428,7 @@ def test_bfloat16_parameters_are_scaled_in_float32(name):
     assert_same(low_state.preconditioner, rounded)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("decay", [0.99, 0.999])
 @pytest.mark.parametrize("name", ["adam", "hutchinson"])
 def test_bias_correction_survives_stages_in_bfloat16(name, decay):
@@ -521,6 +523,7 @@ def mesh(request):
         yield mesh
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", ["adagrad", "hutchinson", "rss"])
 def test_state_stays_sharded_like_params(name, mesh):
     tx = rk_optax.heun(elementwise_loss, 0.1, preconditioner=MADE[name])

@@ -120,6 +120,7 @@ def test_an_inert_leaf_of_any_size_changes_nothing(name):
     np.testing.assert_allclose(h, state.step_size, rtol=1e-4)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", PRECONDITIONERS)
 @pytest.mark.parametrize("c", [1e-25, 1e-12, 1e12, 1e25])
 def test_a_preconditioner_with_its_floor_in_units_of_the_gradient_makes_the_gradient_a_pure_number(name, c):
@@ -169,6 +170,7 @@ def test_error_control_keeps_h_on_batches_without_a_gradient_and_stays_finite_wi
     assert 1e-3 < h[-1] < 1
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", ["error", "descent", "trust_ratio"])
 @pytest.mark.parametrize("first", [1e-37, 1e37])
 def test_a_rule_recovers_from_any_h(name, first):
@@ -193,6 +195,7 @@ def test_a_rule_recovers_from_any_h(name, first):
     assert loss(end) < 1e-3 * loss(w)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("rate", [-0.1, np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("skip", [True, False])
 def test_a_step_size_that_is_negative_or_not_finite_is_refused_with_a_reason_of_its_own(rate, skip):

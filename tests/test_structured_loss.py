@@ -69,6 +69,7 @@ def test_value_and_gradient_are_those_of_the_loss_written_out(mean):
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-6), gradient, expected_gradient)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("pointwise", [True, False])
 @pytest.mark.parametrize("mean", [False, True])
 def test_rows_are_the_jacobian_of_the_weighted_residuals(mean, pointwise, x64):

@@ -46,6 +46,7 @@ def shardings(tree):
     return [leaf.sharding.spec for leaf in jax.tree.leaves(tree) if leaf.ndim]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("mesh", MESHES, indirect=True)
 @pytest.mark.parametrize("name", ["rk4", "dopri5"])
 def test_state_updates_and_stage_buffers_stay_sharded(mesh, name):

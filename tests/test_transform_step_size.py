@@ -38,6 +38,7 @@ def test_a_schedule_is_read_at_the_count_of_updates(x64):
         np.testing.assert_allclose(state.step_size, rate)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("jit", [True, False])
 @pytest.mark.parametrize("zero", [0.0, 0, jnp.float32(0.0)])
 def test_a_schedule_that_returns_zero_gives_a_zero_update_and_finite_state(jit, zero, x64):

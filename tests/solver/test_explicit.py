@@ -348,6 +348,7 @@ def test_an_error_estimate_without_embedded_weights_raises_and_names_the_method(
 # --- what a step evaluates ---
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("want_error", [False, True], ids=["step", "step and error"])
 @pytest.mark.parametrize("tableau", [pytest.param(t, id=name) for name, t in ({**TABLEAUS, **ODD}).items()])
 def test_a_step_evaluates_the_stages_it_needs_where_the_tableau_says_and_no_others(tableau, want_error, x64):

@@ -65,6 +65,7 @@ def test_phi_functions_are_right_to_rounding_for_any_argument(dtype, x64):
 # --- What is exact ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("scale", [None, np.array([0.3, 2.0, 7.0])], ids=["P = I", "diagonal P"])
 @pytest.mark.parametrize("linear", ["l2", "diagonal"])

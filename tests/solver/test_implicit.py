@@ -160,6 +160,7 @@ def hand_made(loss):
 # --- Linear problems -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(
     ("name", "scale"),
     [("backward_euler", None), ("radau3", None), *((name, np.array([0.3, 2.0, 0.7])) for name in IMPLICIT_TABLEAUS)],

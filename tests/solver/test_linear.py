@@ -25,6 +25,7 @@ def solved(rows, scale, h, c, **options):
     return jax.jit(lambda *args: solve_in_row_space(*args, **options))(*map(jnp.asarray, (rows, scale, h, c)))
 
 
+@pytest.mark.covering
 # Below, at and above the size of a block, and not a multiple of it.
 @pytest.mark.parametrize("size", [1, 5, 64, 65, 128, 300])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -74,6 +75,7 @@ def test_nothing_to_solve_is_zero_and_finite():
             np.testing.assert_array_equal(solved(r, scale, np.float32(h), c.astype(np.float32)).x, np.zeros(4))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("where", ["rows", "c"])
 def test_what_is_not_finite_stays_visible(where, bad):

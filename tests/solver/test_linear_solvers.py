@@ -41,6 +41,7 @@ def systems(size=9, seed=0):
     )
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", ["skew", "monotone", "any"])
 @pytest.mark.parametrize("precondition", [False, True])
 def test_gmres_solves_as_numpy_does(name, precondition, x64):

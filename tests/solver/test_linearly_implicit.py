@@ -116,6 +116,7 @@ exact = functools.partial(dict, tolerance=1e-13, max_iterations=40)
 # --- linearly implicit Euler is the direct solve ---
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("l2", [None, 0.3])
 @pytest.mark.parametrize("preconditioned", [False, True])
 @pytest.mark.parametrize("which", ["hessian", "gauss_newton", "split gauss_newton", "residual"])
@@ -203,6 +204,7 @@ def test_stiff_modes_decay_at_once(curvature):
 # --- the quadratic model ---
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("l2", [None, 0.3])
 @pytest.mark.parametrize(
     "solver",
@@ -231,6 +233,7 @@ def test_the_predicted_fall_is_that_of_the_quadratic_model_also_when_cg_is_cut_s
     )
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("most", [1, 2, 100])
 @pytest.mark.parametrize("l2", [None, 1e-7])
 def test_the_predicted_fall_in_float32_is_that_of_the_step_where_rounding_swallows_the_identity(most, l2):
@@ -251,6 +254,7 @@ def test_the_predicted_fall_in_float32_is_that_of_the_step_where_rounding_swallo
     assert int(step.state.iterations) <= most
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("l2", [None, 1e-3])
 @pytest.mark.parametrize("low", ["residuals", "parameters"])
 def test_rows_of_less_precision_than_the_step_size(low, l2, x64):
@@ -448,6 +452,7 @@ def numpy_cg(a, b, tolerance, most):
     return x, count, False
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("tolerance", [0.3, 1e-3, 1e-10])
 @pytest.mark.parametrize("most", [1, 3, 50])
 @pytest.mark.parametrize("spectrum", [np.linspace(1, 9, 8), np.repeat([1.0, 5.0], 4), np.r_[-0.5, np.ones(7) * 2]])

@@ -46,6 +46,7 @@ def diagonal_step(solver, eigenvalues, h):
 # --- the recurrences ---
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(
     ("family", "stages", "damping"),
     [
@@ -89,6 +90,7 @@ def rkl_iterates(order, s, field, y0, tau):
     return y
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("stages", [2, 3, 7, 20])
 @pytest.mark.parametrize("order", [1, 2])
 def test_a_legendre_step_is_that_of_the_published_iterates(order, stages, x64):
@@ -116,6 +118,7 @@ def stability_polynomial(family, s, damping):
 CASES = [("rkc1", 0.05), ("rkc1", 3.0), ("rkc2", 2 / 13), ("rkl1", None), ("rkl2", None)]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("stages", [2, 3, 10, 24])
 @pytest.mark.parametrize(("family", "damping"), CASES)
 def test_a_step_on_a_quadratic_is_the_stability_polynomial_bounded_in_its_interval_only(family, damping, stages, x64):
@@ -172,6 +175,7 @@ def network_flow():
     return theta, gradient, run.y[:, -1]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("stages", [2, 7])
 @families
 def test_the_error_at_a_fixed_time_falls_with_the_order(family, stages, x64):
@@ -217,6 +221,7 @@ def test_first_order_has_no_error_estimate():
 # --- rounding, memory, tracing ---
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("stages", [2, 20, 200])
 @families
 def test_a_short_step_in_float32_keeps_its_digits(family, stages, request):
@@ -260,6 +265,7 @@ def one_step_of_tree(solver, field, theta, h):
     return jax.jit(lambda theta: solver.step(problem, theta, field(theta), h, solver.init(theta)))(theta)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("stages", [2, 50, "auto"])
 @families
 def test_the_loss_is_traced_once_by_an_update_whatever_the_number_of_stages(family, stages):
@@ -583,6 +589,7 @@ def test_momentum_runs_on_the_effective_gradient():
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("stages", [3, "auto"])
 @families
 def test_a_step_of_next_to_no_size_has_the_gradient_as_direction(family, stages, x64):
