@@ -22,13 +22,11 @@ import math
 import platform
 from pathlib import Path
 
+import covering
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-import covering
-
 
 pytest_plugins = ["pytester"]
 

@@ -1,5 +1,6 @@
 """Of a product of parameters, a few combinations in which every value occurs; the others are long tests."""
 
+import collections
 import itertools
 
 import pytest
@@ -37,16 +38,21 @@ def some(values, *names):
 
 
 def mark(items):
-    """Marks as slow what the marker `covering` leaves out, among the collected tests of each function.
+    """Marks as slow what `covering(strength=1, most=None)` leaves out, among the collected tests of each function.
 
-    A test that is selected by its own name is all that there is of its function, and runs.
+    With `most` no more than so many of them stay, and which they are goes round from one such function of a file to the
+    next, so that the file meets them all. A test that is selected by its own name is all that there is of its function,
+    and runs.
     """
-    functions = {}
+    functions, turns = {}, collections.Counter()
     for item in items:
         if item.get_closest_marker("covering") and not item.get_closest_marker("slow") and hasattr(item, "callspec"):
             functions.setdefault((item.path, item.originalname, item.cls), []).append(item)
-    for of_one in functions.values():
-        strength = (*of_one[0].get_closest_marker("covering").args, 1)[0]
-        kept = cover([tuple(map(id, item.callspec.params.values())) for item in of_one], strength)
+    for (path, *_), of_one in functions.items():
+        keywords = of_one[0].get_closest_marker("covering").kwargs
+        kept = cover([tuple(map(id, item.callspec.params.values())) for item in of_one], keywords.get("strength", 1))
+        if (most := keywords.get("most", len(kept))) < len(kept):
+            kept = [kept[(turns[path] + turn) % len(kept)] for turn in range(most)]
+            turns[path] += most
         for place in set(range(len(of_one))) - set(kept):
             of_one[place].add_marker(pytest.mark.slow)

@@ -38,7 +38,7 @@ def test_some_are_quick_and_none_is_lost():
 
 
 @pytest.fixture
-def _collects(pytester):
+def collected(pytester):
     """Collects a file with this directory's own hook."""
     pytester.makeconftest(
         """
@@ -64,12 +64,20 @@ def _collects(pytester):
         def test_one(letter, number):
             pass
 
-        @pytest.mark.covering(2)
+        @pytest.mark.covering(strength=2)
         @pytest.mark.parametrize("number", [1, 2])
         def test_two(letter, number):
             pass
 
         def test_three(letter):
+            pass
+
+        @pytest.mark.covering(most=2)
+        def test_four(letter):
+            pass
+
+        @pytest.mark.covering(most=2)
+        def test_five(letter):
             pass
         """
     )
@@ -81,12 +89,14 @@ def _collects(pytester):
     return run
 
 
-def test_the_marker_leaves_the_rest_of_a_product_to_the_long_tests(_collects):
-    quick, long = _collects("-m", "not slow"), _collects("-m", "slow")
+def test_the_marker_leaves_the_rest_of_a_product_to_the_long_tests(collected):
+    quick, long = collected("-m", "not slow"), collected("-m", "slow")
     three, two = [f"test_three[{letter}]" for letter in "pqr"], [f"test_two[{c}-{n}]" for c in "pqr" for n in "12"]
-    assert quick == ["test_one[p-1]", "test_one[q-2]", "test_one[r-1]", *two, *three]
-    assert long == ["test_one[p-2]", "test_one[p-3]", "test_one[q-1]", "test_one[q-3]", "test_one[r-2]", "test_one[r-3]"]
+    four, five = ["test_four[p]", "test_four[q]"], ["test_five[p]", "test_five[r]"]
+    assert quick == ["test_one[p-1]", "test_one[q-2]", "test_one[r-1]", *two, *three, *four, *five]
+    rest = [f"test_one[{place}]" for place in ("p-2", "p-3", "q-1", "q-3", "r-2", "r-3")]
+    assert long == [*rest, "test_four[r]", "test_five[q]"]
 
 
-def test_a_test_that_is_asked_for_by_name_runs(_collects):
-    assert _collects("-m", "not slow", "test_it.py::test_one[q-1]") == ["test_one[q-1]"]
+def test_a_test_that_is_asked_for_by_name_runs(collected):
+    assert collected("-m", "not slow", "test_it.py::test_one[q-1]") == ["test_one[q-1]"]

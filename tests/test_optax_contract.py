@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from covering import some
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import rk_optax
@@ -47,7 +48,12 @@ MIXED = (jnp.float32, jnp.float64)
 LOW_AND_HIGH = (jnp.bfloat16, jnp.float32)
 
 
-@pytest.fixture(params=OPTIMIZERS.values(), ids=OPTIMIZERS)
+# One of each kind of program: no later stage, a chain of stages, stored stages, a recurrence, products. Of the others
+# only the coefficients differ.
+QUICK = ("euler", "heun-momentum", "rk4", "bogacki_shampine-momentum", "rkc", "ros2")
+
+
+@pytest.fixture(params=some(OPTIMIZERS, *QUICK))
 def optimizer(request):
     """A factory and its keywords: `factory(loss_fn, **keywords)`."""
     name, keywords = request.param
