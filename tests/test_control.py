@@ -68,6 +68,7 @@ def numpy_error_control(p, i, d, count, h, rtol, atol, theta):
     return [np.array(column) for column in zip(*seen, strict=True)]
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(("p", "i", "d"), [(0.0, 1.0, 0.0), (0.4, 0.3, 0.0), (0.3, 0.4, 0.1)])
 def test_error_control_is_the_pid_controller_of_its_formula(p, i, d, x64):
     tolerances = {"rtol": 1e-3, "atol": 1e-4}
@@ -148,6 +149,7 @@ def test_descent_control_is_its_reference(initial, x64):
     assert len(set(np.sign(np.diff(theirs[0])))) == 2  # it grew and it shrank
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("seen", [0.0, 1.0, -1.0], ids=["nothing", "a fall", "a rise"])
 def test_descent_control_lengthens_an_unresolved_step_whatever_has_been_seen_before(seen):
     """Else an h that is far too short stays for good."""
@@ -197,6 +199,7 @@ def test_trust_ratio_control_is_its_reference(factory, x64):
     assert int(state.cost.losses) == 36
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     ("start", "seen", "then"),
     [(0.0, 0.0, 1.0), (1.0, 0.5, 32.0), (1.0, 0.0, 32.0)],
@@ -239,7 +242,7 @@ def compiled(name):
     return tx, jax.jit(lambda theta, state, x, x1: tx.update(x1**2 * theta, state, theta, x=x))
 
 
-@pytest.mark.covering
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("first_stage", [True, False], ids=["stage 1 too", "later stages"])
 @pytest.mark.parametrize("poison", [np.nan, np.inf, 1e30])
 @rules
@@ -267,6 +270,7 @@ def test_what_is_not_finite_is_refused_and_leaves_all_but_the_step_size_bit_for_
     assert np.isfinite(theta).all()
 
 
+@pytest.mark.covering(most=2)
 @rules
 def test_repeated_refusals_end_at_the_smallest_step_and_say_so(name):
     """Against a gradient of the wrong sign no step helps; nothing loops inside an update."""
@@ -332,6 +336,7 @@ def test_both_losses_are_those_of_the_steps_own_batch(name):
         theta = theta + change
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     "rule",
     [

@@ -280,7 +280,7 @@ def plain(decay=0.1):
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-@pytest.mark.covering
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("tx", [plain(), optax.sgd(0.1, 0.9), optax.adam(0.01)], ids=["plain", "momentum", "adam"])
 @pytest.mark.parametrize("with_data", [True, False])
 def test_an_optax_optimizer_steps_as_in_the_stock_class_to_the_bit(tx, with_data):

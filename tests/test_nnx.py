@@ -379,6 +379,7 @@ def stock_step(model, optimizer, data):
     optimizer.update(model, nnx.grad(loss_fn)(model, **data))
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("tx", [plain(), optax.sgd(0.1, 0.9), optax.adam(0.01)], ids=["plain", "momentum", "adam"])
 def test_an_optax_optimizer_steps_as_in_the_stock_class(tx):
     data = make_data()

@@ -76,6 +76,7 @@ AS_OPTAX = {
 }
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("case", AS_OPTAX)
 def test_with_eulers_method_it_is_optaxs_scaling(case, x64):
     preconditioner, scaling = AS_OPTAX[case]
@@ -105,7 +106,7 @@ def test_rk4_freezes_the_scale_of_stage_one_at_every_stage_as_numpy_does(name, x
         params = jax.tree.map(lambda p, d: p - H * d, params, effective)
 
 
-@pytest.mark.covering
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("name", EQUATIONS)
 @pytest.mark.parametrize("how", ["stored stages", "recomputed stage 1", "grad_fn"])
 def test_the_scale_reaches_every_kind_of_stage(name, how, x64):
@@ -163,6 +164,7 @@ def local_errors(solver, preconditioner, steps):
     return errors
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     ("name", "solver", "order"),
     [*((name, "rk4", 4) for name in (*EQUATIONS, "hutchinson")), ("adagrad", "heun", 2), ("adagrad", "dopri5", 5)],
@@ -391,6 +393,7 @@ def realised(tree):
     return jax.tree.map(lambda x: (jnp.shape(x), jnp.finfo(jnp.result_type(x)).dtype), tree)
 
 
+@pytest.mark.covering(most=2)
 @EVERY
 def test_state_and_updates_have_the_shapes_and_dtypes_of_params(name, x64):
     params = {
@@ -413,6 +416,7 @@ def test_state_and_updates_have_the_shapes_and_dtypes_of_params(name, x64):
     assert len(like_params) == (name != "clip")
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("name", EQUATIONS)
 def test_bfloat16_parameters_are_scaled_in_float32(name):
     half = jax.tree.map(lambda p: jnp.asarray(p, jnp.bfloat16), PARAMS)
@@ -476,6 +480,7 @@ def test_hutchinson_on_complex_leaves_finds_an_isotropic_curvature(x64):
     assert state.preconditioner.mean.dtype == jnp.float64
 
 
+@pytest.mark.covering(most=2)
 @EVERY
 def test_a_mask_keeps_fixed_leaves_out_of_state_and_scale(name, x64):
     tx = rk_optax.rk4(loss_fn, H, preconditioner=MADE[name], mask={"w": True, "b": False})
@@ -491,6 +496,7 @@ def test_a_mask_keeps_fixed_leaves_out_of_state_and_scale(name, x64):
         assert len(jax.tree.leaves(state.preconditioner)) == len(jax.tree.leaves(reference.preconditioner))
 
 
+@pytest.mark.covering(most=2)
 @EVERY
 def test_an_empty_tree_and_a_scalar_work(name):
     empty = rk_optax.rk4(lambda params: jnp.zeros([]), 0.1, preconditioner=MADE[name])
@@ -523,7 +529,7 @@ def mesh(request):
         yield mesh
 
 
-@pytest.mark.covering
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("name", ["adagrad", "hutchinson", "rss"])
 def test_state_stays_sharded_like_params(name, mesh):
     tx = rk_optax.heun(elementwise_loss, 0.1, preconditioner=MADE[name])
@@ -547,6 +553,7 @@ def test_init_on_abstract_params_has_the_types_of_init_on_real_ones(name):
     assert types(tx.init(abstract)) == types(tx.init(params))
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("name", ["adagrad", "hutchinson", "rss"])
 def test_params_and_state_can_be_donated(name):
     tx = rk_optax.rk4(network_loss, 0.1, preconditioner=MADE[name])
@@ -565,6 +572,7 @@ def test_params_and_state_can_be_donated(name):
     assert_close(params, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("name", ["adam", "hutchinson", "clip"])
 def test_jit_and_vmap_change_nothing(name, x64):
     tx = rk_optax.heun(loss_fn, H, preconditioner=MADE[name])
@@ -610,6 +618,7 @@ def poisoned_loss(params, x, poison=False):
     return jnp.where(poison, jnp.nan, 1.0) * loss_fn(params, x)
 
 
+@pytest.mark.covering(most=2)
 @EVERY
 def test_a_refused_step_restores_the_state_of_the_preconditioner(name):
     tx = rk_optax.rk4(poisoned_loss, H, preconditioner=MADE[name])

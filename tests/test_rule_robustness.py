@@ -120,7 +120,7 @@ def test_an_inert_leaf_of_any_size_changes_nothing(name):
     np.testing.assert_allclose(h, state.step_size, rtol=1e-4)
 
 
-@pytest.mark.covering
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("name", PRECONDITIONERS)
 @pytest.mark.parametrize("c", [1e-25, 1e-12, 1e12, 1e25])
 def test_a_preconditioner_with_its_floor_in_units_of_the_gradient_makes_the_gradient_a_pure_number(name, c):
@@ -170,7 +170,7 @@ def test_error_control_keeps_h_on_batches_without_a_gradient_and_stays_finite_wi
     assert 1e-3 < h[-1] < 1
 
 
-@pytest.mark.covering
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("name", ["error", "descent", "trust_ratio"])
 @pytest.mark.parametrize("first", [1e-37, 1e37])
 def test_a_rule_recovers_from_any_h(name, first):
@@ -348,6 +348,7 @@ TRACED = {
 }
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("name", TRACED)
 def test_every_number_of_a_rule_may_be_traced(name):
     make, rule, numbers = TRACED[name]
@@ -378,6 +379,7 @@ def test_classes_check_themselves_and_are_what_their_lower_case_names_are():
         rk_optax.Dal(1.0, needs=frozenset())
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("estimate", ["product", "difference", "free"])
 def test_the_cost_of_an_estimate_is_what_a_step_is_charged(estimate):
     rule = rk_optax.dal(0.1, estimate=estimate)
@@ -389,6 +391,7 @@ def test_the_cost_of_an_estimate_is_what_a_step_is_charged(estimate):
 # --- strict modes ---
 
 
+@pytest.mark.covering(most=2)
 @every_rule
 def test_no_state_and_no_step_holds_a_nan_and_nothing_is_promoted(name):
     w = jnp.array([1.0, -2.0])
@@ -411,6 +414,7 @@ def test_preconditioners_promote_nothing(name):
             assert np.isfinite(updates).all()
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("name", ["rms", "adam", "hutchinson"])
 def test_counters_saturate(name):
     w, most = jnp.ones(2), jnp.iinfo(jnp.int32).max

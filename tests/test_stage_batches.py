@@ -74,7 +74,7 @@ def one_update(policy, solver, h=H, data=None, w=W, loss=loss_fn, names=NAMES, *
 # --- The examples ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.covering
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("solver", ["euler", "heun", "rk4", "ssprk3", "dopri5"])
 @pytest.mark.parametrize("policy", ["same", "fresh", "split"])
 def test_each_stage_touches_its_own_examples_and_no_others(policy, solver, x64):
@@ -125,7 +125,7 @@ def test_a_split_rk4_step_costs_as_many_examples_as_one_gradient(x64):
 # --- The numbers -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.covering
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("solver", ["heun", "rk4", "ssprk3", "dopri5"])
 @pytest.mark.parametrize("policy", ["same", "fresh", "split"])
 def test_a_step_is_the_textbooks_with_a_field_for_each_stage(policy, solver, x64):

@@ -46,7 +46,7 @@ def shardings(tree):
     return [leaf.sharding.spec for leaf in jax.tree.leaves(tree) if leaf.ndim]
 
 
-@pytest.mark.covering
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("mesh", MESHES, indirect=True)
 @pytest.mark.parametrize("name", ["rk4", "dopri5"])
 def test_state_updates_and_stage_buffers_stay_sharded(mesh, name):
@@ -122,6 +122,7 @@ def test_under_shard_map_a_reduced_gradient_is_the_gradient_of_the_whole_batch(r
     assert state.cost == expected_state.cost
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     "make",
     [

@@ -63,7 +63,7 @@ def test_reusing_stage_one_changes_only_rounding_in_eager_mode():
     assert_close(eager, jitted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.covering
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     ("solver", "gradients"),
     [("euler", 1), ("heun", 2), ("bogacki_shampine", 3), ("rk4", 4), ("dopri5", 6), ("tsit5", 6), ("dopri8", 13)],

@@ -38,7 +38,7 @@ def test_a_schedule_is_read_at_the_count_of_updates(x64):
         np.testing.assert_allclose(state.step_size, rate)
 
 
-@pytest.mark.covering
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("jit", [True, False])
 @pytest.mark.parametrize("zero", [0.0, 0, jnp.float32(0.0)])
 def test_a_schedule_that_returns_zero_gives_a_zero_update_and_finite_state(jit, zero, x64):
@@ -75,6 +75,7 @@ def test_a_scale_after_the_solver_is_not_a_smaller_step():
     assert abs(stability(-0.5) - (1 + stability(-1.0)) / 2) > 0.05
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("rate", [H, jnp.float32(H), optax.cosine_decay_schedule(H, 20)])
 def test_scale_by_rk_in_a_chain_with_trace_is_the_ready_optimizer_with_momentum(rate):
     params, data = network()
@@ -96,6 +97,7 @@ def test_momentum_is_a_trace_of_the_effective_gradient(x64):
     assert_close(state.after.trace, moment)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     ("options", "after"),
     [

@@ -65,7 +65,7 @@ def test_phi_functions_are_right_to_rounding_for_any_argument(dtype, x64):
 # --- What is exact ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.covering
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("scale", [None, np.array([0.3, 2.0, 7.0])], ids=["P = I", "diagonal P"])
 @pytest.mark.parametrize("linear", ["l2", "diagonal"])
@@ -145,6 +145,7 @@ def exact(time, l2):
     return exact_flow(lambda w: jax.grad(loss_fn)(w) + l2 * w, THETA, time)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     ("solver", "order"),
     [
@@ -289,6 +290,7 @@ SOLVERS = {
 }
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 def test_trees_keep_their_types_and_masked_leaves_their_values(solver, x64):
     params = {

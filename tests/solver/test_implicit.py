@@ -123,6 +123,7 @@ def observed_order(solver, steps, time=0.6):
     return np.log(errors[0] / errors[1]) / np.log(steps[1] / steps[0]), errors
 
 
+@pytest.mark.covering(most=2)
 @named
 def test_the_order_on_a_nonlinear_loss_is_the_declared_one(name, x64):
     order, errors = observed_order(tight(name), (16, 32))
@@ -160,7 +161,7 @@ def hand_made(loss):
 # --- Linear problems -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.covering
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     ("name", "scale"),
     [("backward_euler", None), ("radau3", None), *((name, np.array([0.3, 2.0, 0.7])) for name in IMPLICIT_TABLEAUS)],
@@ -190,6 +191,7 @@ def test_an_explicit_first_stage_enters_all_later_ones(weights, x64):
     np.testing.assert_allclose(step.quantities["error"], embedded - expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.covering(most=2)
 @named
 def test_stiff_modes_decay_in_float32_where_the_method_is_l_stable_and_slow_ones_stay_accurate(name):
     """λh from 1 to 1e6 in a single step: no mode may be lost in the rounding of another."""
@@ -338,6 +340,7 @@ def test_nothing_moves_at_a_minimum_or_with_a_step_of_zero(name):
 # --- Cost ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(most=2)
 @kinds
 def test_every_gradient_is_counted_and_every_product(name):
     losses, products = Evaluations(loss_fn), Evaluations(lambda v: v)
@@ -396,6 +399,7 @@ def test_complex_leaves_are_pairs_of_real_ones_and_masked_ones_stay(name, x64):
     assert updates["fixed"] == 0
 
 
+@pytest.mark.covering(most=2)
 @kinds
 def test_updates_and_states_keep_their_types(name, x64):
     params = {
@@ -463,6 +467,7 @@ def test_new_data_trace_nothing_again(name):
 # --- Construction ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(most=2)
 @named
 def test_names_aliases_and_tableaus_are_the_same_method(name):
     tableau = IMPLICIT_TABLEAUS[name]

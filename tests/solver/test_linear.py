@@ -25,7 +25,7 @@ def solved(rows, scale, h, c, **options):
     return jax.jit(lambda *args: solve_in_row_space(*args, **options))(*map(jnp.asarray, (rows, scale, h, c)))
 
 
-@pytest.mark.covering
+@pytest.mark.covering(most=2)
 # Below, at and above the size of a block, and not a multiple of it.
 @pytest.mark.parametrize("size", [1, 5, 64, 65, 128, 300])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -45,6 +45,7 @@ def test_a_system_that_is_not_positive_is_nan(where, x64):
     assert np.isnan(solver_of_positive(jnp.asarray(matrix))(jnp.ones(300))).all()
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("h", [0.0, 1e-30, 1e-3, 1.0, 1e5])
 def test_the_row_space_system_is_solved(h, x64):
     rng = np.random.default_rng(1)
@@ -75,7 +76,7 @@ def test_nothing_to_solve_is_zero_and_finite():
             np.testing.assert_array_equal(solved(r, scale, np.float32(h), c.astype(np.float32)).x, np.zeros(4))
 
 
-@pytest.mark.covering
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("where", ["rows", "c"])
 def test_what_is_not_finite_stays_visible(where, bad):
@@ -123,6 +124,7 @@ def test_a_batch_of_systems_is_solved_one_by_one(x64):
     )
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("factor", [1e-25, 1e-12, 1e12, 1e25])
 def test_units_change_no_solution(factor):
     rng = np.random.default_rng(3)

@@ -41,7 +41,7 @@ def systems(size=9, seed=0):
     )
 
 
-@pytest.mark.covering
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("name", ["skew", "monotone", "any"])
 @pytest.mark.parametrize("precondition", [False, True])
 def test_gmres_solves_as_numpy_does(name, precondition, x64):
@@ -159,6 +159,7 @@ FAST = ("implicit_midpoint", "sdirk3", "radau3", "ros2")
 OF_EACH = [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in SOLVERS]
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("name", OF_EACH)
 def test_a_step_of_the_bilinear_game_is_that_of_the_stability_function(name, x64):
     h = 1.7

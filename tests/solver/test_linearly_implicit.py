@@ -116,7 +116,7 @@ exact = functools.partial(dict, tolerance=1e-13, max_iterations=40)
 # --- linearly implicit Euler is the direct solve ---
 
 
-@pytest.mark.covering
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("l2", [None, 0.3])
 @pytest.mark.parametrize("preconditioned", [False, True])
 @pytest.mark.parametrize("which", ["hessian", "gauss_newton", "split gauss_newton", "residual"])
@@ -204,7 +204,7 @@ def test_stiff_modes_decay_at_once(curvature):
 # --- the quadratic model ---
 
 
-@pytest.mark.covering
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("l2", [None, 0.3])
 @pytest.mark.parametrize(
     "solver",
@@ -233,7 +233,7 @@ def test_the_predicted_fall_is_that_of_the_quadratic_model_also_when_cg_is_cut_s
     )
 
 
-@pytest.mark.covering
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("most", [1, 2, 100])
 @pytest.mark.parametrize("l2", [None, 1e-7])
 def test_the_predicted_fall_in_float32_is_that_of_the_step_where_rounding_swallows_the_identity(most, l2):
@@ -254,7 +254,7 @@ def test_the_predicted_fall_in_float32_is_that_of_the_step_where_rounding_swallo
     assert int(step.state.iterations) <= most
 
 
-@pytest.mark.covering
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("l2", [None, 1e-3])
 @pytest.mark.parametrize("low", ["residuals", "parameters"])
 def test_rows_of_less_precision_than_the_step_size(low, l2, x64):
@@ -325,6 +325,7 @@ def errors_at_the_end(solver, counts):
     return [np.linalg.norm(run(n) - end) for n in counts]
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("curvature", ["hessian", "gauss_newton", "zero"])
 def test_ros2_is_of_order_two_with_any_matrix(curvature, x64):
     errors = errors_at_the_end(Ros2(curvature, 1e-11), (32, 64, 128))
@@ -347,6 +348,7 @@ def test_without_a_matrix_ros2_is_heuns_method(x64):
     assert (int(state.cost.gradients), int(state.cost.products)) == (2, 0)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     ("curvature", "gamma", "used"),
     [
@@ -400,6 +402,7 @@ def test_the_error_estimate_of_ros2_is_its_distance_from_linearly_implicit_euler
 # --- what it costs, and what the state says ---
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     ("solver", "gradients"),
     [(RosenbrockEuler("hessian"), 2), (RosenbrockEuler(), 2), (RosenbrockEuler("zero"), 1), (Ros2(), 3)],
@@ -452,7 +455,7 @@ def numpy_cg(a, b, tolerance, most):
     return x, count, False
 
 
-@pytest.mark.covering
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("tolerance", [0.3, 1e-3, 1e-10])
 @pytest.mark.parametrize("most", [1, 3, 50])
 @pytest.mark.parametrize("spectrum", [np.linspace(1, 9, 8), np.repeat([1.0, 5.0], 4), np.r_[-0.5, np.ones(7) * 2]])

@@ -46,7 +46,7 @@ def diagonal_step(solver, eigenvalues, h):
 # --- the recurrences ---
 
 
-@pytest.mark.covering
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     ("family", "stages", "damping"),
     [
@@ -118,7 +118,7 @@ def stability_polynomial(family, s, damping):
 CASES = [("rkc1", 0.05), ("rkc1", 3.0), ("rkc2", 2 / 13), ("rkl1", None), ("rkl2", None)]
 
 
-@pytest.mark.covering
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("stages", [2, 3, 10, 24])
 @pytest.mark.parametrize(("family", "damping"), CASES)
 def test_a_step_on_a_quadratic_is_the_stability_polynomial_bounded_in_its_interval_only(family, damping, stages, x64):
@@ -175,7 +175,7 @@ def network_flow():
     return theta, gradient, run.y[:, -1]
 
 
-@pytest.mark.covering
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("stages", [2, 7])
 @families
 def test_the_error_at_a_fixed_time_falls_with_the_order(family, stages, x64):
@@ -221,7 +221,7 @@ def test_first_order_has_no_error_estimate():
 # --- rounding, memory, tracing ---
 
 
-@pytest.mark.covering
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("stages", [2, 20, 200])
 @families
 def test_a_short_step_in_float32_keeps_its_digits(family, stages, request):
@@ -265,7 +265,7 @@ def one_step_of_tree(solver, field, theta, h):
     return jax.jit(lambda theta: solver.step(problem, theta, field(theta), h, solver.init(theta)))(theta)
 
 
-@pytest.mark.covering
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("stages", [2, 50, "auto"])
 @families
 def test_the_loss_is_traced_once_by_an_update_whatever_the_number_of_stages(family, stages):
@@ -339,6 +339,7 @@ SPECTRA = {
 }
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
 def test_the_estimate_of_the_spectral_radius_is_close_and_with_its_safety_factor_from_above(spectrum):
     rng, n = np.random.default_rng(0), len(spectrum)
@@ -378,6 +379,7 @@ def test_the_power_method_finds_a_mode_that_the_gradient_is_orthogonal_to():
     assert float(state.solver.spectral_radius) >= 50
 
 
+@pytest.mark.covering(most=2)
 @families
 def test_the_stages_taken_are_stable_and_not_many_more_than_needed(family):
     loss, theta = quadratic(np.linspace(0.5, 10, 20))

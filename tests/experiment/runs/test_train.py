@@ -266,6 +266,7 @@ def test_a_data_directory_is_stored_whole(tmp_path, monkeypatch):
     assert run_command("train", "--resume", tmp_path / "run")[0] == 0
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("factory", ["rkc", "rosenbrock_euler", "residual_euler"])
 def test_stiff_methods_train_and_go_on(tmp_path, factory):
     """Without a learning rate; what their steps cost is counted one by one, and a resumed run counts on."""
