@@ -199,7 +199,7 @@ def test_trust_ratio_control_is_its_reference(factory, x64):
     assert int(state.cost.losses) == 36
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(
     ("start", "seen", "then"),
     [(0.0, 0.0, 1.0), (1.0, 0.5, 32.0), (1.0, 0.0, 32.0)],
@@ -446,6 +446,7 @@ def conditioned(kappa, n=80, d=12, seed=0):
     return jnp.asarray(x @ change), jnp.asarray(probability), np.linalg.solve(change, optimum)
 
 
+@pytest.mark.slow
 def test_rkc_with_descent_control_needs_a_fifth_of_gradient_descents_gradients_at_condition_ten_thousand(x64):
     x, targets, optimum = conditioned(1e4)
 
@@ -478,6 +479,7 @@ def test_rkc_with_descent_control_needs_a_fifth_of_gradient_descents_gradients_a
     assert ours <= descent / 5
 
 
+@pytest.mark.slow
 def test_rkc_with_descent_control_never_diverges_whatever_the_first_step():
     def train(seed, first):
         a, b, c = jax.random.split(jax.random.key(seed), 3)

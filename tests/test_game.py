@@ -95,6 +95,7 @@ def solved(field, z, t):
     return scipy.integrate.solve_ivp(lambda _, y: field(y), (0, t), z, method="DOP853", rtol=1e-12, atol=1e-13).y[:, -1]
 
 
+@pytest.mark.slow
 def test_rates_scale_the_field_and_the_order_is_kept(x64):
     rates = {"seeker": 0.3, "hider": 1.7}
     start = np.concatenate([[PLACES["hider"]], PLACES["seeker"]])

@@ -39,6 +39,7 @@ def exact(matrix, times):
     return np.stack([scipy.linalg.expm(-t * matrix) @ START for t in times])
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("solver", "peer"), [("tsit5", diffrax.Tsit5()), ("bogacki_shampine", diffrax.Bosh3())])
 def test_a_network_against_dop853_and_diffrax(solver, peer):
@@ -225,6 +226,7 @@ def test_a_flow_stepped_from_python_is_the_same_program():
     jax.tree.map(np.testing.assert_array_equal, stepped, through)
 
 
+@pytest.mark.slow
 def test_saved_functionals_keep_memory_flat():
     params, data = jnp.ones(10_000), {"x": jnp.linspace(0.5, 1, 10_000)}
 

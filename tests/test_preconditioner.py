@@ -253,6 +253,7 @@ def test_an_adapted_transformation_sees_the_params_at_the_start_of_the_step(x64)
     assert_close(updates, jax.tree.map(lambda d: -H * d, numpy_rk4(field, PARAMS, H)))
 
 
+@pytest.mark.slow
 def test_an_adapted_transformation_may_hold_a_random_key():
     noise = rk_optax.precondition_by(optax.add_noise(0.1, 0.5, key=jax.random.key(0)))
     tx = rk_optax.rk4(loss_fn, H, preconditioner=noise)
@@ -336,6 +337,7 @@ def test_hutchinson_is_the_corrected_running_mean_of_squared_probes_of_random_si
     assert len({min(i, 15 - i) for i in used}) > 2  # fresh signs at every estimate (z and −z give the same)
 
 
+@pytest.mark.slow
 def test_hutchinson_seeds_decide_the_probes(x64):
     matrix = np.array([[1.0, 0.6, -0.2], [0.6, 2.0, 0.4], [-0.2, 0.4, 0.5]])
     scales = [hutchinson_scale(None, matrix, jnp.zeros(3), seed=seed)[0] for seed in (0, 0, *range(1, 8))]
@@ -572,7 +574,7 @@ def test_params_and_state_can_be_donated(name):
     assert_close(params, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("name", ["adam", "hutchinson", "clip"])
 def test_jit_and_vmap_change_nothing(name, x64):
     tx = rk_optax.heun(loss_fn, H, preconditioner=MADE[name])
@@ -715,6 +717,7 @@ def test_hutchinson_takes_its_products_from_the_loss_where_there_is_a_grad_fn_to
     np.testing.assert_allclose(updates, -1 / 2.1, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_preconditioner_of_ones_own_takes_part(x64):
     """Three methods and what they need are the whole interface."""
     seen = []

@@ -56,6 +56,7 @@ def test_reusing_stage_one_changes_no_bit_when_both_sides_are_jitted(name):
     assert_same(*runs)
 
 
+@pytest.mark.slow
 def test_reusing_stage_one_changes_only_rounding_in_eager_mode():
     params, data = network()
     jitted = train(rk_optax.rk4(network_loss, 0.1), network_loss, params, data, 2)[0]
@@ -106,6 +107,7 @@ def dropout_loss(params, x, y, rng):
     return jnp.mean((hidden @ params["w2"] - y) ** 2)
 
 
+@pytest.mark.slow
 def test_rk4_keeps_its_order_through_a_dropout_network_with_one_key(x64):
     params, data = network(np.float64)
     data = {**data, "rng": jax.random.key(3)}

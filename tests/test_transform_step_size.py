@@ -140,6 +140,7 @@ def test_keywords_of_update_reach_a_transformation_given_as_after():
     assert_close(scaled, jax.tree.map(lambda u: 3 * u, plain), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_vmap_over_learning_rates_and_momenta_is_the_loop():
     params, data = network()
     rates, momenta = np.array([0.05, 0.2, 0.8], np.float32), np.array([0.0, 0.5, 0.9], np.float32)

@@ -54,6 +54,7 @@ def test_order_conditions_at_random_parameters(name):
         assert largest_difference(traced, (member(*us).rows, member(*us).b)) < 1e-13
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_members_are_the_fixed_tableaus_and_a_new_parameter_compiles_nothing():
     block, y = controls(), features()

@@ -323,6 +323,7 @@ def test_a_gradient_that_is_not_finite_refuses_the_step(name):
     assert_same(updates, jnp.zeros(3))
 
 
+@pytest.mark.covering(most=1)
 @one_of_each
 def test_nothing_moves_at_a_minimum_or_with_a_step_of_zero(name):
     w = jnp.asarray(THETA, jnp.float32)
@@ -380,6 +381,7 @@ TREE = {"w": np.array([0.4, -0.3]), "z": np.array([0.2 + 0.5j, 0.1 - 0.3j]), "no
 X = np.array([0.3, 1.0])
 
 
+@pytest.mark.covering(most=1)
 @one_of_each
 def test_complex_leaves_are_pairs_of_real_ones_and_masked_ones_stay(name, x64):
     h, mask = 0.4, {"w": True, "z": True, "none": None, "fixed": False}
@@ -420,6 +422,7 @@ def test_updates_and_states_keep_their_types(name, x64):
         assert all(np.any(start[key] != end[key]) for key in params)
 
 
+@pytest.mark.slow
 def test_bfloat16_parameters_get_the_float32_step():
     w = jnp.asarray(THETA, jnp.bfloat16)
     wide = w.astype(jnp.float32)
@@ -430,6 +433,7 @@ def test_bfloat16_parameters_get_the_float32_step():
     np.testing.assert_allclose(updates.astype(jnp.float32), expected, rtol=5e-3)
 
 
+@pytest.mark.covering(most=1)
 @one_of_each
 def test_vmapped_steps_are_the_single_ones(name, x64):
     """Lanes that need different numbers of iterations, one that is not finite among them."""

@@ -268,6 +268,7 @@ def test_rows_of_less_precision_than_the_step_size(low, l2, x64):
     np.testing.assert_allclose(updates, np.full(3, 1 / (2 + (l2 or 0))), rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_nothing_moves_where_all_is_fixed():
     tx = rk_optax.residual_euler(LOSSES["least squares"], mask=False)
     params = jax.tree.map(jnp.asarray, THETA)
@@ -388,6 +389,7 @@ def test_with_half_the_curvature_the_greater_gamma_is_stable_and_the_smaller_is_
     assert growth(None) == growth(1 + root)
 
 
+@pytest.mark.slow
 def test_the_error_estimate_of_ros2_is_its_distance_from_linearly_implicit_euler(x64):
     loss, h = LOSSES["least squares"], 0.4
     solver = Ros2(tolerance=1e-13)
@@ -498,6 +500,7 @@ def test_cg_of_nothing_is_nothing_and_of_nan_is_nan():
         assert int(bad.iterations) <= 1
 
 
+@pytest.mark.slow
 def test_products_are_those_of_the_explicit_matrices(x64):
     for loss in LOSSES.values():
         for l2 in (None, 0.3):

@@ -428,6 +428,7 @@ def test_the_radius_is_estimated_at_the_first_step_then_every_so_often():
     assert spent[4] < spent[0]  # from the eigenvector of the last time
 
 
+@pytest.mark.slow
 def test_a_refused_step_asks_for_a_new_estimate():
     loss, theta = quadratic(np.linspace(0.5, 10, 20))
 

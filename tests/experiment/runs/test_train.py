@@ -32,6 +32,7 @@ def changed(**changes):
     return config
 
 
+@pytest.mark.slow
 def test_metrics(finished):
     metrics = read_metrics(finished)
     assert [record["steps"] for record in metrics] == list(range(0, 25, 4))
