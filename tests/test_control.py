@@ -81,6 +81,7 @@ def test_error_control_is_the_pid_controller_of_its_formula(p, i, d, x64):
     np.testing.assert_allclose(ours[2], theirs[2], rtol=1e-9)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(("p", "i", "d"), [(0.0, 1.0, 0.0), (0.4, 0.3, 0.1)])
 def test_where_it_grows_or_refuses_error_control_is_diffraxs(p, i, d, x64):
     """The one difference: an accepted step may shrink the next here, and diffrax holds the factor at 1 there."""
@@ -320,6 +321,7 @@ def test_the_candidate_that_is_judged_has_the_momentum_in_it():
     np.testing.assert_array_equal(change, 0)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("name", ["descent", "trust ratio"])
 def test_both_losses_are_those_of_the_steps_own_batch(name):
     """A batch of far greater loss than the last one is no rise of the loss."""

@@ -54,7 +54,7 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("options", WRAPPERS.values(), ids=WRAPPERS)
 def test_all_three_together_go_through_every_option(page, options):
     loss = with_aux if "has_aux" in options else loss_fn

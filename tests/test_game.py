@@ -129,6 +129,7 @@ BLOCKS = {"hider": [0], "seeker": [1, 2]}
 ORDERS = [None, ("hider", "seeker"), ("seeker", "hider"), ("seeker", "hider", "seeker", "seeker")]
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("order", ORDERS, ids=str)
 def test_the_modified_flow_follows_the_discrete_steps_to_order_three(order, x64):
     rates = {"seeker": 0.6, "hider": 1.7}
@@ -265,6 +266,7 @@ def small_game(**options):
     return game(losses, **({"learning_rate": 0.1} | options)), params, {"x": jnp.array([[1.0, 0.5], [-0.3, 0.2]])}
 
 
+@pytest.mark.covering(most=3)
 @pytest.mark.parametrize(
     "options",
     [

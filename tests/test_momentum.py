@@ -131,6 +131,7 @@ def poisoned_loss(params, x, y, poison=False):
     return jnp.where(poison, jnp.nan, 1.0) * network_loss(params, x, y)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("keywords", [{"momentum": 0.9}, {"after": optax.scale_by_adam()}], ids=["trace", "adam"])
 def test_a_refused_step_does_not_coast_and_restores_the_momentum(keywords):
     params, data = network()
@@ -171,7 +172,7 @@ def test_euler_after_adam_with_weight_decay_is_optaxs_adamw(x64):
     compare(tx, optax.adamw(0.05, weight_decay=0.3), steps=12)
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("rule", [H, dal(H), dal(H, estimate="free")], ids=["constant", "dal", "free"])
 def test_weight_decay_shrinks_by_h_times_itself_and_stays_out_of_the_field(rule, x64):
     params, data = network64()
@@ -299,7 +300,7 @@ def test_the_two_decays_agree_for_gradient_descent_and_part_for_everything_else(
 VALUES = {"a Python float": float, "a NumPy scalar": np.float64, "a JAX scalar": jnp.float32}
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("kind", VALUES)
 def test_updates_and_states_keep_the_dtypes_of_params(dtype, kind, x64):
@@ -311,7 +312,7 @@ def test_updates_and_states_keep_the_dtypes_of_params(dtype, kind, x64):
     assert types(state) == types(tx.init(params))
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("name", ["momentum", "weight_decay", "l2"])
 def test_values_may_be_traced_and_injected_and_changed_in_state(name, x64):
     params, data = network64()

@@ -384,7 +384,7 @@ def stock_step(model, optimizer, data):
     optimizer.update(model, nnx.grad(loss_fn)(model, **data))
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("tx", [plain(), optax.sgd(0.1, 0.9), optax.adam(0.01)], ids=["plain", "momentum", "adam"])
 def test_an_optax_optimizer_steps_as_in_the_stock_class(tx):
     data = make_data()
@@ -429,6 +429,7 @@ def test_a_restored_state_continues_the_training():
     assert_same(train(*fresh, **data), expected)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.skipif("graph" not in inspect.signature(nnx.split).parameters, reason="this Flax has graph mode alone")
 @pytest.mark.parametrize("how", ["argument", "context"])
 def test_models_as_plain_pytrees_work_too(how):

@@ -240,6 +240,7 @@ def test_the_shortest_step_says_whether_the_curvature_or_the_gradient_is_to_blam
     assert sum(reason == Reason.ACCEPTED for reason in seen["wrong sign"]) < 15
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("factory", ["rk4", "ros2", pytest.param("rkc", marks=pytest.mark.slow)])
 def test_descent_control_does_not_stay_where_the_losses_resolve_nothing(factory):
     """Least squares in units in which the first h is 10⁷ times too short, from 60 draws; the optimum is NumPy's."""
@@ -379,7 +380,7 @@ def test_classes_check_themselves_and_are_what_their_lower_case_names_are():
         rk_optax.Dal(1.0, needs=frozenset())
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("estimate", ["product", "difference", "free"])
 def test_the_cost_of_an_estimate_is_what_a_step_is_charged(estimate):
     rule = rk_optax.dal(0.1, estimate=estimate)

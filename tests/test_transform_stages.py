@@ -168,6 +168,7 @@ def test_grad_fn_may_return_aux(x64):
     assert_close(updates, numpy_update(PARAMS, X))
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("per_update", [False, True])
 def test_a_micro_batched_grad_fn_is_the_full_batch(x64, per_update):
     params, data = network(np.float64)

@@ -197,7 +197,7 @@ def test_every_optimizer_of_both_libraries_is_known():
             assert build(name)
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("factory", STIFF)
 def test_stiff_methods_count_the_work_of_every_step(factory):
     rates = None if factory in FIND_THEIR_OWN else (0.1, 1.0)

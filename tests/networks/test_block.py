@@ -219,6 +219,7 @@ def test_a_local_report_is_that_of_one_step_and_its_gradient_stops_there():
         local_report(layer, block, whole.states, GRID, keys[0], report=["variation"])
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("grid", [(0.0, 0.5, 1.0, 1.5, 2.0), (2.0, 1.5, 1.0, 0.0), (0.0, 1.0)])
 @pytest.mark.usefixtures("x64")
 def test_a_step_from_a_random_time_is_uniform_over_depth(grid):

@@ -73,6 +73,7 @@ def test_a_linen_block_of_a_pure_layer_inside_a_network_trains_with_a_report():
     assert loss(optax.apply_updates(params, updates)) < loss(params)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
 def test_one_dropout_mask_serves_a_whole_call_and_the_next_has_another(kind):
     if kind == "linen":

@@ -423,6 +423,7 @@ def test_a_solver_steps_a_problem_written_by_hand_on_any_tree():
     assert step.state == ()
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("name", ["rk4", "dopri5"])
 def test_a_step_can_be_differentiated_and_vectorised_over_its_size(name, x64):
     solver, theta = Explicit(TABLEAUS[name]), jnp.asarray(THETA)

@@ -263,6 +263,7 @@ def test_a_refused_step_keeps_the_estimate_it_paid_for():
 # --- Cost, trees, types, programs ------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("order", [1, 2])
 def test_a_step_costs_one_gradient_for_each_order_and_a_product_now_and_then(order):
     counted = Evaluations(loss_fn)
@@ -330,6 +331,7 @@ def test_trees_keep_their_types_and_masked_leaves_their_values(solver, x64):
     assert int(last.rejected) == 0
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("solver", [SOLVERS["etdrk2"], SOLVERS["ros2"]], ids=["etdrk2", "ros2"])
 def test_a_step_of_zero_stays_and_lanes_of_a_vmap_are_single_steps(solver):
     ws = jnp.asarray(np.stack([THETA, THETA[::-1]]), jnp.float32)

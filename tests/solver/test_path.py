@@ -111,6 +111,7 @@ def test_corrections_lead_to_backward_euler_with_the_jacobian_of_its_start(form,
     assert errors[-1] < 1e-3 * errors[0] + 20 * eps
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("form", ["parameters", "rows"])
 def test_in_float32_a_step_has_the_digits_that_the_gram_matrix_lost(form):
     rng = np.random.default_rng(0)

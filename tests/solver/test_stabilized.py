@@ -339,7 +339,7 @@ SPECTRA = {
 }
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
 def test_the_estimate_of_the_spectral_radius_is_close_and_with_its_safety_factor_from_above(spectrum):
     rng, n = np.random.default_rng(0), len(spectrum)
@@ -379,7 +379,7 @@ def test_the_power_method_finds_a_mode_that_the_gradient_is_orthogonal_to():
     assert float(state.solver.spectral_radius) >= 50
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @families
 def test_the_stages_taken_are_stable_and_not_many_more_than_needed(family):
     loss, theta = quadratic(np.linspace(0.5, 10, 20))
@@ -398,6 +398,7 @@ def test_the_stages_taken_are_stable_and_not_many_more_than_needed(family):
         assert stages == 2 or solver.real_stability_interval(fewer) < needed
 
 
+@pytest.mark.covering(most=1)
 @automatic
 def test_a_step_of_chosen_stages_is_the_step_of_that_many(family):
     loss, theta = quadratic(np.linspace(0.5, 10, 20))
@@ -407,6 +408,7 @@ def test_a_step_of_chosen_stages_is_the_step_of_that_many(family):
     np.testing.assert_allclose(chosen.direction, fixed.direction, rtol=0, atol=1e-6)
 
 
+@pytest.mark.covering(most=1)
 @automatic
 def test_the_cost_counts_every_gradient_that_is_evaluated(family, evaluations):
     loss, theta = quadratic(np.linspace(0.5, 10, 20))
@@ -467,6 +469,7 @@ def test_a_refusal_for_too_long_a_step_shortens_it_at_once_to_what_the_stages_ca
     assert float(states[0].rule.next_step_size) == pytest.approx(0.95 * longest, rel=1e-5)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("rate", [0.1, rk_optax.descent_control(0.1)], ids=["constant", "descent control"])
 def test_one_bad_batch_is_refused_and_the_next_goes_on(rate):
     """An estimate of ρ that is not finite must reach neither the step size nor the next estimate."""
