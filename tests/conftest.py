@@ -22,14 +22,19 @@ import math
 import platform
 from pathlib import Path
 
+import covering
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+pytest_plugins = ["pytester"]
 
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """The runner's own libraries do not change what the solvers compute."""
+    covering.mark(items)
     for item in items:
         if "experiment" in item.path.parts:
             item.add_marker(pytest.mark.latest)

@@ -19,6 +19,7 @@ def valley(w):
     return 0.5 * w[0] ** 2 + 0.1 * w[0] * w[1] ** 3 + jnp.cosh(w[1])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_implicit_regularisation_is_an_order_closer_than_the_gradient_flow():
     w, errors = jnp.array([1.0, -0.8]), {}

@@ -68,6 +68,7 @@ def numpy_error_control(p, i, d, count, h, rtol, atol, theta):
     return [np.array(column) for column in zip(*seen, strict=True)]
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(("p", "i", "d"), [(0.0, 1.0, 0.0), (0.4, 0.3, 0.0), (0.3, 0.4, 0.1)])
 def test_error_control_is_the_pid_controller_of_its_formula(p, i, d, x64):
     tolerances = {"rtol": 1e-3, "atol": 1e-4}
@@ -80,6 +81,7 @@ def test_error_control_is_the_pid_controller_of_its_formula(p, i, d, x64):
     np.testing.assert_allclose(ours[2], theirs[2], rtol=1e-9)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(("p", "i", "d"), [(0.0, 1.0, 0.0), (0.4, 0.3, 0.1)])
 def test_where_it_grows_or_refuses_error_control_is_diffraxs(p, i, d, x64):
     """The one difference: an accepted step may shrink the next here, and diffrax holds the factor at 1 there."""
@@ -148,6 +150,7 @@ def test_descent_control_is_its_reference(initial, x64):
     assert len(set(np.sign(np.diff(theirs[0])))) == 2  # it grew and it shrank
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("seen", [0.0, 1.0, -1.0], ids=["nothing", "a fall", "a rise"])
 def test_descent_control_lengthens_an_unresolved_step_whatever_has_been_seen_before(seen):
     """Else an h that is far too short stays for good."""
@@ -197,6 +200,7 @@ def test_trust_ratio_control_is_its_reference(factory, x64):
     assert int(state.cost.losses) == 36
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(
     ("start", "seen", "then"),
     [(0.0, 0.0, 1.0), (1.0, 0.5, 32.0), (1.0, 0.0, 32.0)],
@@ -239,6 +243,7 @@ def compiled(name):
     return tx, jax.jit(lambda theta, state, x, x1: tx.update(x1**2 * theta, state, theta, x=x))
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("first_stage", [True, False], ids=["stage 1 too", "later stages"])
 @pytest.mark.parametrize("poison", [np.nan, np.inf, 1e30])
 @rules
@@ -266,6 +271,7 @@ def test_what_is_not_finite_is_refused_and_leaves_all_but_the_step_size_bit_for_
     assert np.isfinite(theta).all()
 
 
+@pytest.mark.covering(most=2)
 @rules
 def test_repeated_refusals_end_at_the_smallest_step_and_say_so(name):
     """Against a gradient of the wrong sign no step helps; nothing loops inside an update."""
@@ -315,6 +321,7 @@ def test_the_candidate_that_is_judged_has_the_momentum_in_it():
     np.testing.assert_array_equal(change, 0)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("name", ["descent", "trust ratio"])
 def test_both_losses_are_those_of_the_steps_own_batch(name):
     """A batch of far greater loss than the last one is no rise of the loss."""
@@ -331,6 +338,7 @@ def test_both_losses_are_those_of_the_steps_own_batch(name):
         theta = theta + change
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     "rule",
     [
@@ -355,6 +363,7 @@ def test_the_step_size_stays_between_its_bounds(rule):
 # --- programs ---
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("double", [False, True], ids=["float32", "x64"])
 @rules
 def test_state_and_updates_keep_their_types_so_that_nothing_retraces(name, double, request):
@@ -439,6 +448,7 @@ def conditioned(kappa, n=80, d=12, seed=0):
     return jnp.asarray(x @ change), jnp.asarray(probability), np.linalg.solve(change, optimum)
 
 
+@pytest.mark.slow
 def test_rkc_with_descent_control_needs_a_fifth_of_gradient_descents_gradients_at_condition_ten_thousand(x64):
     x, targets, optimum = conditioned(1e4)
 
@@ -471,6 +481,7 @@ def test_rkc_with_descent_control_needs_a_fifth_of_gradient_descents_gradients_a
     assert ours <= descent / 5
 
 
+@pytest.mark.slow
 def test_rkc_with_descent_control_never_diverges_whatever_the_first_step():
     def train(seed, first):
         a, b, c = jax.random.split(jax.random.key(seed), 3)

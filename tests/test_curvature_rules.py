@@ -20,6 +20,7 @@ def one_update(loss_fn, rule, w, solver="euler", **options):
     return jax.jit(tx.update)(jax.grad(loss_fn)(w), tx.init(w), w)
 
 
+@pytest.mark.slow
 def test_the_capped_step_is_alpha_over_the_sharpness():
     w = jnp.array([1.0, 1.0, 0.1, 0.2])
     updates, state = one_update(quadratic, rk_optax.sharpness_capped(1.5), w)

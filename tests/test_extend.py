@@ -54,6 +54,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("options", WRAPPERS.values(), ids=WRAPPERS)
 def test_all_three_together_go_through_every_option(page, options):
     loss = with_aux if "has_aux" in options else loss_fn
@@ -80,6 +81,7 @@ def guarded(solver, rule, preconditioner):
     return optax.apply_if_finite(inner, max_consecutive_errors=3)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("wrap", [chained, injected, guarded])
 def test_all_three_together_go_through_wrappers_of_optax(page, wrap):
     check(wrap(page["Extragradient"](), page["Polyak"](largest=0.1), page["BySize"]()))

@@ -335,6 +335,7 @@ def test_time_is_the_sum_of_the_steps_that_were_taken_to_the_rounding_of_the_sum
 # --- Strict promotion, split batches over devices --------------------------------------------------------------------
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", ["rk4", "dopri5", "rkc", "ros2", "sdirk2", "gauss4", "etdrk2"])
 def test_strict_dtype_promotion_stops_no_solver(name, dtype):

@@ -106,6 +106,7 @@ def test_the_mean_step_of_rk4_is_the_step_on_the_loss_and_with_one_direction_for
     assert bias > 0.4
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(
     "solver",
     [

@@ -95,6 +95,7 @@ def solved(field, z, t):
     return scipy.integrate.solve_ivp(lambda _, y: field(y), (0, t), z, method="DOP853", rtol=1e-12, atol=1e-13).y[:, -1]
 
 
+@pytest.mark.slow
 def test_rates_scale_the_field_and_the_order_is_kept(x64):
     rates = {"seeker": 0.3, "hider": 1.7}
     start = np.concatenate([[PLACES["hider"]], PLACES["seeker"]])
@@ -128,6 +129,7 @@ BLOCKS = {"hider": [0], "seeker": [1, 2]}
 ORDERS = [None, ("hider", "seeker"), ("seeker", "hider"), ("seeker", "hider", "seeker", "seeker")]
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("order", ORDERS, ids=str)
 def test_the_modified_flow_follows_the_discrete_steps_to_order_three(order, x64):
     rates = {"seeker": 0.6, "hider": 1.7}
@@ -264,6 +266,7 @@ def small_game(**options):
     return game(losses, **({"learning_rate": 0.1} | options)), params, {"x": jnp.array([[1.0, 0.5], [-0.3, 0.2]])}
 
 
+@pytest.mark.covering(most=3)
 @pytest.mark.parametrize(
     "options",
     [

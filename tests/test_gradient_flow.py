@@ -39,6 +39,7 @@ def exact(matrix, times):
     return np.stack([scipy.linalg.expm(-t * matrix) @ START for t in times])
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("solver", "peer"), [("tsit5", diffrax.Tsit5()), ("bogacki_shampine", diffrax.Bosh3())])
 def test_a_network_against_dop853_and_diffrax(solver, peer):
@@ -72,6 +73,7 @@ def test_a_network_against_dop853_and_diffrax(solver, peer):
     assert (flow.errors[1:] <= 1).all()
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("solver", "matrix", "options", "error"),
@@ -114,6 +116,7 @@ def test_backward_in_time_undoes_forward():
     np.testing.assert_array_equal(traced(jnp.array(times)), back.params)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("solver", ["tsit5", "dopri5", "rk4"])
 def test_dense_output_has_order_four(solver):
@@ -134,6 +137,7 @@ def test_dense_output_has_order_four(solver):
     assert errors[1] < 1e-5
 
 
+@pytest.mark.slow
 def test_times_do_not_change_the_steps():
     few = rk_optax.gradient_flow(network_loss, network()[0], [0.0, 5.0], data=network()[1])
     many = rk_optax.gradient_flow(network_loss, network()[0], np.linspace(0, 5, 100), data=network()[1])
@@ -152,6 +156,7 @@ class Recorded:
         return self.rows[index]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_micro_batches_change_rounding_alone(tmp_path):
     params, data = network(np.float64)
@@ -225,6 +230,7 @@ def test_a_flow_stepped_from_python_is_the_same_program():
     jax.tree.map(np.testing.assert_array_equal, stepped, through)
 
 
+@pytest.mark.slow
 def test_saved_functionals_keep_memory_flat():
     params, data = jnp.ones(10_000), {"x": jnp.linspace(0.5, 1, 10_000)}
 

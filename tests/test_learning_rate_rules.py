@@ -63,6 +63,7 @@ def seen_and_exact(tx, steps, dtype=np.float64, loss=network_loss):
 # --- The formula -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(
     ("form", "power", "solver"),
     [
@@ -96,6 +97,7 @@ def test_both_sides_of_the_clip_are_met(x64):
     assert [rate(0.3), rate(0.7)] == [0.3, 0.5]
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("form", ["rescaled", "clipped"])
 @pytest.mark.parametrize("power", [0.5, 1, 2.0])
 def test_limits(form, power, x64):
@@ -114,6 +116,7 @@ def test_limits(form, power, x64):
     np.testing.assert_allclose(rate(0.7, 1e9), 2 / 1e9**power, rtol=1e-3)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("estimate", ESTIMATES)
 @pytest.mark.parametrize("curvature", [0.3, 1.0, 20.0])
 def test_r_is_lambda_on_a_quadratic(estimate, curvature, x64):
@@ -138,6 +141,7 @@ def test_r_weighs_the_curvatures_by_the_gradient(x64):
 # --- Three ways to the same r ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(("dtype", "product", "difference"), [(np.float64, 1e-10, 1e-6), (np.float32, 1e-4, 1e-2)])
 def test_product_and_difference_find_the_true_r(dtype, product, difference, request):
     if dtype == np.float64:
@@ -149,6 +153,7 @@ def test_product_and_difference_find_the_true_r(dtype, product, difference, requ
         assert np.ptp(exact) > 0.1 * exact.max()  # it moves
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("solver", ["heun", "ssprk3", "rk4", "dopri5"])
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_the_free_estimate_is_within_ten_percent_at_small_h(solver, dtype, request):
@@ -160,6 +165,7 @@ def test_the_free_estimate_is_within_ten_percent_at_small_h(solver, dtype, reque
     np.testing.assert_allclose(seen, exact, rtol=0.1)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("solver", ["heun", "dopri5"])
 def test_the_error_of_the_free_estimate_falls_with_h(solver, x64):
     errors = []
@@ -171,6 +177,7 @@ def test_the_error_of_the_free_estimate_falls_with_h(solver, x64):
     assert np.all(slopes > 0.85)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("solver", ["heun", "rk4", "dopri5"])
 def test_the_free_estimate_serves_the_next_step_and_the_first_is_a_hundredth_of_the_cap(solver, x64):
     params, data = network(np.float64)
@@ -182,6 +189,7 @@ def test_the_free_estimate_serves_the_next_step_and_the_first_is_a_hundredth_of_
         np.testing.assert_allclose(state.step_size, numpy_dal(C, float(before.rule.ratio), 2.0, "rescaled"), rtol=1e-12)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("solver", ["heun", "rk4", "dopri5"])
 def test_the_free_estimate_is_the_change_from_the_first_stage_to_the_second(solver, x64):
     params, data = network(np.float64)
@@ -195,6 +203,7 @@ def test_the_free_estimate_is_the_change_from_the_first_stage_to_the_second(solv
     np.testing.assert_allclose(state.rule.ratio, r, rtol=1e-9)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("estimate", ESTIMATES)
 def test_float32_parameters_under_x64_are_differenced_in_their_own_precision(estimate, x64):
     tx = rk_optax.rk4(network_loss, dal(0.03, estimate=estimate))
@@ -202,6 +211,7 @@ def test_float32_parameters_under_x64_are_differenced_in_their_own_precision(est
     np.testing.assert_allclose(seen, exact, rtol=0.1)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("recomputed", [True, False])
 @pytest.mark.parametrize("estimate", ESTIMATES)
 def test_bfloat16_parameters_are_differenced_in_float32(estimate, recomputed):
@@ -217,6 +227,7 @@ def test_bfloat16_parameters_are_differenced_in_float32(estimate, recomputed):
     assert state.rule.ratio.dtype == state.step_size.dtype == jnp.float32
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("estimate", ["product", "difference"])
 def test_stages_in_bfloat16_are_differenced_over_a_distance_that_bfloat16_sees(estimate):
     def quadratic(w):
@@ -228,6 +239,7 @@ def test_stages_in_bfloat16_are_differenced_over_a_distance_that_bfloat16_sees(e
     np.testing.assert_allclose(state.rule.ratio, exact_ratio(quadratic, w.astype(jnp.float32)), rtol=0.3)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("estimate", ESTIMATES)
 def test_complex_leaves_count_as_pairs_of_reals(estimate, x64):
     def loss(w):
@@ -240,6 +252,7 @@ def test_complex_leaves_count_as_pairs_of_reals(estimate, x64):
     np.testing.assert_allclose(state.rule.ratio, exact_ratio(lambda p: loss(p[0] + 1j * p[1]), pairs), rtol=1e-3)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("estimate", ESTIMATES)
 def test_r_is_of_the_moving_leaves_with_the_l2_term(estimate, x64):
     params, data = network(np.float64)
@@ -269,6 +282,7 @@ SCALES = {
 }
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("estimate", ESTIMATES)
 @pytest.mark.parametrize("name", SCALES)
 def test_r_is_of_the_preconditioned_field(name, estimate, x64):
@@ -283,6 +297,7 @@ def test_r_is_of_the_preconditioned_field(name, estimate, x64):
     assert abs(exact_ratio(network_loss, params, data) / r - 1) > 0.05
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("estimate", ESTIMATES)
 @pytest.mark.parametrize("adapted", [optax.clip_by_global_norm(0.1), optax.scale_by_rss(1.0)], ids=["clip", "rss"])
 def test_r_is_of_the_field_that_an_adapted_transformation_makes(adapted, estimate, x64):
@@ -321,6 +336,7 @@ COUNTED = [
 ]
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(("rule", "solver", "jit"), COUNTED)
 def test_what_is_charged_is_what_is_evaluated(rule, solver, jit):
     rate, gradients, products = RULES[rule]
@@ -361,6 +377,7 @@ def test_every_k_makes_no_estimate_between(estimate):
     np.testing.assert_allclose(rates, [numpy_dal(C, r, 1, "rescaled") for r in ratios], rtol=1e-5)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("rule", RULES)
 def test_an_update_traces_the_loss_once_whatever_the_number_of_steps(rule):
     traces = []
@@ -383,6 +400,7 @@ def test_an_update_traces_the_loss_once_whatever_the_number_of_steps(rule):
 # --- Zero, nothing and NaN -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("estimate", ESTIMATES)
 @pytest.mark.parametrize("form", ["rescaled", "clipped"])
 def test_a_gradient_of_zero_is_a_step_that_stays(estimate, form):
@@ -398,6 +416,7 @@ def test_a_gradient_of_zero_is_a_step_that_stays(estimate, form):
         assert bool(state.rule.seen) == (estimate != "free"), i  # a free one has still seen nothing
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("estimate", ESTIMATES)
 def test_a_rate_of_zero_is_a_step_that_stays_and_the_next_one_moves(estimate):
     params, data = network()
@@ -422,6 +441,7 @@ def poisoned_loss(params, x, y, poison=False):
     return jnp.where(poison, jnp.nan, 1.0) * network_loss(params, x, y)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("estimate", ESTIMATES)
 @pytest.mark.parametrize("when", [0, 2])
 def test_a_step_that_is_not_finite_leaves_the_last_r_and_keeps_nothing_else(estimate, when):
@@ -457,6 +477,7 @@ def test_the_free_estimate_of_a_step_refused_for_another_reason_is_kept(x64):
     np.testing.assert_allclose(state.rule.ratio, 2.0, rtol=1e-9)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("incoming", [np.nan, np.inf])
 @pytest.mark.parametrize("estimate", ESTIMATES)
 def test_an_incoming_gradient_that_is_not_finite_poisons_no_state(incoming, estimate):
@@ -505,6 +526,7 @@ def wavy_gradient(w):
     return np.sin(w) + 0.1 * np.sum(w)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     ("start", "initial", "beta", "branches"),
     [
@@ -525,6 +547,7 @@ def test_sgd_g2_is_its_equations(start, initial, beta, branches, x64):
         np.testing.assert_allclose(state.rule.last_step_size, rate, rtol=1e-9)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("curvature", [0.1, 1.0, 30.0])
 def test_the_optimal_rate_on_a_quadratic_of_one_dimension_is_the_stability_limit(curvature, x64):
     tx = rk_optax.euler(lambda w: curvature * w**2 / 2, sgd_g2(1e-3))
@@ -572,6 +595,7 @@ def test_a_refused_step_leaves_sgd_g2s_rate(x64):
 # --- The cap ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("estimate", ESTIMATES)
 def test_the_cap_may_be_a_schedule(estimate, x64):
     params, data = network(np.float64)
@@ -584,6 +608,7 @@ def test_the_cap_may_be_a_schedule(estimate, x64):
         np.testing.assert_allclose(state.step_size, expected, rtol=1e-10)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("transform", ["jit", "vmap"])
 def test_the_cap_may_be_traced(transform, x64):
     params, data = network(np.float64)
@@ -598,6 +623,7 @@ def test_the_cap_may_be_traced(transform, x64):
     np.testing.assert_allclose(traced, [numpy_dal(c, r, 1, "rescaled") for c in caps], rtol=1e-10)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("cap", [jnp.float32(C), np.float32(C), np.array(C, np.float32), 1], ids=repr)
 def test_the_cap_may_be_any_number_and_promotes_nothing(cap):
     params, data = network()
@@ -628,6 +654,7 @@ def test_the_cap_can_be_injected_and_changed_without_a_retrace(x64):
     assert seen == len(traces) <= 3
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("rule", [r for r in RULES if r != "constant"])
 def test_state_has_fixed_types_and_can_be_donated(rule):
     params, data = network()
@@ -656,6 +683,7 @@ def test_the_rates_names_in_state_are_not_those_of_injected_hyperparameters():
 # --- Data of several stages ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("policy", ["split", "fresh"])
 @pytest.mark.parametrize("estimate", ["product", "difference"])
 def test_r_is_of_the_first_stages_data(policy, estimate, x64):

@@ -137,6 +137,7 @@ def test_rk4_keeps_its_order_through_dropout_and_batch_norm(x64):
     assert 3.85 <= observed_order(step_of, start, exact) <= 4.6
 
 
+@pytest.mark.slow
 def test_a_fresh_dropout_mask_per_stage_is_no_method_of_order_four(x64):
     """The first silent mistake: each stage has a field of its own, and nothing raises.
 
@@ -175,6 +176,7 @@ def test_every_stage_has_the_mask_of_the_callers_gradient(x64):
     assert_close(effective, grads, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_statistics_move_once_per_step_as_in_one_plain_forward():
     data = make_data()
     state, step = make_state(make_rk4(), data["x"]), jax.jit(make_step())
@@ -243,6 +245,7 @@ def test_the_state_can_be_donated():
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
 
+@pytest.mark.slow
 def test_vmap_over_seeds_is_the_loop():
     data = make_data()
     tx = make_rk4(momentum=0.9)
@@ -255,6 +258,7 @@ def test_vmap_over_seeds_is_the_loop():
         assert_close(one, train(state, step, **data), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_batch_sharded_over_eight_devices_gives_the_same_training():
     data = make_data(size=32)
     tx = make_rk4(momentum=0.9)
@@ -280,6 +284,7 @@ def plain(decay=0.1):
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("tx", [plain(), optax.sgd(0.1, 0.9), optax.adam(0.01)], ids=["plain", "momentum", "adam"])
 @pytest.mark.parametrize("with_data", [True, False])
 def test_an_optax_optimizer_steps_as_in_the_stock_class_to_the_bit(tx, with_data):
@@ -311,6 +316,7 @@ def test_fields_create_and_signature_are_the_stock_ones():
     assert made[0].step == 0
 
 
+@pytest.mark.slow
 def test_serialization_goes_there_and_back_and_training_continues_to_the_bit():
     data, step = make_data(), jax.jit(make_step())
     state = train(make_state(make_rk4(momentum=0.9), data["x"]), step, **data)

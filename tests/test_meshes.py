@@ -22,7 +22,7 @@ SOLVERS = {
     "gauss4": "gauss4",
     "etdrk2": rk_optax.Etd(2),
 }
-QUICK = {("explicit", "parameters", name) for name in ("rkc", "rosenbrock_euler", "residual_euler", "sdirk3", "gauss4")}
+QUICK = {("explicit", "parameters", name) for name in ("rkc", "residual_euler")}
 CASES = [
     pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
     for case in (

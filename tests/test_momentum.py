@@ -47,6 +47,7 @@ BETWEEN = {
 # --- Momentum and after ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     ("between", "rate"), [*((name, "constant") for name in BETWEEN), ("momentum", "scheduled"), ("chain", "scheduled")]
 )
@@ -59,6 +60,7 @@ def test_it_is_the_transformation_between_solver_and_step_size(between, rate, x6
     assert_close(ours[-1][1].after, theirs[-1][1][1], rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("rule", [dal(0.4), dal(0.4, estimate="free"), dal(0.4, 2.0, form="clipped"), sgd_g2(0.05)])
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_so_it_is_for_adaptive_rates(rule, nesterov, x64):
@@ -129,6 +131,7 @@ def poisoned_loss(params, x, y, poison=False):
     return jnp.where(poison, jnp.nan, 1.0) * network_loss(params, x, y)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("keywords", [{"momentum": 0.9}, {"after": optax.scale_by_adam()}], ids=["trace", "adam"])
 def test_a_refused_step_does_not_coast_and_restores_the_momentum(keywords):
     params, data = network()
@@ -145,6 +148,7 @@ def test_a_refused_step_does_not_coast_and_restores_the_momentum(keywords):
 # --- Decoupled weight decay ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     ("between", "rate"),
     [("none", "constant"), ("nesterov", "constant"), ("adam", "constant"), ("momentum", "scheduled")],
@@ -168,6 +172,7 @@ def test_euler_after_adam_with_weight_decay_is_optaxs_adamw(x64):
     compare(tx, optax.adamw(0.05, weight_decay=0.3), steps=12)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("rule", [H, dal(H), dal(H, estimate="free")], ids=["constant", "dal", "free"])
 def test_weight_decay_shrinks_by_h_times_itself_and_stays_out_of_the_field(rule, x64):
     params, data = network64()
@@ -211,6 +216,7 @@ L2_OPTIONS = {
 }
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     ("name", "solver"), [*((name, "rk4") for name in L2_OPTIONS), ("plain", "euler"), ("preconditioned", "dopri5")]
 )
@@ -225,6 +231,7 @@ def test_l2_is_half_its_square_added_to_the_loss_at_every_stage(name, solver, x6
     assert np.max(np.abs(inside[-1][0]["w1"] - params["w1"])) > 0.01
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("rule", [dal(H), dal(H, estimate="difference"), dal(H, estimate="free"), sgd_g2(H)])
 def test_learning_rate_rules_see_the_l2_term(rule, x64):
     params, data = network64()
@@ -293,6 +300,7 @@ def test_the_two_decays_agree_for_gradient_descent_and_part_for_everything_else(
 VALUES = {"a Python float": float, "a NumPy scalar": np.float64, "a JAX scalar": jnp.float32}
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("kind", VALUES)
 def test_updates_and_states_keep_the_dtypes_of_params(dtype, kind, x64):
@@ -304,6 +312,7 @@ def test_updates_and_states_keep_the_dtypes_of_params(dtype, kind, x64):
     assert types(state) == types(tx.init(params))
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("name", ["momentum", "weight_decay", "l2"])
 def test_values_may_be_traced_and_injected_and_changed_in_state(name, x64):
     params, data = network64()

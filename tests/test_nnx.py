@@ -159,6 +159,7 @@ def live_rk4(model, data, h):
     nnx.update(model, jax.tree.map(lambda p, t: p - h * t, params, total))
 
 
+@pytest.mark.slow
 def test_stages_on_the_live_model_are_no_method_of_order_four(x64):
     """Every stage draws a mask. Measured against the limit that suits it best, the flow of the masks' weighted mean."""
     data, model = make_data(np.float64), Net(dtype=jnp.float64)
@@ -180,6 +181,7 @@ def test_a_snapshot_taken_after_the_gradient_is_no_method_of_order_four(x64):
     assert 0.5 <= observed_order(step_of, model, exact) <= 1.5
 
 
+@pytest.mark.slow
 def test_statistics_and_random_counts_move_once_per_step_as_in_one_plain_forward():
     data = make_data()
     model, optimizer = make()
@@ -303,6 +305,7 @@ def test_training_lowers_the_loss():
     assert take_step(model, optimizer, data) < 0.7 * first
 
 
+@pytest.mark.slow
 def test_eager_and_jitted_by_nnx_and_by_jax_with_split_and_merge_agree():
     data = make_data()
     expected = train(*make(RK4_MOMENTUM), 3, **data)
@@ -335,6 +338,7 @@ def test_model_and_optimizer_can_be_donated():
     assert old.is_deleted()
 
 
+@pytest.mark.slow
 def test_vmap_over_seeds_is_the_loop():
     data = make_data()
     tx = RK4_MOMENTUM(rk_optax.nnx.pure_loss(loss_fn))
@@ -351,6 +355,7 @@ def test_vmap_over_seeds_is_the_loop():
         assert_close([leaf[i] for leaf in many], train(*make(tx, key), **data), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_batch_sharded_over_eight_devices_gives_the_same_training():
     data = make_data(size=32)
     expected = train(*make(RK4_MOMENTUM), **data)
@@ -379,6 +384,7 @@ def stock_step(model, optimizer, data):
     optimizer.update(model, nnx.grad(loss_fn)(model, **data))
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("tx", [plain(), optax.sgd(0.1, 0.9), optax.adam(0.01)], ids=["plain", "momentum", "adam"])
 def test_an_optax_optimizer_steps_as_in_the_stock_class(tx):
     data = make_data()
@@ -423,6 +429,7 @@ def test_a_restored_state_continues_the_training():
     assert_same(train(*fresh, **data), expected)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.skipif("graph" not in inspect.signature(nnx.split).parameters, reason="this Flax has graph mode alone")
 @pytest.mark.parametrize("how", ["argument", "context"])
 def test_models_as_plain_pytrees_work_too(how):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from covering import some
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from registry import EXPLICIT
 
@@ -34,7 +35,12 @@ MIXED = (jnp.float32, jnp.float64)
 LOW_AND_HIGH = (jnp.bfloat16, jnp.float32)
 
 
-@pytest.fixture(params=OPTIMIZERS.values(), ids=OPTIMIZERS)
+# One of each kind of program: no later stage, a chain of stages, stored stages, a recurrence, products. Of the others
+# only the coefficients differ.
+QUICK = ("euler", "heun-momentum", "rk4", "bogacki_shampine-momentum", "rkc", "ros2")
+
+
+@pytest.fixture(params=some(OPTIMIZERS, *QUICK))
 def optimizer(request):
     """A factory and its keywords: `factory(loss_fn, **keywords)`."""
     name, keywords = request.param
@@ -96,6 +102,7 @@ def dtypes(tree):
     return jax.tree.map(lambda leaf: leaf.dtype, tree)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64])
 def test_optimisation_ends_at_the_minimum(optimizer, dtype):
     factory, keywords = optimizer
@@ -144,6 +151,7 @@ def test_unexpected_extra_args_are_accepted_and_a_second_call_compiles_nothing(o
     assert len(traces) == after_one
 
 
+@pytest.mark.covering(most=3)
 @pytest.mark.parametrize("jit", [True, False])
 def test_inject_hyperparams_changes_neither_updates_nor_states(optimizer, jit):
     factory, keywords = optimizer
@@ -169,6 +177,7 @@ def test_inject_hyperparams_changes_neither_updates_nor_states(optimizer, jit):
         assert set(state.hyperparams) == set(keywords) - {"stages", "curvature"}
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.complex64])
 def test_updates_have_the_dtype_of_params(optimizer, dtype):
     factory, keywords = optimizer
@@ -178,6 +187,7 @@ def test_updates_have_the_dtype_of_params(optimizer, dtype):
     assert updates.dtype == dtype
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64, jnp.complex64, jnp.complex128])
 def test_the_types_of_params_and_state_are_stable_through_cond(optimizer, dtype, x64):
     factory, keywords = optimizer
@@ -243,6 +253,7 @@ def test_init_takes_abstract_input(optimizer):
     assert types(tx.init(jax.ShapeDtypeStruct((2, 4, 8), jnp.float32))) == types(real)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="explicit axes need jax.set_mesh")
 def test_sharding_types_of_state_agree_between_init_update_and_jit(optimizer):
     factory, keywords = optimizer

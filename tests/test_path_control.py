@@ -75,6 +75,7 @@ def test_it_takes_the_longest_trial_step_with_a_fair_part_of_the_best_fall(boldn
     assert int(state.cost.losses) == 4 * (7 * (corrections + 1) + 2)
 
 
+@pytest.mark.slow
 def test_units_change_nothing():
     data = {"x": X.astype(np.float32), "y": target().astype(np.float32)}
     rule = path_control(boldness=0.1)  # of losses at the rounding the least is chance

@@ -76,6 +76,7 @@ AS_OPTAX = {
 }
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("case", AS_OPTAX)
 def test_with_eulers_method_it_is_optaxs_scaling(case, x64):
     preconditioner, scaling = AS_OPTAX[case]
@@ -105,6 +106,7 @@ def test_rk4_freezes_the_scale_of_stage_one_at_every_stage_as_numpy_does(name, x
         params = jax.tree.map(lambda p, d: p - H * d, params, effective)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("name", EQUATIONS)
 @pytest.mark.parametrize("how", ["stored stages", "recomputed stage 1", "grad_fn"])
 def test_the_scale_reaches_every_kind_of_stage(name, how, x64):
@@ -162,6 +164,7 @@ def local_errors(solver, preconditioner, steps):
     return errors
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     ("name", "solver", "order"),
     [*((name, "rk4", 4) for name in (*EQUATIONS, "hutchinson")), ("adagrad", "heun", 2), ("adagrad", "dopri5", 5)],
@@ -250,6 +253,7 @@ def test_an_adapted_transformation_sees_the_params_at_the_start_of_the_step(x64)
     assert_close(updates, jax.tree.map(lambda d: -H * d, numpy_rk4(field, PARAMS, H)))
 
 
+@pytest.mark.slow
 def test_an_adapted_transformation_may_hold_a_random_key():
     noise = rk_optax.precondition_by(optax.add_noise(0.1, 0.5, key=jax.random.key(0)))
     tx = rk_optax.rk4(loss_fn, H, preconditioner=noise)
@@ -333,6 +337,7 @@ def test_hutchinson_is_the_corrected_running_mean_of_squared_probes_of_random_si
     assert len({min(i, 15 - i) for i in used}) > 2  # fresh signs at every estimate (z and −z give the same)
 
 
+@pytest.mark.slow
 def test_hutchinson_seeds_decide_the_probes(x64):
     matrix = np.array([[1.0, 0.6, -0.2], [0.6, 2.0, 0.4], [-0.2, 0.4, 0.5]])
     scales = [hutchinson_scale(None, matrix, jnp.zeros(3), seed=seed)[0] for seed in (0, 0, *range(1, 8))]
@@ -390,6 +395,7 @@ def realised(tree):
     return jax.tree.map(lambda x: (jnp.shape(x), jnp.finfo(jnp.result_type(x)).dtype), tree)
 
 
+@pytest.mark.covering(most=1)
 @EVERY
 def test_state_and_updates_have_the_shapes_and_dtypes_of_params(name, x64):
     params = {
@@ -412,6 +418,7 @@ def test_state_and_updates_have_the_shapes_and_dtypes_of_params(name, x64):
     assert len(like_params) == (name != "clip")
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("name", EQUATIONS)
 def test_bfloat16_parameters_are_scaled_in_float32(name):
     half = jax.tree.map(lambda p: jnp.asarray(p, jnp.bfloat16), PARAMS)
@@ -427,6 +434,7 @@ def test_bfloat16_parameters_are_scaled_in_float32(name):
     assert_same(low_state.preconditioner, rounded)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("decay", [0.99, 0.999])
 @pytest.mark.parametrize("name", ["adam", "hutchinson"])
 def test_bias_correction_survives_stages_in_bfloat16(name, decay):
@@ -474,6 +482,7 @@ def test_hutchinson_on_complex_leaves_finds_an_isotropic_curvature(x64):
     assert state.preconditioner.mean.dtype == jnp.float64
 
 
+@pytest.mark.covering(most=2)
 @EVERY
 def test_a_mask_keeps_fixed_leaves_out_of_state_and_scale(name, x64):
     tx = rk_optax.rk4(loss_fn, H, preconditioner=MADE[name], mask={"w": True, "b": False})
@@ -489,6 +498,7 @@ def test_a_mask_keeps_fixed_leaves_out_of_state_and_scale(name, x64):
         assert len(jax.tree.leaves(state.preconditioner)) == len(jax.tree.leaves(reference.preconditioner))
 
 
+@pytest.mark.covering(most=2)
 @EVERY
 def test_an_empty_tree_and_a_scalar_work(name):
     empty = rk_optax.rk4(lambda params: jnp.zeros([]), 0.1, preconditioner=MADE[name])
@@ -521,6 +531,7 @@ def mesh(request):
         yield mesh
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("name", ["adagrad", "hutchinson", "rss"])
 def test_state_stays_sharded_like_params(name, mesh):
     tx = rk_optax.heun(elementwise_loss, 0.1, preconditioner=MADE[name])
@@ -544,6 +555,7 @@ def test_init_on_abstract_params_has_the_types_of_init_on_real_ones(name):
     assert types(tx.init(abstract)) == types(tx.init(params))
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("name", ["adagrad", "hutchinson", "rss"])
 def test_params_and_state_can_be_donated(name):
     tx = rk_optax.rk4(network_loss, 0.1, preconditioner=MADE[name])
@@ -562,6 +574,7 @@ def test_params_and_state_can_be_donated(name):
     assert_close(params, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("name", ["adam", "hutchinson", "clip"])
 def test_jit_and_vmap_change_nothing(name, x64):
     tx = rk_optax.heun(loss_fn, H, preconditioner=MADE[name])
@@ -607,6 +620,7 @@ def poisoned_loss(params, x, poison=False):
     return jnp.where(poison, jnp.nan, 1.0) * loss_fn(params, x)
 
 
+@pytest.mark.covering(most=2)
 @EVERY
 def test_a_refused_step_restores_the_state_of_the_preconditioner(name):
     tx = rk_optax.rk4(poisoned_loss, H, preconditioner=MADE[name])
@@ -703,6 +717,7 @@ def test_hutchinson_takes_its_products_from_the_loss_where_there_is_a_grad_fn_to
     np.testing.assert_allclose(updates, -1 / 2.1, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_preconditioner_of_ones_own_takes_part(x64):
     """Three methods and what they need are the whole interface."""
     seen = []

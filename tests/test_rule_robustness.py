@@ -120,6 +120,7 @@ def test_an_inert_leaf_of_any_size_changes_nothing(name):
     np.testing.assert_allclose(h, state.step_size, rtol=1e-4)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("name", PRECONDITIONERS)
 @pytest.mark.parametrize("c", [1e-25, 1e-12, 1e12, 1e25])
 def test_a_preconditioner_with_its_floor_in_units_of_the_gradient_makes_the_gradient_a_pure_number(name, c):
@@ -169,6 +170,7 @@ def test_error_control_keeps_h_on_batches_without_a_gradient_and_stays_finite_wi
     assert 1e-3 < h[-1] < 1
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("name", ["error", "descent", "trust_ratio"])
 @pytest.mark.parametrize("first", [1e-37, 1e37])
 def test_a_rule_recovers_from_any_h(name, first):
@@ -193,6 +195,7 @@ def test_a_rule_recovers_from_any_h(name, first):
     assert loss(end) < 1e-3 * loss(w)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("rate", [-0.1, np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("skip", [True, False])
 def test_a_step_size_that_is_negative_or_not_finite_is_refused_with_a_reason_of_its_own(rate, skip):
@@ -237,6 +240,7 @@ def test_the_shortest_step_says_whether_the_curvature_or_the_gradient_is_to_blam
     assert sum(reason == Reason.ACCEPTED for reason in seen["wrong sign"]) < 15
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("factory", ["rk4", "ros2", pytest.param("rkc", marks=pytest.mark.slow)])
 def test_descent_control_does_not_stay_where_the_losses_resolve_nothing(factory):
     """Least squares in units in which the first h is 10⁷ times too short, from 60 draws; the optimum is NumPy's."""
@@ -345,6 +349,7 @@ TRACED = {
 }
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("name", TRACED)
 def test_every_number_of_a_rule_may_be_traced(name):
     make, rule, numbers = TRACED[name]
@@ -375,6 +380,7 @@ def test_classes_check_themselves_and_are_what_their_lower_case_names_are():
         rk_optax.Dal(1.0, needs=frozenset())
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("estimate", ["product", "difference", "free"])
 def test_the_cost_of_an_estimate_is_what_a_step_is_charged(estimate):
     rule = rk_optax.dal(0.1, estimate=estimate)
@@ -386,6 +392,7 @@ def test_the_cost_of_an_estimate_is_what_a_step_is_charged(estimate):
 # --- strict modes ---
 
 
+@pytest.mark.covering(most=2)
 @every_rule
 def test_no_state_and_no_step_holds_a_nan_and_nothing_is_promoted(name):
     w = jnp.array([1.0, -2.0])
@@ -408,6 +415,7 @@ def test_preconditioners_promote_nothing(name):
             assert np.isfinite(updates).all()
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("name", ["rms", "adam", "hutchinson"])
 def test_counters_saturate(name):
     w, most = jnp.ones(2), jnp.iinfo(jnp.int32).max

@@ -73,6 +73,7 @@ def test_the_whole_spectrum_and_its_density_against_dense_eigenvalues():
     assert above == pytest.approx(np.mean(want > 0.5), abs=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_micro_batches_change_rounding_alone():
     params, data = network(np.float64)

@@ -74,6 +74,7 @@ def one_update(policy, solver, h=H, data=None, w=W, loss=loss_fn, names=NAMES, *
 # --- The examples ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("solver", ["euler", "heun", "rk4", "ssprk3", "dopri5"])
 @pytest.mark.parametrize("policy", ["same", "fresh", "split"])
 def test_each_stage_touches_its_own_examples_and_no_others(policy, solver, x64):
@@ -124,6 +125,7 @@ def test_a_split_rk4_step_costs_as_many_examples_as_one_gradient(x64):
 # --- The numbers -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("solver", ["heun", "rk4", "ssprk3", "dopri5"])
 @pytest.mark.parametrize("policy", ["same", "fresh", "split"])
 def test_a_step_is_the_textbooks_with_a_field_for_each_stage(policy, solver, x64):
@@ -169,6 +171,7 @@ def test_stage_one_can_be_recomputed_on_the_first_part(policy, x64):
     assert int(state.cost.gradients) == 4
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("policy", ["fresh", "split"])
 @pytest.mark.parametrize("where", ["construction", "update"])
 def test_a_grad_fn_sees_the_parts_too(policy, where, x64):
@@ -328,6 +331,7 @@ def mean_over(policy, draws, solver, loss_gradients, h):
     return np.mean([-h * numpy_step(tableau, [loss_gradients[i] for i in draw], W, h)[0] for draw in draws], axis=0)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(
     ("policy", "field", "order"),
     [("fresh", "linear", 4), ("fresh", "nonlinear", 2), ("split", "linear", 1), ("split", "nonlinear", 1)],

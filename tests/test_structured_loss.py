@@ -60,6 +60,7 @@ def least_squares(mean=False, weights=WEIGHTS):
 # --- least squares ---
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("mean", [False, True])
 def test_value_and_gradient_are_those_of_the_loss_written_out(mean):
     loss = least_squares(mean)
@@ -69,6 +70,7 @@ def test_value_and_gradient_are_those_of_the_loss_written_out(mean):
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-6), gradient, expected_gradient)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("pointwise", [True, False])
 @pytest.mark.parametrize("mean", [False, True])
 def test_rows_are_the_jacobian_of_the_weighted_residuals(mean, pointwise, x64):
@@ -315,6 +317,7 @@ def test_no_residual_at_all_is_an_error(reduction):
             evaluate(w, x=x)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_a_term_without_points_contributes_nothing(reduction):
     functions, options = {"inside": at_point, "edge": lambda params, edge: params["b"] - edge}, {"reduction": reduction}

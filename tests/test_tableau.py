@@ -56,6 +56,7 @@ def test_tables_hold_exactly_the_named_methods_and_each_has_a_constant_and_a_sou
         TABLEAUS["mine"] = TABLEAUS["rk4"]  # pyright: ignore[reportIndexIssue]
 
 
+@pytest.mark.covering(most=2)
 @named
 def test_nodepy_finds_exactly_the_declared_order(method):
     assert nodepy_order(method.a, method.b) == method.order
@@ -310,6 +311,7 @@ def test_error_estimate_without_embedded_weights_raises():
 # --- stability ---
 
 
+@pytest.mark.covering(most=2)
 @named
 def test_stability_polynomial_is_the_one_nodepy_finds(method):
     numerator, denominator = ExplicitRungeKuttaMethod(method.a, method.b).stability_function()

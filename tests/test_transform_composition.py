@@ -91,6 +91,7 @@ def test_an_injected_momentum_can_be_changed_in_state(inject):
     assert_close(jax.tree.map(jnp.subtract, without, params), numpy_update(PARAMS, X), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("jit", [True, False])
 def test_an_injected_warm_up_from_zero_works(inject, jit):
     params, data = network()

@@ -72,6 +72,7 @@ def test_a_missing_keyword_is_an_error_that_names_it_and_shows_the_call():
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(("name", "expected"), [("euler", 0), ("rk4", 1), ("dopri8", 1)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.complex64])
 def test_the_loss_is_traced_at_most_once_in_200_steps_on_fresh_data(name, expected, dtype):

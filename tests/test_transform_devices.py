@@ -46,6 +46,7 @@ def shardings(tree):
     return [leaf.sharding.spec for leaf in jax.tree.leaves(tree) if leaf.ndim]
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("mesh", MESHES, indirect=True)
 @pytest.mark.parametrize("name", ["rk4", "dopri5"])
 def test_state_updates_and_stage_buffers_stay_sharded(mesh, name):
@@ -85,6 +86,7 @@ def test_init_on_abstract_sharded_params_has_the_types_of_init_on_real_ones(mesh
         assert jax.tree.map(lambda a: (a.shape, a.dtype), abstract) == jax.tree.map(lambda a: (a.shape, a.dtype), real)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("reduces", ["grad_fn", "loss"])
 def test_under_shard_map_a_reduced_gradient_is_the_gradient_of_the_whole_batch(reduces):
     params, data = network()
@@ -121,6 +123,7 @@ def test_under_shard_map_a_reduced_gradient_is_the_gradient_of_the_whole_batch(r
     assert state.cost == expected_state.cost
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     "make",
     [

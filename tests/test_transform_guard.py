@@ -36,6 +36,7 @@ def guarded(request):
     return make
 
 
+@pytest.mark.covering(most=2)
 def test_a_later_stage_that_is_not_finite_leaves_parameters_and_momentum_where_they_were(guarded):
     tx = guarded()
     update = jax.jit(tx.update)
@@ -77,6 +78,7 @@ def test_apply_if_finite_cannot_see_what_the_guard_sees():
         assert np.all(outcome(updates))
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("after", [optax.clip(1.0), optax.zero_nans()], ids=["clip", "zero_nans"])
 def test_a_later_stage_that_is_not_finite_is_seen_through_an_after_that_hides_it(bad, after):
@@ -90,6 +92,7 @@ def test_a_later_stage_that_is_not_finite_is_seen_through_an_after_that_hides_it
     assert int(state.reason) == Reason.NOT_FINITE
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("name", "weightless_stage"), [("dopri5", 2), ("dopri8", 3), ("heun3", 2)])
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
 def test_a_later_stage_that_is_not_finite_is_seen_even_where_its_weight_is_zero(name, weightless_stage, bad):

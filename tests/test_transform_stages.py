@@ -56,6 +56,7 @@ def test_reusing_stage_one_changes_no_bit_when_both_sides_are_jitted(name):
     assert_same(*runs)
 
 
+@pytest.mark.slow
 def test_reusing_stage_one_changes_only_rounding_in_eager_mode():
     params, data = network()
     jitted = train(rk_optax.rk4(network_loss, 0.1), network_loss, params, data, 2)[0]
@@ -63,6 +64,7 @@ def test_reusing_stage_one_changes_only_rounding_in_eager_mode():
     assert_close(eager, jitted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     ("solver", "gradients"),
     [("euler", 1), ("heun", 2), ("bogacki_shampine", 3), ("rk4", 4), ("dopri5", 6), ("tsit5", 6), ("dopri8", 13)],
@@ -105,6 +107,7 @@ def dropout_loss(params, x, y, rng):
     return jnp.mean((hidden @ params["w2"] - y) ** 2)
 
 
+@pytest.mark.slow
 def test_rk4_keeps_its_order_through_a_dropout_network_with_one_key(x64):
     params, data = network(np.float64)
     data = {**data, "rng": jax.random.key(3)}
@@ -165,6 +168,7 @@ def test_grad_fn_may_return_aux(x64):
     assert_close(updates, numpy_update(PARAMS, X))
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("per_update", [False, True])
 def test_a_micro_batched_grad_fn_is_the_full_batch(x64, per_update):
     params, data = network(np.float64)

@@ -38,6 +38,7 @@ def test_a_schedule_is_read_at_the_count_of_updates(x64):
         np.testing.assert_allclose(state.step_size, rate)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("jit", [True, False])
 @pytest.mark.parametrize("zero", [0.0, 0, jnp.float32(0.0)])
 def test_a_schedule_that_returns_zero_gives_a_zero_update_and_finite_state(jit, zero, x64):
@@ -74,6 +75,7 @@ def test_a_scale_after_the_solver_is_not_a_smaller_step():
     assert abs(stability(-0.5) - (1 + stability(-1.0)) / 2) > 0.05
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("rate", [H, jnp.float32(H), optax.cosine_decay_schedule(H, 20)])
 def test_scale_by_rk_in_a_chain_with_trace_is_the_ready_optimizer_with_momentum(rate):
     params, data = network()
@@ -95,6 +97,7 @@ def test_momentum_is_a_trace_of_the_effective_gradient(x64):
     assert_close(state.after.trace, moment)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     ("options", "after"),
     [
@@ -137,6 +140,7 @@ def test_keywords_of_update_reach_a_transformation_given_as_after():
     assert_close(scaled, jax.tree.map(lambda u: 3 * u, plain), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_vmap_over_learning_rates_and_momenta_is_the_loop():
     params, data = network()
     rates, momenta = np.array([0.05, 0.2, 0.8], np.float32), np.array([0.0, 0.5, 0.9], np.float32)

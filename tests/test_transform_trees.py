@@ -116,6 +116,7 @@ def test_mixed_dtypes_keep_their_own_and_their_own_precision(x64):
     np.testing.assert_allclose(updates["w"], -H * expected["w"], rtol=1e-13)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("rate", [np.float64(0.1), np.float32(0.1), np.array(0.1), lambda count: np.float64(0.1), 0.1])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.complex64])
 def test_no_kind_of_step_size_promotes_anything(rate, dtype, x64):
@@ -151,6 +152,7 @@ def test_low_precision_stages_vanish_below_one_ulp_unless_they_are_formed_in_flo
     np.testing.assert_allclose(np.float32(updates), expected, rtol=0.01)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(
     ("dtype", "stage_dtype", "seen"),
     [

@@ -38,6 +38,7 @@ def one_step(optimizer, learning_rate=0.01):
     return tx.update(grads, tx.init(params), params, **DATA)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("factory", ["sgd", "momentum", "adam", *TABLEAUS])
 def test_all_are_called_alike_and_cost_what_they_say(factory):
     optimizer = build(factory)
@@ -104,6 +105,7 @@ def test_wrong_options_are_refused_before_training(factory, options, message):
 DAL = {"estimate": "free"}
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     ("fields", "direct"),
     [
@@ -195,6 +197,7 @@ def test_every_optimizer_of_both_libraries_is_known():
             assert build(name)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("factory", STIFF)
 def test_stiff_methods_count_the_work_of_every_step(factory):
     rates = None if factory in FIND_THEIR_OWN else (0.1, 1.0)

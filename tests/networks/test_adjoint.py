@@ -10,6 +10,7 @@ from rk_optax.networks import Controls, integrate, momentum
 from .cases import NODES, controls, features, largest_difference, layer, order
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_momentum_times_perturbation_is_kept_exactly():
     block, y = controls(), features()
@@ -30,6 +31,7 @@ def test_momentum_times_perturbation_is_kept_exactly():
     np.testing.assert_allclose(products, products[0], rtol=1e-14, atol=1e-14)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(("name", "expected"), [("euler", 1), ("heun", 2), ("rk4", 4)])
 @pytest.mark.usefixtures("x64")
 def test_energy_drifts_with_the_order_of_the_method(name, expected):
@@ -54,6 +56,7 @@ def test_energy_changes_where_the_weights_move():
     assert jnp.abs(energy - energy[-1]).max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_report_has_the_energy_and_its_drift_can_be_a_term_of_a_loss():
     block, y, loss = controls(), features(), lambda end: jnp.sum(end**2)

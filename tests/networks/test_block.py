@@ -34,6 +34,7 @@ class DiffraxRK4(diffrax.AbstractERK):
         return 4
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(
     ("name", "oracle"), [("rk4", DiffraxRK4()), ("heun", diffrax.Heun()), ("tsit5", diffrax.Tsit5())]
 )
@@ -87,6 +88,7 @@ def test_steps_over_a_jump_are_refused_from_order_two_on_and_each_step_has_its_o
     assert np.isfinite(slope((0, 1.5, 2), "euler")).all()
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(("family", "expected"), [("rkc1", 1), ("rkc2", 2), ("rkl2", 2)])
 @pytest.mark.usefixtures("x64")
 def test_stabilised_blocks_have_their_order_with_moving_weights(family, expected):
@@ -142,6 +144,7 @@ def test_stiffness_is_the_rate_of_a_linear_layer(name, pair):
     np.testing.assert_allclose(report.stiffness, 3.0, rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_pairs_of_stages_at_one_time_do_not_mistake_moving_weights_for_stiffness():
     driven = Controls(jnp.array([[0.0], [50.0]]), (0, 1))
@@ -157,6 +160,7 @@ def test_pairs_of_stages_at_one_time_do_not_mistake_moving_weights_for_stiffness
     assert seen("heun") > 10  # k1 and k2 alone cannot know
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(("name", "falls"), [("heun", 2), ("bogacki_shampine", 3), ("tsit5", 5)])
 @pytest.mark.usefixtures("x64")
 def test_the_error_is_scaled_by_the_tolerances_and_falls_with_the_embedded_order(name, falls):
@@ -179,6 +183,7 @@ def test_the_error_is_scaled_by_the_tolerances_and_falls_with_the_embedded_order
     np.testing.assert_allclose(error(0.1, atol=1e-3, rtol=0.0), 1e3 * raw, rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_regularisers_have_finite_gradients_also_at_rest():
     rest = Controls.constant_in_time({"kernel": jnp.zeros((3, 3)), "bias": jnp.zeros(3)}, (0, 1))
@@ -192,6 +197,7 @@ def test_regularisers_have_finite_gradients_also_at_rest():
         assert np.isfinite(gradient).all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_local_report_is_that_of_one_step_and_its_gradient_stops_there():
     block, y = controls(), features()
@@ -213,6 +219,7 @@ def test_a_local_report_is_that_of_one_step_and_its_gradient_stops_there():
         local_report(layer, block, whole.states, GRID, keys[0], report=["variation"])
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("grid", [(0.0, 0.5, 1.0, 1.5, 2.0), (2.0, 1.5, 1.0, 0.0), (0.0, 1.0)])
 @pytest.mark.usefixtures("x64")
 def test_a_step_from_a_random_time_is_uniform_over_depth(grid):
@@ -245,6 +252,7 @@ def test_a_step_from_a_random_time_is_uniform_over_depth(grid):
     assert (np.asarray(seen.cost.gradients) == 4).all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_step_from_a_random_time_keeps_off_kinks_and_off_the_state_before_it():
     block, y, key = controls(), features(), jax.random.key(0)
@@ -260,6 +268,7 @@ def test_a_step_from_a_random_time_keeps_off_kinks_and_off_the_state_before_it()
     assert of_theta.any()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_remat_loops_and_written_out_stages_change_nothing():
     block, y = controls(), features()
@@ -272,6 +281,7 @@ def test_remat_loops_and_written_out_stages_change_nothing():
         assert largest_difference(gradient(**options), usual) < 1e-13
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_features_may_be_a_tree_of_any_precision_and_time_may_run_backwards():
     block, y = controls(), features()
@@ -291,6 +301,7 @@ def test_features_may_be_a_tree_of_any_precision_and_time_may_run_backwards():
     assert np.isfinite(step)
 
 
+@pytest.mark.slow
 def test_the_cost_counts_evaluations_of_the_layer():
     block, y = controls(dtype=np.float32), features(dtype=np.float32)
 

@@ -46,6 +46,7 @@ def test_legendre_polynomials_are_scipy_s_and_a_matrix_mixes_the_knots():
     np.testing.assert_allclose(some(np.eye(4)).at(TIMES)["w"], some("linear").at(TIMES)["w"], atol=1e-15)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("basis", ["linear", "constant", "legendre", "matrix"])
 @pytest.mark.usefixtures("x64")
 def test_refining_leaves_the_function_and_its_variation_unchanged(basis):
@@ -65,6 +66,7 @@ def test_refining_leaves_the_function_and_its_variation_unchanged(basis):
         np.testing.assert_allclose(fine.total_variation(2), coarse.total_variation(2), rtol=1e-12)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("p", [1, 2])
 @pytest.mark.usefixtures("x64")
 def test_total_variation_is_the_integral_of_the_slope(p):

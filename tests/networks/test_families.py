@@ -41,6 +41,7 @@ def square(tableau):
     return a, np.array(tableau.b, float), np.array(tableau.c, float)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.usefixtures("x64")
 def test_order_conditions_at_random_parameters(name):
@@ -54,6 +55,7 @@ def test_order_conditions_at_random_parameters(name):
         assert largest_difference(traced, (member(*us).rows, member(*us).b)) < 1e-13
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_members_are_the_fixed_tableaus_and_a_new_parameter_compiles_nothing():
     block, y = controls(), features()
@@ -78,6 +80,7 @@ def test_members_are_the_fixed_tableaus_and_a_new_parameter_compiles_nothing():
     np.testing.assert_allclose(step[0], step[1], rtol=1e-14)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("name", ["rk2", "u1", "u2", "u3"])
 @pytest.mark.usefixtures("x64")
 def test_the_slope_in_the_parameter_falls_with_the_local_order(name):

@@ -35,6 +35,7 @@ class NnxLayer(nnx.Module):
         return self.second(self.first(nnx.tanh(self.linear(y))))
 
 
+@pytest.mark.slow
 def test_a_linen_block_is_integrate_with_the_layer_s_parameters():
     block = RKBlock(LinenLayer(), nodes=NODES, constant_in_time=False, with_time=True)
     variables = block.init(jax.random.key(0), Y)
@@ -47,6 +48,7 @@ def test_a_linen_block_is_integrate_with_the_layer_s_parameters():
     np.testing.assert_array_equal(alike[0], alike[2])
 
 
+@pytest.mark.slow
 def test_a_linen_block_of_a_pure_layer_inside_a_network_trains_with_a_report():
     class Net(nn.Module):
         @nn.compact
@@ -71,6 +73,7 @@ def test_a_linen_block_of_a_pure_layer_inside_a_network_trains_with_a_report():
     assert loss(optax.apply_updates(params, updates)) < loss(params)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
 def test_one_dropout_mask_serves_a_whole_call_and_the_next_has_another(kind):
     if kind == "linen":
@@ -92,6 +95,7 @@ def test_one_dropout_mask_serves_a_whole_call_and_the_next_has_another(kind):
     assert (still != np.asarray(second == second[0]).all(axis=0)).any()
 
 
+@pytest.mark.slow
 def test_an_nnx_block_draws_nothing_in_evaluation_and_trains():
     block = rk_optax.nnx.RKBlock(lambda rngs: NnxLayer(rngs, 0.3), NODES, constant_in_time=False, rngs=nnx.Rngs(0))
     counts = lambda: [int(c) for c in jax.tree.leaves(nnx.state(block, nnx.RngCount))]  # noqa: E731
@@ -130,6 +134,7 @@ def test_batch_norm_inside_the_layer_is_refused(kind):
         make()
 
 
+@pytest.mark.slow
 def test_time_is_refined_in_mid_training_with_the_optimizer_state_carried_over():
     coarse = RKBlock(LinenLayer(), nodes=(0, 1, 2), grid=(0, 0.5, 1, 1.5, 2))
     finer = (0, 0.5, 1, 1.5, 2)

@@ -13,6 +13,7 @@ from rk_optax.networks import double, double_sym, hamiltonian, initial, preact_d
 IMAGES = np.random.default_rng(0).normal(size=(2, 5, 4, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_double_sym_has_a_symmetric_jacobian_with_eigenvalues_down_to_minus_the_squared_norm():
     theta = initial(jax.random.key(0), double_sym, 3, hidden=4, window=3) | {"bias_out": jnp.ones(3)}

@@ -45,6 +45,7 @@ def test_values_and_gradients_are_those_of_the_stored_pass():
     assert largest_difference(ours, value_and_gradients(lambda c, s: stored(c, s, grid))) < 1e-13
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_it_converges_to_the_same_flow_as_any_other_method():
     controls, state = block()
@@ -56,6 +57,7 @@ def test_it_converges_to_the_same_flow_as_any_other_method():
     assert 1.7 < errors[0] / errors[1] < 2.4
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_depth():
     controls, state = block(width=64)
     state = jax.tree.map(lambda x: jnp.tile(x[:1], (256, 1)).astype(jnp.float32), state)

@@ -48,6 +48,7 @@ def test_orders_on_a_stiff_system_that_radau_solves(solver, expected):
     assert expected - 0.3 < order(error, (128, 256)) < expected + 0.4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_dense_linear_part_is_exact_in_its_eigenbasis_and_trainable():
     rng = np.random.default_rng(0)

@@ -65,6 +65,7 @@ def test_phi_functions_are_right_to_rounding_for_any_argument(dtype, x64):
 # --- What is exact ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("scale", [None, np.array([0.3, 2.0, 7.0])], ids=["P = I", "diagonal P"])
 @pytest.mark.parametrize("linear", ["l2", "diagonal"])
@@ -144,6 +145,7 @@ def exact(time, l2):
     return exact_flow(lambda w: jax.grad(loss_fn)(w) + l2 * w, THETA, time)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     ("solver", "order"),
     [
@@ -261,6 +263,7 @@ def test_a_refused_step_keeps_the_estimate_it_paid_for():
 # --- Cost, trees, types, programs ------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("order", [1, 2])
 def test_a_step_costs_one_gradient_for_each_order_and_a_product_now_and_then(order):
     counted = Evaluations(loss_fn)
@@ -288,6 +291,7 @@ SOLVERS = {
 }
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 def test_trees_keep_their_types_and_masked_leaves_their_values(solver, x64):
     params = {
@@ -327,6 +331,7 @@ def test_trees_keep_their_types_and_masked_leaves_their_values(solver, x64):
     assert int(last.rejected) == 0
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("solver", [SOLVERS["etdrk2"], SOLVERS["ros2"]], ids=["etdrk2", "ros2"])
 def test_a_step_of_zero_stays_and_lanes_of_a_vmap_are_single_steps(solver):
     ws = jnp.asarray(np.stack([THETA, THETA[::-1]]), jnp.float32)

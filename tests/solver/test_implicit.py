@@ -123,6 +123,7 @@ def observed_order(solver, steps, time=0.6):
     return np.log(errors[0] / errors[1]) / np.log(steps[1] / steps[0]), errors
 
 
+@pytest.mark.covering(most=1)
 @named
 def test_the_order_on_a_nonlinear_loss_is_the_declared_one(name, x64):
     order, errors = observed_order(tight(name), (16, 32))
@@ -138,6 +139,7 @@ def test_three_coupled_stages_of_a_tableau_of_ones_own_have_order_5(x64):
     assert order == pytest.approx(5, abs=0.25)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(("name", "order"), [("sdirk2", 1), ("sdirk3", 2)])
 def test_the_error_estimate_falls_with_the_order_of_the_embedded_method_and_one_more(name, order, x64):
     solver, theta = tight(name), jnp.asarray(THETA)
@@ -160,6 +162,7 @@ def hand_made(loss):
 # --- Linear problems -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     ("name", "scale"),
     [("backward_euler", None), ("radau3", None), *((name, np.array([0.3, 2.0, 0.7])) for name in IMPLICIT_TABLEAUS)],
@@ -189,6 +192,7 @@ def test_an_explicit_first_stage_enters_all_later_ones(weights, x64):
     np.testing.assert_allclose(step.quantities["error"], embedded - expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.covering(most=1)
 @named
 def test_stiff_modes_decay_in_float32_where_the_method_is_l_stable_and_slow_ones_stay_accurate(name):
     """λh from 1 to 1e6 in a single step: no mode may be lost in the rounding of another."""
@@ -206,6 +210,7 @@ def test_stiff_modes_decay_in_float32_where_the_method_is_l_stable_and_slow_ones
     assert abs(end[2]) < 1e-5 if name in L_STABLE else abs(end[2]) > 0.999
 
 
+@pytest.mark.covering(most=1)
 @one_of_each
 def test_a_tiny_step_loses_no_digits_in_float32(name):
     w = jnp.asarray(THETA, jnp.float32)
@@ -245,6 +250,7 @@ def test_with_a_real_shift_they_are_those_of_conjugate_gradients(x64):
     assert int(ours.iterations) == int(theirs.iterations) == 2
 
 
+@pytest.mark.covering(most=1)
 @one_of_each
 def test_near_a_minimum_no_step_is_refused_for_the_rounding_of_the_gradient(name):
     """In float32 the terms of this gradient are a thousand times larger than what is left of it."""
@@ -271,6 +277,7 @@ def test_near_a_minimum_no_step_is_refused_for_the_rounding_of_the_gradient(name
 # --- Refusals --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(most=1)
 @one_of_each
 def test_stages_that_do_not_converge_refuse_the_step_and_leave_parameters_and_momentum(name):
     solver = Implicit(IMPLICIT_TABLEAUS[name], max_iterations=1)
@@ -311,6 +318,7 @@ def test_a_stage_that_is_not_finite_refuses_the_step(name):
     assert_same(updates, jnp.zeros(2))
 
 
+@pytest.mark.covering(most=1)
 @one_of_each
 def test_a_gradient_that_is_not_finite_refuses_the_step(name):
     w = jnp.asarray(THETA, jnp.float32)
@@ -320,6 +328,7 @@ def test_a_gradient_that_is_not_finite_refuses_the_step(name):
     assert_same(updates, jnp.zeros(3))
 
 
+@pytest.mark.covering(most=1)
 @one_of_each
 def test_nothing_moves_at_a_minimum_or_with_a_step_of_zero(name):
     w = jnp.asarray(THETA, jnp.float32)
@@ -337,6 +346,7 @@ def test_nothing_moves_at_a_minimum_or_with_a_step_of_zero(name):
 # --- Cost ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(most=1)
 @kinds
 def test_every_gradient_is_counted_and_every_product(name):
     losses, products = Evaluations(loss_fn), Evaluations(lambda v: v)
@@ -376,6 +386,7 @@ TREE = {"w": np.array([0.4, -0.3]), "z": np.array([0.2 + 0.5j, 0.1 - 0.3j]), "no
 X = np.array([0.3, 1.0])
 
 
+@pytest.mark.covering(most=1)
 @one_of_each
 def test_complex_leaves_are_pairs_of_real_ones_and_masked_ones_stay(name, x64):
     h, mask = 0.4, {"w": True, "z": True, "none": None, "fixed": False}
@@ -395,6 +406,7 @@ def test_complex_leaves_are_pairs_of_real_ones_and_masked_ones_stay(name, x64):
     assert updates["fixed"] == 0
 
 
+@pytest.mark.covering(most=1)
 @kinds
 def test_updates_and_states_keep_their_types(name, x64):
     params = {
@@ -415,6 +427,7 @@ def test_updates_and_states_keep_their_types(name, x64):
         assert all(np.any(start[key] != end[key]) for key in params)
 
 
+@pytest.mark.slow
 def test_bfloat16_parameters_get_the_float32_step():
     w = jnp.asarray(THETA, jnp.bfloat16)
     wide = w.astype(jnp.float32)
@@ -425,6 +438,7 @@ def test_bfloat16_parameters_get_the_float32_step():
     np.testing.assert_allclose(updates.astype(jnp.float32), expected, rtol=5e-3)
 
 
+@pytest.mark.covering(most=1)
 @one_of_each
 def test_vmapped_steps_are_the_single_ones(name, x64):
     """Lanes that need different numbers of iterations, one that is not finite among them."""
@@ -440,6 +454,7 @@ def test_vmapped_steps_are_the_single_ones(name, x64):
     assert len(set(many[1].solver.linear_iterations.tolist())) > 1
 
 
+@pytest.mark.covering(most=1)
 @one_of_each
 def test_new_data_trace_nothing_again(name):
     traces = []
@@ -462,6 +477,7 @@ def test_new_data_trace_nothing_again(name):
 # --- Construction ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(most=2)
 @named
 def test_names_aliases_and_tableaus_are_the_same_method(name):
     tableau = IMPLICIT_TABLEAUS[name]

@@ -25,6 +25,7 @@ def solved(rows, scale, h, c, **options):
     return jax.jit(lambda *args: solve_in_row_space(*args, **options))(*map(jnp.asarray, (rows, scale, h, c)))
 
 
+@pytest.mark.covering(most=2)
 # Below, at and above the size of a block, and not a multiple of it.
 @pytest.mark.parametrize("size", [1, 5, 64, 65, 128, 300])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -37,6 +38,7 @@ def test_a_positive_system_is_solved_from_its_lower_triangle(size, dtype, x64):
     assert np.linalg.norm(found - expected) <= 1e2 * np.finfo(dtype).eps * np.linalg.norm(expected)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("where", [3, 200])
 def test_a_system_that_is_not_positive_is_nan(where, x64):
     matrix = positive(300)
@@ -44,6 +46,7 @@ def test_a_system_that_is_not_positive_is_nan(where, x64):
     assert np.isnan(solver_of_positive(jnp.asarray(matrix))(jnp.ones(300))).all()
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("h", [0.0, 1e-30, 1e-3, 1.0, 1e5])
 def test_the_row_space_system_is_solved(h, x64):
     rng = np.random.default_rng(1)
@@ -53,6 +56,7 @@ def test_the_row_space_system_is_solved(h, x64):
     np.testing.assert_allclose(solved(rows, scale, h, c, tolerance=1e-12).x, expected, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_rounding_of_the_product_does_not_limit_h(x64):
     """In float32, h = 1e8 and K of norm 1: K is known to 1e-7 only, which is ten times the identity over h."""
     h, rows, c = 1e8, rows_of(200, 300, 1e-6).astype(np.float32), np.ones(200, np.float32)
@@ -74,6 +78,7 @@ def test_nothing_to_solve_is_zero_and_finite():
             np.testing.assert_array_equal(solved(r, scale, np.float32(h), c.astype(np.float32)).x, np.zeros(4))
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("where", ["rows", "c"])
 def test_what_is_not_finite_stays_visible(where, bad):
@@ -104,6 +109,7 @@ def test_few_long_rows_that_are_all_but_equal_have_a_factor():
     assert np.isfinite(found.x).all()
 
 
+@pytest.mark.slow
 def test_a_batch_of_systems_is_solved_one_by_one(x64):
     rng = np.random.default_rng(2)
     rows, c, h = rng.normal(size=(3, 70, 80)), rng.normal(size=(3, 70)), np.array([0.1, 10.0, 1e6])
@@ -121,6 +127,7 @@ def test_a_batch_of_systems_is_solved_one_by_one(x64):
     )
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("factor", [1e-25, 1e-12, 1e12, 1e25])
 def test_units_change_no_solution(factor):
     rng = np.random.default_rng(3)
@@ -138,6 +145,7 @@ def test_units_change_no_solution(factor):
         assert float(found.error) < 1e-4
 
 
+@pytest.mark.slow
 def test_what_the_rows_do_not_reach_costs_one_iteration():
     rows = np.vstack([np.random.default_rng(4).normal(size=(5, 3)), np.zeros((2, 3))]).astype(np.float32)
     unreached = np.r_[np.zeros(5), np.ones(2)].astype(np.float32)

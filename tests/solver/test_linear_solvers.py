@@ -41,6 +41,7 @@ def systems(size=9, seed=0):
     )
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("name", ["skew", "monotone", "any"])
 @pytest.mark.parametrize("precondition", [False, True])
 def test_gmres_solves_as_numpy_does(name, precondition, x64):
@@ -158,6 +159,7 @@ FAST = ("implicit_midpoint", "sdirk3", "radau3", "ros2")
 OF_EACH = [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in SOLVERS]
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("name", OF_EACH)
 def test_a_step_of_the_bilinear_game_is_that_of_the_stability_function(name, x64):
     h = 1.7
@@ -212,6 +214,7 @@ def test_on_the_gradient_of_a_loss_both_linear_solvers_make_the_same_step(name, 
     np.testing.assert_allclose(*steps, rtol=1e-8)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("name", ["backward_euler", "rosenbrock_euler", pytest.param("gauss4", marks=pytest.mark.slow)])
 def test_a_system_that_is_not_solved_is_refused(name):
     """Twelve speeds of rotation and two products: the Krylov space is far too small."""

@@ -116,6 +116,7 @@ exact = functools.partial(dict, tolerance=1e-13, max_iterations=40)
 # --- linearly implicit Euler is the direct solve ---
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("l2", [None, 0.3])
 @pytest.mark.parametrize("preconditioned", [False, True])
 @pytest.mark.parametrize("which", ["hessian", "gauss_newton", "split gauss_newton", "residual"])
@@ -143,6 +144,7 @@ def test_a_step_solves_the_linear_system(which, preconditioned, l2, x64):
     assert compared >= 2
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("h", [1e6, 1e12])
 def test_a_very_long_step_is_gauss_newtons(h, x64):
     loss = LOSSES["least squares"]
@@ -162,6 +164,7 @@ def test_more_residuals_than_rows_allowed_are_solved_by_cg(x64):
     np.testing.assert_allclose(by_cg, direct, rtol=1e-9)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("solver", [ResidualEuler(), RosenbrockEuler(**exact())], ids=["rows", "cg"])
 def test_complex_leaves_are_pairs_of_reals(solver, x64):
     z = np.array([1.0 + 0.5j, -0.3 + 2.0j])
@@ -189,6 +192,7 @@ def test_fixed_leaves_stay_out_of_the_system(x64):
         np.testing.assert_allclose(found, [*expected, 0, 0], rtol=1e-9)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
 def test_stiff_modes_decay_at_once(curvature):
     rates = jnp.array([1e-2, 1.0, 1e6])
@@ -203,6 +207,7 @@ def test_stiff_modes_decay_at_once(curvature):
 # --- the quadratic model ---
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("l2", [None, 0.3])
 @pytest.mark.parametrize(
     "solver",
@@ -231,6 +236,7 @@ def test_the_predicted_fall_is_that_of_the_quadratic_model_also_when_cg_is_cut_s
     )
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("most", [1, 2, 100])
 @pytest.mark.parametrize("l2", [None, 1e-7])
 def test_the_predicted_fall_in_float32_is_that_of_the_step_where_rounding_swallows_the_identity(most, l2):
@@ -251,6 +257,7 @@ def test_the_predicted_fall_in_float32_is_that_of_the_step_where_rounding_swallo
     assert int(step.state.iterations) <= most
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("l2", [None, 1e-3])
 @pytest.mark.parametrize("low", ["residuals", "parameters"])
 def test_rows_of_less_precision_than_the_step_size(low, l2, x64):
@@ -264,6 +271,7 @@ def test_rows_of_less_precision_than_the_step_size(low, l2, x64):
     np.testing.assert_allclose(updates, np.full(3, 1 / (2 + (l2 or 0))), rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_nothing_moves_where_all_is_fixed():
     tx = rk_optax.residual_euler(LOSSES["least squares"], mask=False)
     params = jax.tree.map(jnp.asarray, THETA)
@@ -321,6 +329,7 @@ def errors_at_the_end(solver, counts):
     return [np.linalg.norm(run(n) - end) for n in counts]
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("curvature", ["hessian", "gauss_newton", "zero"])
 def test_ros2_is_of_order_two_with_any_matrix(curvature, x64):
     errors = errors_at_the_end(Ros2(curvature, 1e-11), (32, 64, 128))
@@ -343,6 +352,7 @@ def test_without_a_matrix_ros2_is_heuns_method(x64):
     assert (int(state.cost.gradients), int(state.cost.products)) == (2, 0)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     ("curvature", "gamma", "used"),
     [
@@ -382,6 +392,7 @@ def test_with_half_the_curvature_the_greater_gamma_is_stable_and_the_smaller_is_
     assert growth(None) == growth(1 + root)
 
 
+@pytest.mark.slow
 def test_the_error_estimate_of_ros2_is_its_distance_from_linearly_implicit_euler(x64):
     loss, h = LOSSES["least squares"], 0.4
     solver = Ros2(tolerance=1e-13)
@@ -396,6 +407,7 @@ def test_the_error_estimate_of_ros2_is_its_distance_from_linearly_implicit_euler
 # --- what it costs, and what the state says ---
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     ("solver", "gradients"),
     [(RosenbrockEuler("hessian"), 2), (RosenbrockEuler(), 2), (RosenbrockEuler("zero"), 1), (Ros2(), 3)],
@@ -448,6 +460,7 @@ def numpy_cg(a, b, tolerance, most):
     return x, count, False
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("tolerance", [0.3, 1e-3, 1e-10])
 @pytest.mark.parametrize("most", [1, 3, 50])
 @pytest.mark.parametrize("spectrum", [np.linspace(1, 9, 8), np.repeat([1.0, 5.0], 4), np.r_[-0.5, np.ones(7) * 2]])
@@ -490,6 +503,7 @@ def test_cg_of_nothing_is_nothing_and_of_nan_is_nan():
         assert int(bad.iterations) <= 1
 
 
+@pytest.mark.slow
 def test_products_are_those_of_the_explicit_matrices(x64):
     for loss in LOSSES.values():
         for l2 in (None, 0.3):

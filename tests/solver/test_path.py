@@ -61,6 +61,7 @@ def eps(request):
     return float(jnp.finfo(jnp.zeros(1).dtype).eps)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(("l2", "scale"), [(None, None), (0.3, None), (None, P), (0.3, P)])
 @pytest.mark.parametrize("form", RESIDUALS)
 def test_one_factorisation_has_the_steps_and_falls_of_all_step_sizes(form, l2, scale, eps):
@@ -84,6 +85,7 @@ def test_one_factorisation_has_the_steps_and_falls_of_all_step_sizes(form, l2, s
     assert len(path.eigenvalues) == (4 if by_parameters else 3)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(("l2", "scale"), [(None, None), (0.3, None), (0.3, P)])
 @pytest.mark.parametrize("form", RESIDUALS)
 def test_corrections_lead_to_backward_euler_with_the_jacobian_of_its_start(form, l2, scale, eps):
@@ -109,6 +111,7 @@ def test_corrections_lead_to_backward_euler_with_the_jacobian_of_its_start(form,
     assert errors[-1] < 1e-3 * errors[0] + 20 * eps
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("form", ["parameters", "rows"])
 def test_in_float32_a_step_has_the_digits_that_the_gram_matrix_lost(form):
     rng = np.random.default_rng(0)
@@ -140,6 +143,7 @@ def test_complex_leaves_are_pairs_of_reals_on_the_path(x64):
     np.testing.assert_allclose(path.direction(h, path.start(h))["z"][0], expected[:2] + 1j * expected[2:], rtol=1e-10)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("curvature", ["gauss_newton", "hessian"])
 @pytest.mark.parametrize("scale", [None, P])
 def test_a_krylov_space_of_full_dimension_has_the_exact_steps_with_absolute_eigenvalues(curvature, scale, x64):

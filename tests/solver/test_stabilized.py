@@ -46,6 +46,7 @@ def diagonal_step(solver, eigenvalues, h):
 # --- the recurrences ---
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     ("family", "stages", "damping"),
     [
@@ -89,6 +90,7 @@ def rkl_iterates(order, s, field, y0, tau):
     return y
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("stages", [2, 3, 7, 20])
 @pytest.mark.parametrize("order", [1, 2])
 def test_a_legendre_step_is_that_of_the_published_iterates(order, stages, x64):
@@ -116,6 +118,7 @@ def stability_polynomial(family, s, damping):
 CASES = [("rkc1", 0.05), ("rkc1", 3.0), ("rkc2", 2 / 13), ("rkl1", None), ("rkl2", None)]
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("stages", [2, 3, 10, 24])
 @pytest.mark.parametrize(("family", "damping"), CASES)
 def test_a_step_on_a_quadratic_is_the_stability_polynomial_bounded_in_its_interval_only(family, damping, stages, x64):
@@ -172,6 +175,7 @@ def network_flow():
     return theta, gradient, run.y[:, -1]
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("stages", [2, 7])
 @families
 def test_the_error_at_a_fixed_time_falls_with_the_order(family, stages, x64):
@@ -217,6 +221,7 @@ def test_first_order_has_no_error_estimate():
 # --- rounding, memory, tracing ---
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("stages", [2, 20, 200])
 @families
 def test_a_short_step_in_float32_keeps_its_digits(family, stages, request):
@@ -260,6 +265,7 @@ def one_step_of_tree(solver, field, theta, h):
     return jax.jit(lambda theta: solver.step(problem, theta, field(theta), h, solver.init(theta)))(theta)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("stages", [2, 50, "auto"])
 @families
 def test_the_loss_is_traced_once_by_an_update_whatever_the_number_of_stages(family, stages):
@@ -333,6 +339,7 @@ SPECTRA = {
 }
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
 def test_the_estimate_of_the_spectral_radius_is_close_and_with_its_safety_factor_from_above(spectrum):
     rng, n = np.random.default_rng(0), len(spectrum)
@@ -372,6 +379,7 @@ def test_the_power_method_finds_a_mode_that_the_gradient_is_orthogonal_to():
     assert float(state.solver.spectral_radius) >= 50
 
 
+@pytest.mark.covering(most=1)
 @families
 def test_the_stages_taken_are_stable_and_not_many_more_than_needed(family):
     loss, theta = quadratic(np.linspace(0.5, 10, 20))
@@ -390,6 +398,7 @@ def test_the_stages_taken_are_stable_and_not_many_more_than_needed(family):
         assert stages == 2 or solver.real_stability_interval(fewer) < needed
 
 
+@pytest.mark.covering(most=1)
 @automatic
 def test_a_step_of_chosen_stages_is_the_step_of_that_many(family):
     loss, theta = quadratic(np.linspace(0.5, 10, 20))
@@ -399,6 +408,7 @@ def test_a_step_of_chosen_stages_is_the_step_of_that_many(family):
     np.testing.assert_allclose(chosen.direction, fixed.direction, rtol=0, atol=1e-6)
 
 
+@pytest.mark.covering(most=1)
 @automatic
 def test_the_cost_counts_every_gradient_that_is_evaluated(family, evaluations):
     loss, theta = quadratic(np.linspace(0.5, 10, 20))
@@ -420,6 +430,7 @@ def test_the_radius_is_estimated_at_the_first_step_then_every_so_often():
     assert spent[4] < spent[0]  # from the eigenvector of the last time
 
 
+@pytest.mark.slow
 def test_a_refused_step_asks_for_a_new_estimate():
     loss, theta = quadratic(np.linspace(0.5, 10, 20))
 
@@ -458,6 +469,7 @@ def test_a_refusal_for_too_long_a_step_shortens_it_at_once_to_what_the_stages_ca
     assert float(states[0].rule.next_step_size) == pytest.approx(0.95 * longest, rel=1e-5)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("rate", [0.1, rk_optax.descent_control(0.1)], ids=["constant", "descent control"])
 def test_one_bad_batch_is_refused_and_the_next_goes_on(rate):
     """An estimate of ρ that is not finite must reach neither the step size nor the next estimate."""
@@ -583,6 +595,7 @@ def test_momentum_runs_on_the_effective_gradient():
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("stages", [3, "auto"])
 @families
 def test_a_step_of_next_to_no_size_has_the_gradient_as_direction(family, stages, x64):

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[3]
 CONFIGS = sorted((ROOT / "configs").glob("[!_]*.py"))
 
 
+@pytest.mark.covering(most=6)
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_are_valid(path):
     if path.stem.startswith(("train_", "networks_")):

@@ -244,6 +244,7 @@ def one_entrant(smoke_config):
     return config
 
 
+@pytest.mark.slow
 def test_a_diverged_trial_loses(one_entrant, smoke_config, tmp_path):
     reporter = Silent()
     full_batch = dataclasses.replace(smoke_config.data, batch_size=None)

@@ -51,6 +51,7 @@ def pieces(folder):
     return {name: {field: x for field, x in piece.items() if field != "seconds"} for name, piece in found.items()}
 
 
+@pytest.mark.slow
 def test_gradient_descent_is_a_loop_of_ones_own(followed):
     folder, _, study = followed
     params, losses = study.params, []
@@ -75,6 +76,7 @@ def test_gradient_descent_is_a_loop_of_ones_own(followed):
     np.testing.assert_allclose(kept["gradient_flow"]["distance"][-1], np.linalg.norm(limit - flat), rtol=0.02)
 
 
+@pytest.mark.slow
 def test_the_folder_holds_figure_summary_and_metrics(followed):
     folder, out, _ = followed
     summary = strict_loads((folder / "summary.json").read_text())
@@ -107,6 +109,7 @@ class Impatient(Silent):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("flow", "finished"), [("gradient descent", 0), ("central flow", 2)])
 def test_an_interrupted_run_goes_on_to_the_same_numbers(followed, tmp_path, flow, finished):
     folder, _, study = followed
@@ -137,6 +140,7 @@ def test_what_cannot_run_says_so(change, message):
         FlowStudy(dataclasses.replace(SMALL, **change))
 
 
+@pytest.mark.slow
 def test_a_flow_that_does_not_reach_the_end_is_named(followed, tmp_path, monkeypatch):
     study = followed[2]
     refused = study.follow("gradient_descent")._replace(result=rk_optax.FlowResult.REFUSED, time=0.4)

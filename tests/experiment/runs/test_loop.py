@@ -76,6 +76,7 @@ def test_runs_in_turns_are_the_runs_side_by_side(task):
     assert_close(in_turns, side_by_side, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_split_batches_are_a_step_over_the_slices(task):
     """The oracle: Heun's two formulas, each stage on its half of the batch."""
     params, data = task.init(5).params, task.dataset.train
@@ -154,6 +155,7 @@ def test_stiff_methods_train_in_a_grid_and_alone(task):
     assert int(cost.gradients) > 3  # more than one stage a step
 
 
+@pytest.mark.slow
 def test_lbfgs_keeps_the_gradient_where_the_data_stay():
     problem = PROBLEMS["gp_dual"](0, points=20)
     optimizer = build_optimizer("x", OptimizerConfig("lbfgs"), problem.loss_fn, has_rate=False)

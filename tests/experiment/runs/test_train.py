@@ -32,6 +32,7 @@ def changed(**changes):
     return config
 
 
+@pytest.mark.slow
 def test_metrics(finished):
     metrics = read_metrics(finished)
     assert [record["steps"] for record in metrics] == list(range(0, 25, 4))
@@ -99,6 +100,7 @@ def wind_back(run, step):
             shutil.rmtree(checkpoint)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("step", [0, 16])
 def test_a_resumed_run_equals_an_uninterrupted_one(finished, run, step):
     wind_back(run, step)
@@ -266,6 +268,7 @@ def test_a_data_directory_is_stored_whole(tmp_path, monkeypatch):
     assert run_command("train", "--resume", tmp_path / "run")[0] == 0
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("factory", ["rkc", "rosenbrock_euler", "residual_euler"])
 def test_stiff_methods_train_and_go_on(tmp_path, factory):
     """Without a learning rate; what their steps cost is counted one by one, and a resumed run counts on."""

@@ -68,6 +68,7 @@ def test_no_checkpoint(saved, tmp_path):
     assert restore(tmp_path / "none", saved[1]) is None
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(
     ("factory", "difference"),
     [("euler", r".*trace.* is float32.*expects nothing there"), ("adam", r".*count is missing, .*expects int32")],

@@ -20,6 +20,7 @@ def test_the_convolutional_network_has_251_866_parameters():
     assert set(variables) == {"params", "batch_stats"}
 
 
+@pytest.mark.slow
 def test_a_convolutional_network_of_any_size_has_finite_gradients():
     model = build_model(ModelConfig("rk_conv_net", activation="relu", method="euler"), classes=3).clone(widths=(2,))
     images = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
@@ -121,6 +122,7 @@ def test_the_two_scale_system_is_that_of_the_literature():
     np.testing.assert_allclose(coarse(jnp.asarray(u))[k], du[0, k] + v[k].sum(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_closure_problem_is_generated_from_its_seed_and_a_perfect_model_has_no_error():
     task = lorenz96(0, windows=4, rollout=2, horizon=0.05)
     assert task.source["u"].shape == (4, 8)
