@@ -82,7 +82,7 @@ from rk_optax.step_size import Attempt, Choice, Proposal, Reason, StepSizeRule, 
 from rk_optax.stochastic_field import StochasticField
 from rk_optax.structured_loss import LeastSquares, ModelLoss
 from rk_optax.tableau import TABLEAUS, ButcherTableau, rk2, rk3, rk4_family
-from rk_optax.transform import inject_hyperparams, runge_kutta, scale_by_rk
+from rk_optax.transform import RungeKutta, inject_hyperparams, runge_kutta, scale_by_rk
 from rk_optax.update import RungeKuttaState
 
 __version__ = "0.1.0"
@@ -129,6 +129,7 @@ __all__ = [
     "RmsPreconditioner",
     "Ros2",
     "RosenbrockEuler",
+    "RungeKutta",
     "RungeKuttaState",
     "SgdG2",
     "SharpnessCapped",

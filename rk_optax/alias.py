@@ -26,11 +26,11 @@ from rk_optax.solver.linear_solvers import CONJUGATE_GRADIENTS
 from rk_optax.solver.linearly_implicit import Curvature
 from rk_optax.step_size import LearningRate
 from rk_optax.tableau import ButcherTableau
-from rk_optax.transform import runge_kutta
+from rk_optax.transform import RungeKutta, runge_kutta
 
 Loss = Callable[..., Any] | None
 Momentum = float | jax.Array | None
-Transformation = optax.GradientTransformationExtraArgs
+Transformation = RungeKutta
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +113,14 @@ class BoundStructure:
     residual: Callable[[PyTree], jax.Array] | None = None
 
 
+class Known(NamedTuple):
+    """What has been evaluated where an update starts, so that nobody evaluates it there again."""
+
+    params: PyTree  # θ: the very object, since what is traced has no values to compare
+    loss: jax.Array  # shape=(): L(θ)
+    rows: Rows | None  # of least squares, where they were formed
+
+
 @dataclasses.dataclass(frozen=True)
 class VectorField:
     """The field of one update: bound to its data, random keys, fixed leaves and stage dtype.
@@ -131,6 +139,8 @@ class VectorField:
       scale: the diagonal of the preconditioner P, like params; None for P = I or where P has none.
       symmetric: whether the field's Jacobian is symmetric before preconditioning.
       decay: `decay(params) -> D`, real and like params, of a field D(θ)θ + N(θ) that knows its linear part; or None.
+      value_and_gradient: the loss and the field of stage 1 in one pass, never preconditioned; None without a loss.
+      known: what has been evaluated at the params of the update.
     """
 
     evaluate: Callable[[PyTree, Any], PyTree]
@@ -143,16 +153,49 @@ class VectorField:
     scale: PyTree | None = None
     symmetric: bool = True
     decay: Callable[[PyTree], PyTree] | None = None
+    value_and_gradient: Callable[[PyTree], tuple[jax.Array, PyTree]] | None = None
+    known: Known | None = None
 
     def __call__(self, params: PyTree, stage: int | jax.Array = 0) -> PyTree:
         """The gradient at `params`: what the flow follows downhill. `stage` may be traced. Costs one gradient."""
         return self.evaluate(params, stage)
 
     def loss(self, params: PyTree) -> jax.Array:
-        """The loss at `params`, a scalar, on the data of stage 1. Costs one loss."""
+        """The loss at `params`, a scalar, on the data of stage 1. Costs one loss, or nothing where it is known."""
+        if self.known is not None and params is self.known.params:
+            return self.known.loss
         if self.objective is None:
             raise ValueError(f"This field has no loss: {_REMEDIES['loss']}.")
         return self.objective(params)
+
+    def losses_at(self, params: PyTree) -> int:
+        """What `loss` costs at `params`: 0 where it is known, else 1."""
+        return int(self.known is None or params is not self.known.params)
+
+    def started(self, params: PyTree, *, by_rows: bool = False) -> tuple[PyTree, VectorField]:
+        """The field at `params` and this field, which from then on knows the loss there.
+
+        Costs one gradient, or `by_rows` the rows and no gradient: ½‖r‖² and Rᵀr.
+        """
+        if self.value_and_gradient is None:
+            raise ValueError(f"This field has no loss: {_REMEDIES['loss']}.")
+        if not by_rows:
+            loss, gradient = self.value_and_gradient(params)
+            return gradient, dataclasses.replace(self, known=Known(params, loss, None))
+        residual, jacobian = rows = jax.lax.optimization_barrier(self.rows(params))
+        pulled = jax.tree.map(
+            lambda leaf: jnp.tensordot(residual.astype(leaf.dtype), leaf, 1, precision="highest"), jacobian
+        )
+        loss = self._loss_of(residual, params)
+        gradient = _tree.placed_like(self.with_l2(pulled, params), params)
+        return gradient, dataclasses.replace(self, known=Known(params, loss, Rows(*rows)))
+
+    def _loss_of(self, residual: jax.Array, params: PyTree) -> jax.Array:
+        loss = 0.5 * _tree.inner(residual, residual)
+        if self.l2 is None:
+            return loss
+        square = _tree.inner(params, params)
+        return loss + jnp.asarray(0.5 * self.l2, square.dtype) * square
 
     def product(self, params: PyTree, vector: PyTree) -> PyTree:
         """The field's Jacobian at `params` times `vector`, on the data of stage 1. Costs one product."""
@@ -187,18 +230,29 @@ class VectorField:
         return product
 
     def rows(self, params: PyTree) -> Rows:
-        """Residuals and their Jacobian, without preconditioner and without the L2 term. Costs N rows."""
+        """Residuals and their Jacobian, without preconditioner and without the L2 term. Costs N rows, unless known."""
+        if self._known_rows(params) is not None:
+            return self._known_rows(params)
         structure = self._structured("rows")
         if structure.rows is None:
             raise ValueError(f"This field has no residuals: {_REMEDIES['rows']}.")
         return structure.rows(params)
 
     def residual(self, params: PyTree) -> jax.Array:
-        """The residuals alone, flat, in the order of `rows`. Costs one loss."""
+        """The residuals alone, flat, in the order of `rows`. Costs one loss, unless known."""
+        if self._known_rows(params) is not None:
+            return self._known_rows(params).residual
         structure = self._structured("rows")
         if structure.residual is None:
             raise ValueError(f"This field has no residuals: {_REMEDIES['rows']}.")
         return structure.residual(params)
+
+    def knows_rows(self, params: PyTree) -> bool:
+        """Whether the rows at `params` have been formed already."""
+        return self._known_rows(params) is not None
+
+    def _known_rows(self, params: PyTree) -> Any:
+        return self.known.rows if self.known is not None and params is self.known.params else None
 
     def count_rows(self, params: PyTree) -> int:
         """N, the number of residuals, an integer also under jit. Costs nothing."""
@@ -223,9 +277,17 @@ class VectorField:
         def plus_decay(field: Callable[..., PyTree] | None) -> Any:
             return None if field is None else lambda params, *stage: whole.with_l2(field(params, *stage), params)
 
+        def with_term(loss: jax.Array, params: PyTree) -> jax.Array:
+            return loss + 0.5 * l2 * _tree.inner(params, params)
+
         def plus_term(params: PyTree) -> jax.Array:
             assert self.objective is not None  # for the type checker
-            return self.objective(params) + 0.5 * l2 * _tree.inner(params, params)
+            return with_term(self.objective(params), params)
+
+        def plus_both(params: PyTree) -> tuple[jax.Array, PyTree]:
+            assert self.value_and_gradient is not None  # for the type checker
+            loss, gradient = self.value_and_gradient(params)
+            return with_term(loss, params), whole.with_l2(gradient, params)
 
         return dataclasses.replace(
             whole,
@@ -233,6 +295,7 @@ class VectorField:
             smooth_field=plus_decay(self.smooth_field),
             gradient=plus_decay(self.gradient),
             objective=None if self.objective is None else plus_term,
+            value_and_gradient=None if self.value_and_gradient is None else plus_both,
         )
 
     def preconditioned(self, apply: Callable[[PyTree], PyTree], scale: PyTree | None = None) -> VectorField:
@@ -258,6 +321,8 @@ class VectorField:
             smooth_field=negative(self.smooth_field),
             gradient=negative(self.gradient),
             structure=None,
+            value_and_gradient=None,
+            known=None,
         )
 
 
@@ -310,12 +375,13 @@ class Objective:
         self._needs = needs - {"deterministic"}  # of the loss
         self._deterministic = needs & {"deterministic"}
 
-    def bind(self, extra_args: Mapping[str, Any], view: ParameterView) -> VectorField:
+    def bind(self, extra_args: Mapping[str, Any], view: ParameterView, *, with_loss: bool = False) -> VectorField:
         """The field of one update.
 
         Args:
           extra_args: the keywords of `update`: data by name, and possibly `grad_fn`.
           view: the parameters: which of them move, and in which precision the functions see them.
+          with_loss: whether the loss is needed also where a `grad_fn` makes the field and nothing else needs it.
 
         Raises:
           TypeError: missing or misspelt data; a loss that is not a real scalar.
@@ -327,7 +393,7 @@ class Objective:
         if override is not None:
             check_capabilities(self._deterministic, _offers(None, override), f"grad_fn of update: {_WHO}")
         field = None
-        if self._loss is not None and (gradient is None or self._needs):
+        if self._loss is not None and (gradient is None or self._needs or with_loss):
             field = self._field_of_loss(self._loss, self._loss.select(extra_args), view)
         if gradient is not None:
             field = self._field_of_gradient(gradient, gradient.select(extra_args), view, field)
@@ -342,10 +408,14 @@ class Objective:
             # Optax's convention: descent follows the conjugate of what jax.grad returns.
             return jax.tree.map(jnp.conj, jax.grad(value)(moving, stage))
 
+        def both(moving: PyTree) -> tuple[jax.Array, PyTree]:
+            loss, gradient = jax.value_and_grad(value)(moving)
+            return loss, jax.tree.map(jnp.conj, gradient)
+
         structure = None
         if isinstance(loss.function, ModelLoss):
             structure = _bound_structure(loss.function, self._batches.at(data, 0), view)
-        return VectorField(field, value, field, gradient=field, structure=structure)
+        return VectorField(field, value, field, gradient=field, structure=structure, value_and_gradient=both)
 
     def _field_of_gradient(
         self, gradient: DataFunction, data: Mapping[str, Any], view: ParameterView, of_loss: VectorField | None
@@ -357,7 +427,10 @@ class Objective:
             result = _evaluated(gradient, view, moving, seen if own is None else own(seen, stage))
             return _tree.cast_like(view.moving(_checked_gradient(result, view.params, self._has_aux)), moving)
 
-        known = VectorField(field) if of_loss is None else dataclasses.replace(of_loss, evaluate=field)
+        known = VectorField(field)
+        if of_loss is not None:
+            loss = of_loss.loss
+            known = dataclasses.replace(of_loss, evaluate=field, value_and_gradient=lambda p: (loss(p), field(p)))
         if not isinstance(gradient.function, SmoothField):
             return known
         return dataclasses.replace(known, smooth_field=field, gradient=field, symmetric=gradient.function.symmetric)

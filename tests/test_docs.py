@@ -33,9 +33,7 @@ def load(path):
 
 
 def with_python(paths):
-    slow = {"recipes"}
-    marks = {name: [pytest.mark.slow] for name in slow}
-    return [pytest.param(p, id=p.stem, marks=marks.get(p.stem, [])) for p in paths if blocks(p, "python")]
+    return [pytest.param(p, id=p.stem) for p in paths if p.stem != "recipes" and blocks(p, "python")]  # test_recipes.py
 
 
 # --- Blocks ----------------------------------------------------------------------------------------------------------
