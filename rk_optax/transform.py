@@ -12,7 +12,8 @@ import optax
 
 from rk_optax import _checks
 from rk_optax._options import CheckedOptions, Options, with_options_of
-from rk_optax.field import Capability, Objective, check_capabilities
+from rk_optax.field import Capability, check_capabilities
+from rk_optax.objective import Objective
 from rk_optax.preconditioner import Preconditioner, no_preconditioner
 from rk_optax.solver import Solver, as_solver, name_of, needs_of
 from rk_optax.stage_batches import StageBatches

@@ -11,7 +11,8 @@ import optax
 
 from rk_optax import _tree
 from rk_optax._explanations import causes_explained
-from rk_optax.field import Objective, VectorField
+from rk_optax.field import VectorField
+from rk_optax.objective import Objective
 from rk_optax.parameter_view import Mask, ParameterView, promote, refuse_masked_nodes
 from rk_optax.preconditioner import Preconditioner
 from rk_optax.solver import Cost, Solver, Step, saturating_sum

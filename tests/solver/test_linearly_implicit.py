@@ -14,7 +14,7 @@ from training import FixedScale
 
 import rk_optax
 from rk_optax import LeastSquares, ModelLoss, Reason, ResidualEuler, Ros2, RosenbrockEuler, VectorField
-from rk_optax.field import Objective
+from rk_optax.objective import Objective
 from rk_optax.parameter_view import ParameterView
 from rk_optax.solver._linear import conjugate_gradients
 
