@@ -43,6 +43,7 @@ from rk_optax.forward_gradient import forward_gradient
 from rk_optax.game import Drift, Game, PlayerGradients, game
 from rk_optax.gradient_flow import Flow, FlowResult, FlowState, gradient_flow
 from rk_optax.learning_rate_rules import Dal, SgdG2, dal, sgd_g2
+from rk_optax.line_search import LineSearch, line_search
 from rk_optax.micro_batches import HostRows
 from rk_optax.path_control import PathControl, path_control
 from rk_optax.preconditioner import (
@@ -117,6 +118,7 @@ __all__ = [
     "HutchinsonPreconditioner",
     "Implicit",
     "LeastSquares",
+    "LineSearch",
     "LinearSolver",
     "ModelLoss",
     "OptaxPreconditioner",
@@ -164,6 +166,7 @@ __all__ = [
     "implicit_midpoint",
     "inject_hyperparams",
     "kutta3",
+    "line_search",
     "midpoint",
     "path_control",
     "precondition_by",

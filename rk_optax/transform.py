@@ -296,7 +296,7 @@ def _turns_round(after: optax.GradientTransformation) -> bool:
 
 # Functions, and numbers that the program is compiled for; the others, such as rates, may be traced.
 _NOT_HYPERPARAMETERS = frozenset({"loss_fn", "grad_fn", "mask", "stage_dtype"}) | {
-    *("stages", "order", "damping", "max_stages", "max_iterations", "max_rows", "tolerance")
+    *("stages", "order", "damping", "max_stages", "max_iterations", "max_rows", "tolerance", "inertia")
 }
 
 

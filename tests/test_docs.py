@@ -125,6 +125,7 @@ RULES = {
     "`descent_control()`": rk_optax.descent_control(),
     "`trust_ratio_control()`": rk_optax.trust_ratio_control(),
     "`path_control()`": rk_optax.path_control(),
+    "`line_search()`": rk_optax.line_search(),
 }
 # What a cell means that says neither yes nor no: which of the solvers of its column take the rule.
 SOME = {

@@ -94,8 +94,8 @@ def test_complex_and_half_precision_parameters(x64):
     z = jnp.array([1.0 + 2.0j, -0.5 + 0.3j])
     for solver in (rk_optax.ResidualEuler(), "heun"):
         tx = rk_optax.runge_kutta(loss, 0.1, solver)
-        value, updates, _ = tx.value_and_update(tx.init(z), z)
-        expected, _ = tx.update(jnp.conj(jax.grad(loss)(z)), tx.init(z), z)
+        value, updates, _ = jax.jit(tx.value_and_update)(tx.init(z), z)
+        expected, _ = jax.jit(lambda z, tx=tx: tx.update(jnp.conj(jax.grad(loss)(z)), tx.init(z), z))(z)
         np.testing.assert_allclose(updates, expected, rtol=1e-10)
         assert float(value) == pytest.approx(float(loss(z)))
     w = jnp.ones(2, jnp.bfloat16)

@@ -25,6 +25,7 @@ class ResidualEulerState(NamedTuple):
     form: jax.Array  # shape=(), int32: 0 for the N×N matrix of the residuals, 1 for the P×P one, 2 for CG without any
     iterations: jax.Array  # shape=(), int32: of CG; 0 where an eigendecomposition served all step sizes
     residual: jax.Array  # shape=(), float: ‖(I + hPB) g* − P∇L‖/‖P∇L‖, of g* itself; 0 likewise
+    moved: PyTree = ()  # like params, with inertia: the latest step, 0 after a refused one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,18 +54,26 @@ class ResidualEuler(Solver):
       tolerance: relative error of g* at which CG stops, in (0, 1), for a Jacobian of full rank; for CG alone, relative
         residual.
       max_iterations: cap on either CG.
+      inertia: μ in [0, 1): the step d minimises the model, ½‖r + Rd‖² + (λ/2)‖θ + d‖², plus ‖d − μd₋₁‖²/(2h), the
+        square in the metric of P⁻¹, with d₋₁ the step before, which is made 0 where one is refused. At a constant h
+        that is SPRING with damping 1/h, whose learning rate then goes into `after=optax.scale(...)`. For random points:
+        it averages over them. There is no path then, nor CG alone, which raises at the first update.
 
     Raises:
       ValueError: an argument out of its range; at construction of the optimizer, a loss that is no
         `rk_optax.LeastSquares` or a preconditioner that is not diagonal.
+
+    Source: Goldshlager, Abrahamsen and Lin (2024), arXiv 2401.10190, for the inertia.
     """
 
     max_rows: int = 4096
     tolerance: float = 1e-4
     max_iterations: int = 100
+    inertia: float = dataclasses.field(default=0.0, kw_only=True)
 
     def __post_init__(self):
         _checks.count(self.max_rows, "max_rows")
+        _checks.number(self.inertia, "inertia", "decay")
         self._beyond  # noqa: B018 # checks the rest
 
     @property
@@ -74,13 +83,13 @@ class ResidualEuler(Solver):
 
     @property
     def offers(self) -> frozenset[Quantity]:
-        """The fall of the Gauss–Newton model, and the steps of all h."""
-        return frozenset({"predicted_fall", "path"})
+        """The fall of the Gauss–Newton model, and without inertia the steps of all h."""
+        return frozenset({"predicted_fall"} if self.inertia else {"predicted_fall", "path"})
 
     def init(self, params: PyTree) -> ResidualEulerState:
         """Nothing has been solved yet."""
-        del params
-        return _state(_ROWS, jnp.zeros([], jnp.int32), jnp.zeros([]))
+        state = _state(_ROWS, jnp.zeros([], jnp.int32), jnp.zeros([]))
+        return state._replace(moved=jax.tree.map(jnp.zeros_like, params)) if self.inertia else state
 
     def start(self, field: VectorField, params: PyTree) -> tuple[PyTree, VectorField]:
         """Stage 1 and the loss at params from the rows, which the step needs anyway."""
@@ -115,13 +124,31 @@ class ResidualEuler(Solver):
             new = _state(_PARAMETERS if parameters else _ROWS, jnp.zeros([], jnp.int32), jnp.zeros([]))
             return Step(k1, cost, quantities={"path": path}, state=new, refused_state=new)
         if min(count, size) > self.max_rows:
+            if self.inertia:
+                raise ValueError(
+                    f"inertia needs the rows, and neither {count} residuals nor {size} parameters are within max_rows="
+                    f"{self.max_rows}: raise max_rows, take fewer points, or leave inertia out."
+                )
             return self._by_products(self._beyond.step(field, params, k1, h, (), wants=wants))
         system = _System.at(field, params)
+        shifted, more, right = system, jnp.zeros([], system.rows.dtype), _tree.norm(k1)
+        if self.inertia:
+            shifted, more = system.shifted(jnp.asarray(self.inertia, more.dtype) * system.vectors.flatten(state.moved))
+            right = _tree.norm(shifted.scale * shifted.gradient(shifted.residual, shifted.theta))
         solve = _in_parameter_space if size <= count else _in_row_space
-        solution = solve(system, h, tolerance=self.tolerance, max_iterations=self.max_iterations)
-        direction = jax.tree.map(lambda leaf: leaf[0], system.vectors.unflatten(solution.direction[None]))
-        wrong = _tree.norm(system.residual_of(solution.direction, h))
-        new = _state(solution.form, solution.iterations, _tree.ratio(wrong, _tree.norm(k1)))
+        solution = solve(shifted, h, tolerance=self.tolerance, max_iterations=self.max_iterations)
+        direction = _tree_of(system, solution.direction)
+        fall = predicted_fall(field, k1, h, direction)
+        if self.inertia:
+            fall = shifted.fall(h, solution.direction)
+            inverse = _tree.ratio(jnp.ones_like(more), jnp.asarray(h, more.dtype))
+            direction = _tree_of(system, solution.direction - inverse * (shifted.theta - system.theta))
+        wrong = _tree.norm(shifted.residual_of(solution.direction, h))
+        new = _state(solution.form, solution.iterations, _tree.ratio(wrong, right))
+        refused = new
+        if self.inertia:
+            refused = new._replace(moved=jax.tree.map(jnp.zeros_like, direction))
+            new = new._replace(moved=_tree.scale(-h, direction))
         # An h so large that numbers of g* are below the smallest one would otherwise be a step without them, or of 0.
         before, after = _tree.norm(k1), _tree.norm(direction)
         least = float(jnp.finfo(after.dtype).tiny) * 1e4
@@ -130,9 +157,9 @@ class ResidualEuler(Solver):
             direction,
             cost,
             solved=solution.solved & ~lost,
-            quantities={"predicted_fall": predicted_fall(field, k1, h, direction) + solution.left},
+            quantities={"predicted_fall": fall + solution.left + more},
             state=new,
-            refused_state=new,
+            refused_state=refused,
         )
 
     def _by_products(self, step: Step) -> Step:
@@ -178,10 +205,28 @@ class _System(NamedTuple):
         pulled = real_matmul(residual, self.rows)
         return pulled if self.l2 is None else pulled + self.l2 * theta
 
+    def shifted(self, move: jax.Array) -> tuple[_System, jax.Array]:
+        """The same model from θ + move on, and by how much that move alone makes it fall."""
+        pushed = real_matmul(self.rows, move)
+        fall = -jnp.sum((self.residual + 0.5 * pushed) * pushed)
+        if self.l2 is not None:
+            fall = fall - self.l2 * jnp.sum((self.theta + 0.5 * move) * move)
+        return self._replace(residual=self.residual + pushed, theta=self.theta + move), fall
+
+    def fall(self, h: Any, direction: jax.Array) -> jax.Array:
+        """Of the model, by the solution of the system."""
+        gradient = self.gradient(self.residual, self.theta)
+        unscaled = _tree.ratio(direction, self.scale)
+        return 0.5 * jnp.sum((gradient + unscaled) * (jnp.asarray(h, direction.dtype) * direction))
+
     def residual_of(self, direction: jax.Array, h: Any) -> jax.Array:
         """(I + hPB) g* − P∇L, in which no product of R with itself is formed."""
         step = jnp.asarray(h, direction.dtype) * direction
         return direction - self.scale * self.gradient(self.residual - real_matmul(self.rows, step), self.theta - step)
+
+
+def _tree_of(system: _System, vector: jax.Array) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[0], system.vectors.unflatten(vector[None]))
 
 
 class _Solved(NamedTuple):

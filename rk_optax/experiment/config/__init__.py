@@ -167,6 +167,7 @@ class MethodConfig(_Checked):
         "descent_control",
         "trust_ratio_control",
         "path_control",
+        "line_search",
         "error_control",
     ] = "constant"
     """Where the step size comes from: the learning rate (its largest value, with dal and corridor), or a rule that
