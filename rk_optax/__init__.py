@@ -43,6 +43,7 @@ from rk_optax.forward_gradient import forward_gradient
 from rk_optax.game import Drift, Game, PlayerGradients, game
 from rk_optax.gradient_flow import Flow, FlowResult, FlowState, gradient_flow
 from rk_optax.learning_rate_rules import Dal, SgdG2, dal, sgd_g2
+from rk_optax.line_search import LineSearch, line_search
 from rk_optax.methods import IMPLICIT_TABLEAUS, TABLEAUS, rk2, rk3, rk4_family
 from rk_optax.micro_batches import HostRows
 from rk_optax.path_control import PathControl, path_control
@@ -82,7 +83,7 @@ from rk_optax.step_size import Attempt, Choice, Proposal, Reason, StepSizeRule, 
 from rk_optax.stochastic_field import StochasticField
 from rk_optax.structured_loss import LeastSquares, ModelLoss
 from rk_optax.tableau import ButcherTableau
-from rk_optax.transform import inject_hyperparams, runge_kutta, scale_by_rk
+from rk_optax.transform import RungeKutta, inject_hyperparams, runge_kutta, scale_by_rk
 from rk_optax.update import RungeKuttaState
 
 __version__ = "0.1.0"
@@ -117,6 +118,7 @@ __all__ = [
     "HutchinsonPreconditioner",
     "Implicit",
     "LeastSquares",
+    "LineSearch",
     "LinearSolver",
     "ModelLoss",
     "OptaxPreconditioner",
@@ -129,6 +131,7 @@ __all__ = [
     "RmsPreconditioner",
     "Ros2",
     "RosenbrockEuler",
+    "RungeKutta",
     "RungeKuttaState",
     "SgdG2",
     "SharpnessCapped",
@@ -163,6 +166,7 @@ __all__ = [
     "implicit_midpoint",
     "inject_hyperparams",
     "kutta3",
+    "line_search",
     "midpoint",
     "path_control",
     "precondition_by",

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 
 from rk_optax import _tree
 from rk_optax.control import ErrorControl
-from rk_optax.field import Objective, VectorField
+from rk_optax.field import VectorField
 from rk_optax.micro_batches import MicroBatches, bind
+from rk_optax.objective import Objective
 from rk_optax.parameter_view import ParameterView
 from rk_optax.solver import Cost, Solver
 from rk_optax.step_size import Attempt, Reason, StepSizeRule

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rk_optax import _tree
+from rk_optax.solver import Cost
 from rk_optax.step_size import Attempt, Reason
 
 
@@ -22,6 +23,7 @@ class Losses(NamedTuple):
     shows_fall: jax.Array  # it fell, and more than by rounding
     usable: jax.Array  # as of the attempt; one that is not shows nothing
     step_size: jax.Array
+    cost: Cost
 
     @classmethod
     def of(cls, attempt: Attempt, foretold: jax.Array) -> Losses:
@@ -38,8 +40,8 @@ class Losses(NamedTuple):
         tie = attempt.usable & (jnp.abs(fall) <= 8 * rounding) & (foretold <= rounding)
         refused = attempt.usable & ~accepted & ~tie
         clear, shows_fall = refused & (-fall > 100 * rounding), accepted & (fall > 8 * rounding)
-        h = attempt.step_size.astype(dtype)
-        return cls(fall, accepted, tie, refused, clear, shows_fall, attempt.usable, h)
+        h, cost = attempt.step_size.astype(dtype), Cost(losses=1 + attempt.field.losses_at(attempt.params))
+        return cls(fall, accepted, tie, refused, clear, shows_fall, attempt.usable, h, cost)
 
     def seen(self, state: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         """`fall`, `tried` and `uphill` of the next state.

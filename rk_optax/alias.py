@@ -25,11 +25,11 @@ from rk_optax.solver.linear_solvers import CONJUGATE_GRADIENTS
 from rk_optax.solver.linearly_implicit import Curvature
 from rk_optax.step_size import LearningRate
 from rk_optax.tableau import ButcherTableau
-from rk_optax.transform import runge_kutta
+from rk_optax.transform import RungeKutta, runge_kutta
 
 Loss = Callable[..., Any] | None
 Momentum = float | jax.Array | None
-Transformation = optax.GradientTransformationExtraArgs
+Transformation = RungeKutta
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -280,6 +280,7 @@ def residual_euler(
     max_rows: int = 4096,
     tolerance: float = 1e-4,
     max_iterations: int = 100,
+    inertia: float = 0.0,
     momentum: Momentum = None,
     **options: Unpack[AliasOptions],
 ) -> Transformation:
@@ -287,9 +288,11 @@ def residual_euler(
 
     Order 1, no stability limit; one factorisation of an N×N or P×P matrix for N residuals and P parameters, whichever
     is smaller. By default `rk_optax.trust_ratio_control()` finds h; `rk_optax.path_control()` costs more a step and
-    ends far lower, on data that stay. The loss is a `rk_optax.LeastSquares`. See `rk_optax.ResidualEuler`.
+    ends far lower, on data that stay, and `rk_optax.line_search()` is for new data in every step. `inertia` is momentum
+    within the linear system, of which these rules know. The loss is a `rk_optax.LeastSquares`. See
+    `rk_optax.ResidualEuler`.
     """
-    solver = ResidualEuler(max_rows, tolerance, max_iterations)
+    solver = ResidualEuler(max_rows, tolerance, max_iterations, inertia=inertia)
     return runge_kutta(loss_fn, _given_or(learning_rate, trust_ratio_control), solver, momentum=momentum, **options)
 
 

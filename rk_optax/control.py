@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from rk_optax import _checks, _tree
 from rk_optax._loss_comparison import Losses, root_of_slope
 from rk_optax.field import Capability
-from rk_optax.solver import Cost, Quantity, Solver, saturating_sum
+from rk_optax.solver import Quantity, Solver, saturating_sum
 from rk_optax.step_size import Attempt, Proposal, Reason, StepSizeRule, Verdict
 
 PyTree = Any
@@ -275,7 +275,7 @@ class DescentControl(ControlledRule):
         return DescentControlState(self.first_step_size(), fall, tried, uphill, gain, growing, worth, ties)
 
     def judge(self, state: DescentControlState, attempt: Attempt) -> Verdict:
-        """Accepts where the loss does not rise. Costs two losses."""
+        """Accepts where the loss does not rise. Costs two losses, or one where that at params is known."""
         dtype = state.next_step_size.dtype
         growth, shrinkage = (jnp.asarray(x, dtype) for x in (self.growth, self.shrinkage))
         size = root_of_slope(attempt).astype(dtype)
@@ -296,7 +296,7 @@ class DescentControl(ControlledRule):
         fall, tried, uphill = losses.seen(state)
         h, gain = self.bounded(state.next_step_size * factor, attempt), jnp.where(accepted | tie, gain, 0)
         new = DescentControlState(h, fall, tried, uphill, gain, growing | ~(accepted | tie), worth, ties)
-        return Verdict(accepted, losses.reason(uphill, self.at_smallest(attempt.step_size)), new, Cost(losses=2))
+        return Verdict(accepted, losses.reason(uphill, self.at_smallest(attempt.step_size)), new, losses.cost)
 
 
 descent_control = DescentControl
@@ -373,7 +373,7 @@ class TrustRatioControl(ControlledRule):
         return TrustRatioState(self.first_step_size(), ratio, divisor, fall, tried, jnp.zeros([], bool))
 
     def judge(self, state: TrustRatioState, attempt: Attempt) -> Verdict:
-        """Accepts where the loss does not rise. Costs two losses."""
+        """Accepts where the loss does not rise. Costs two losses, or one where that at params is known."""
         dtype = state.next_step_size.dtype
         predicted = attempt.step.quantities["predicted_fall"].astype(dtype)
         losses = Losses.of(attempt, predicted)
@@ -400,7 +400,7 @@ class TrustRatioControl(ControlledRule):
             tried,
             uphill,
         )
-        return Verdict(accepted, losses.reason(uphill, self.at_smallest(attempt.step_size)), new, Cost(losses=2))
+        return Verdict(accepted, losses.reason(uphill, self.at_smallest(attempt.step_size)), new, losses.cost)
 
 
 trust_ratio_control = TrustRatioControl

@@ -139,7 +139,7 @@ class Corridor(StepSizeRule):
         usable = norm > 0
         safe = jnp.where(usable, norm, 1)
         h = jnp.where(usable, gap / safe / safe, self.max_learning_rate)
-        return Proposal(jnp.minimum(h, self.max_learning_rate), state, Cost(losses=1))
+        return Proposal(jnp.minimum(h, self.max_learning_rate), state, Cost(losses=field.losses_at(params)))
 
 
 corridor = Corridor

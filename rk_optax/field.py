@@ -1,25 +1,21 @@
-"""What is solved: a loss (or a `grad_fn`) becomes the vector field of a gradient flow on one update's data.
+"""What is solved: the vector field of a gradient flow on one update's data, and what it offers beside its values.
 
-An `Objective` is read once, when the transformation is built: it checks what it was given and knows which keywords
-of `update` are its data. Each update binds it to that update's data, as a `VectorField`: the field a solver integrates.
+An `rk_optax.objective.Objective` is read once, when the transformation is built, and knows which keywords of `update`
+are its data. Each update binds it to that update's data, as a `VectorField`: the field a solver integrates.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from rk_optax import _tree
-from rk_optax._arguments import DataFunction, read_data_function
-from rk_optax._explanations import explained, linearized
-from rk_optax.parameter_view import ParameterView, check_kinds, check_like_params
-from rk_optax.stage_batches import StageBatches
-from rk_optax.stochastic_field import StochasticField
-from rk_optax.structured_loss import LeastSquares, ModelLoss, Rows
+from rk_optax._explanations import linearized
+from rk_optax.structured_loss import Rows
 
 PyTree = Any
 Linear = Callable[[PyTree], PyTree]
@@ -53,9 +49,6 @@ _REMEDIES: dict[Capability, str] = {
     "stage, and would be taken for an error, a curvature or a slope; use a constant or scheduled learning rate with an "
     "explicit method, or with rkc(..., stages=5)",
 }
-
-
-_WHO = "This solver, learning rate or preconditioner"
 
 
 def check_capabilities(needs: frozenset[Capability], offers: frozenset[Capability], who: str) -> None:
@@ -113,6 +106,14 @@ class BoundStructure:
     residual: Callable[[PyTree], jax.Array] | None = None
 
 
+class Known(NamedTuple):
+    """What has been evaluated where an update starts, so that nobody evaluates it there again."""
+
+    params: PyTree  # θ: the very object, since what is traced has no values to compare
+    loss: jax.Array  # shape=(): L(θ)
+    rows: Rows | None  # of least squares, where they were formed
+
+
 @dataclasses.dataclass(frozen=True)
 class VectorField:
     """The field of one update: bound to its data, random keys, fixed leaves and stage dtype.
@@ -131,6 +132,8 @@ class VectorField:
       scale: the diagonal of the preconditioner P, like params; None for P = I or where P has none.
       symmetric: whether the field's Jacobian is symmetric before preconditioning.
       decay: `decay(params) -> D`, real and like params, of a field D(θ)θ + N(θ) that knows its linear part; or None.
+      value_and_gradient: the loss and the field of stage 1 in one pass, never preconditioned; None without a loss.
+      known: what has been evaluated at the params of the update.
     """
 
     evaluate: Callable[[PyTree, Any], PyTree]
@@ -143,16 +146,49 @@ class VectorField:
     scale: PyTree | None = None
     symmetric: bool = True
     decay: Callable[[PyTree], PyTree] | None = None
+    value_and_gradient: Callable[[PyTree], tuple[jax.Array, PyTree]] | None = None
+    known: Known | None = None
 
     def __call__(self, params: PyTree, stage: int | jax.Array = 0) -> PyTree:
         """The gradient at `params`: what the flow follows downhill. `stage` may be traced. Costs one gradient."""
         return self.evaluate(params, stage)
 
     def loss(self, params: PyTree) -> jax.Array:
-        """The loss at `params`, a scalar, on the data of stage 1. Costs one loss."""
+        """The loss at `params`, a scalar, on the data of stage 1. Costs one loss, or nothing where it is known."""
+        if self.known is not None and params is self.known.params:
+            return self.known.loss
         if self.objective is None:
             raise ValueError(f"This field has no loss: {_REMEDIES['loss']}.")
         return self.objective(params)
+
+    def losses_at(self, params: PyTree) -> int:
+        """What `loss` costs at `params`: 0 where it is known, else 1."""
+        return int(self.known is None or params is not self.known.params)
+
+    def started(self, params: PyTree, *, by_rows: bool = False) -> tuple[PyTree, VectorField]:
+        """The field at `params` and this field, which from then on knows the loss there.
+
+        Costs one gradient, or `by_rows` the rows and no gradient: ½‖r‖² and Rᵀr.
+        """
+        if self.value_and_gradient is None:
+            raise ValueError(f"This field has no loss: {_REMEDIES['loss']}.")
+        if not by_rows:
+            loss, gradient = self.value_and_gradient(params)
+            return gradient, dataclasses.replace(self, known=Known(params, loss, None))
+        residual, jacobian = rows = jax.lax.optimization_barrier(self.rows(params))
+        pulled = jax.tree.map(
+            lambda leaf: jnp.tensordot(residual.astype(leaf.dtype), leaf, 1, precision="highest"), jacobian
+        )
+        loss = self._loss_of(residual, params)
+        gradient = _tree.placed_like(self.with_l2(pulled, params), params)
+        return gradient, dataclasses.replace(self, known=Known(params, loss, Rows(*rows)))
+
+    def _loss_of(self, residual: jax.Array, params: PyTree) -> jax.Array:
+        loss = 0.5 * _tree.inner(residual, residual)
+        if self.l2 is None:
+            return loss
+        square = _tree.inner(params, params)
+        return loss + jnp.asarray(0.5 * self.l2, square.dtype) * square
 
     def product(self, params: PyTree, vector: PyTree) -> PyTree:
         """The field's Jacobian at `params` times `vector`, on the data of stage 1. Costs one product."""
@@ -187,18 +223,29 @@ class VectorField:
         return product
 
     def rows(self, params: PyTree) -> Rows:
-        """Residuals and their Jacobian, without preconditioner and without the L2 term. Costs N rows."""
+        """Residuals and their Jacobian, without preconditioner and without the L2 term. Costs N rows, unless known."""
+        if self._known_rows(params) is not None:
+            return self._known_rows(params)
         structure = self._structured("rows")
         if structure.rows is None:
             raise ValueError(f"This field has no residuals: {_REMEDIES['rows']}.")
         return structure.rows(params)
 
     def residual(self, params: PyTree) -> jax.Array:
-        """The residuals alone, flat, in the order of `rows`. Costs one loss."""
+        """The residuals alone, flat, in the order of `rows`. Costs one loss, unless known."""
+        if self._known_rows(params) is not None:
+            return self._known_rows(params).residual
         structure = self._structured("rows")
         if structure.residual is None:
             raise ValueError(f"This field has no residuals: {_REMEDIES['rows']}.")
         return structure.residual(params)
+
+    def knows_rows(self, params: PyTree) -> bool:
+        """Whether the rows at `params` have been formed already."""
+        return self._known_rows(params) is not None
+
+    def _known_rows(self, params: PyTree) -> Any:
+        return self.known.rows if self.known is not None and params is self.known.params else None
 
     def count_rows(self, params: PyTree) -> int:
         """N, the number of residuals, an integer also under jit. Costs nothing."""
@@ -223,9 +270,17 @@ class VectorField:
         def plus_decay(field: Callable[..., PyTree] | None) -> Any:
             return None if field is None else lambda params, *stage: whole.with_l2(field(params, *stage), params)
 
+        def with_term(loss: jax.Array, params: PyTree) -> jax.Array:
+            return loss + 0.5 * l2 * _tree.inner(params, params)
+
         def plus_term(params: PyTree) -> jax.Array:
             assert self.objective is not None  # for the type checker
-            return self.objective(params) + 0.5 * l2 * _tree.inner(params, params)
+            return with_term(self.objective(params), params)
+
+        def plus_both(params: PyTree) -> tuple[jax.Array, PyTree]:
+            assert self.value_and_gradient is not None  # for the type checker
+            loss, gradient = self.value_and_gradient(params)
+            return with_term(loss, params), whole.with_l2(gradient, params)
 
         return dataclasses.replace(
             whole,
@@ -233,6 +288,7 @@ class VectorField:
             smooth_field=plus_decay(self.smooth_field),
             gradient=plus_decay(self.gradient),
             objective=None if self.objective is None else plus_term,
+            value_and_gradient=None if self.value_and_gradient is None else plus_both,
         )
 
     def preconditioned(self, apply: Callable[[PyTree], PyTree], scale: PyTree | None = None) -> VectorField:
@@ -258,184 +314,6 @@ class VectorField:
             smooth_field=negative(self.smooth_field),
             gradient=negative(self.gradient),
             structure=None,
+            value_and_gradient=None,
+            known=None,
         )
-
-
-class Objective:
-    """A loss or a `grad_fn`, checked and with its data arguments read."""
-
-    def __init__(
-        self,
-        loss_fn: Callable[..., Any] | None,
-        *,
-        grad_fn: Callable[..., Any] | None = None,
-        has_aux: bool = False,
-        argnames: Sequence[str] | None = None,
-        needs: frozenset[Capability] = frozenset(),
-        l2: float | jax.Array | None = None,
-        stage_batches: StageBatches | None = None,
-    ):
-        """Reads the functions.
-
-        Args:
-          loss_fn: `loss_fn(params, *data) -> scalar`, or `(scalar, aux)` with `has_aux`.
-          grad_fn: `grad_fn(params, *data) -> gradient`, in the convention of the `updates` that `update` receives
-            (conjugated for complex leaves); `(gradient, aux)` with `has_aux`.
-          has_aux: whether the functions also return auxiliary data, which the stages discard.
-          argnames: names of the data arguments, where a signature cannot be read.
-          needs: the capabilities that solver, step-size rule and preconditioner require.
-          l2: λ of a term (λ/2)‖θ‖² of the loss, over the moving leaves; None for no such term.
-          stage_batches: which part of the data each stage sees.
-
-        Raises:
-          TypeError: a function is not callable or takes no parameters; neither function is given.
-          ValueError: data arguments that cannot be read, or a needed capability is missing.
-        """
-        if loss_fn is None and grad_fn is None:
-            raise TypeError("loss_fn is None: pass loss_fn, or grad_fn= for a gradient of your own.")
-        self._has_aux = has_aux
-        self._argnames = argnames
-        self._loss = None if loss_fn is None else read_data_function(loss_fn, "loss_fn", argnames)
-        self._gradient = None if grad_fn is None else self._read_grad_fn(grad_fn)
-        self._l2 = l2
-        self._batches = StageBatches() if stage_batches is None else stage_batches
-        for function in filter(None, (self._loss, self._gradient)):
-            for name in set(self._batches.names) - {*function.required, *function.optional}:
-                raise ValueError(f"batch_argnames has {name!r}, which {function.role} does not take.")
-        if isinstance(loss_fn, ModelLoss) and has_aux:
-            raise ValueError(f"has_aux=True: a {type(loss_fn).__name__} returns its loss alone, without aux.")
-        self.offers = _offers(loss_fn, grad_fn)
-        needs = needs - {"diagonal_scale"}  # what a preconditioner offers is compared where there is one
-        check_capabilities(needs, self.offers, _WHO)
-        self._needs = needs - {"deterministic"}  # of the loss
-        self._deterministic = needs & {"deterministic"}
-
-    def bind(self, extra_args: Mapping[str, Any], view: ParameterView) -> VectorField:
-        """The field of one update.
-
-        Args:
-          extra_args: the keywords of `update`: data by name, and possibly `grad_fn`.
-          view: the parameters: which of them move, and in which precision the functions see them.
-
-        Raises:
-          TypeError: missing or misspelt data; a loss that is not a real scalar.
-          ValueError: a `grad_fn` whose result does not have the structure and shapes of params.
-        """
-        extra_args = dict(extra_args)
-        override = extra_args.pop("grad_fn", None)
-        gradient = self._gradient if override is None else self._read_grad_fn(override)
-        if override is not None:
-            check_capabilities(self._deterministic, _offers(None, override), f"grad_fn of update: {_WHO}")
-        field = None
-        if self._loss is not None and (gradient is None or self._needs):
-            field = self._field_of_loss(self._loss, self._loss.select(extra_args), view)
-        if gradient is not None:
-            field = self._field_of_gradient(gradient, gradient.select(extra_args), view, field)
-        assert field is not None  # for the type checker: the constructor saw to it
-        return field.decayed(self._l2)
-
-    def _field_of_loss(self, loss: DataFunction, data: Mapping[str, Any], view: ParameterView) -> VectorField:
-        def value(moving: PyTree, stage: Any = 0) -> jax.Array:
-            return scalar_loss(_evaluated(loss, view, moving, self._batches.at(data, stage)), self._has_aux)
-
-        def field(moving: PyTree, stage: Any = 0) -> PyTree:
-            # Optax's convention: descent follows the conjugate of what jax.grad returns.
-            return jax.tree.map(jnp.conj, jax.grad(value)(moving, stage))
-
-        structure = None
-        if isinstance(loss.function, ModelLoss):
-            structure = _bound_structure(loss.function, self._batches.at(data, 0), view)
-        return VectorField(field, value, field, gradient=field, structure=structure)
-
-    def _field_of_gradient(
-        self, gradient: DataFunction, data: Mapping[str, Any], view: ParameterView, of_loss: VectorField | None
-    ) -> VectorField:
-        own = gradient.function.data_of_stage if isinstance(gradient.function, StochasticField) else None
-
-        def field(moving: PyTree, stage: Any = 0) -> PyTree:
-            seen = self._batches.at(data, stage)
-            result = _evaluated(gradient, view, moving, seen if own is None else own(seen, stage))
-            return _tree.cast_like(view.moving(_checked_gradient(result, view.params, self._has_aux)), moving)
-
-        known = VectorField(field) if of_loss is None else dataclasses.replace(of_loss, evaluate=field)
-        if not isinstance(gradient.function, SmoothField):
-            return known
-        return dataclasses.replace(known, smooth_field=field, gradient=field, symmetric=gradient.function.symmetric)
-
-    def _read_grad_fn(self, grad_fn: Callable[..., Any]) -> DataFunction:
-        # argnames names what loss_fn takes; a grad_fn may well have a signature that can be read without it.
-        try:
-            return read_data_function(grad_fn, "grad_fn")
-        except ValueError:
-            if self._argnames is None:
-                raise
-            return read_data_function(grad_fn, "grad_fn", self._argnames)
-
-
-def _offers(loss_fn: Any, grad_fn: Any) -> frozenset[Capability]:
-    """What the field of these functions can do beside giving values."""
-    offers: set[Capability] = set() if isinstance(grad_fn, StochasticField) else {"deterministic"}
-    if loss_fn is not None:
-        offers.update(("loss", "product", "symmetric"))
-    if isinstance(loss_fn, ModelLoss):
-        offers.add("gauss_newton")
-    if isinstance(loss_fn, LeastSquares):
-        offers.add("rows")
-    if isinstance(grad_fn, SmoothField):
-        offers.add("product")
-        (offers.add if grad_fn.symmetric else offers.discard)("symmetric")
-    return frozenset(offers)
-
-
-def _bound_structure(loss: ModelLoss, data: Mapping[str, Any], view: ParameterView) -> BoundStructure:
-    def outputs(moving: PyTree) -> PyTree:
-        with explained("the model of loss_fn", view, data):
-            return loss.outputs(view.whole(moving), data)
-
-    def of_outputs(values: PyTree) -> jax.Array:
-        return loss.of_outputs(values, data)
-
-    if not isinstance(loss, LeastSquares):
-        return BoundStructure(outputs, of_outputs)
-    return BoundStructure(
-        outputs,
-        of_outputs,
-        lambda moving: loss.rows(moving, data, view.whole),
-        lambda moving: loss.count_rows(view.whole(moving), data),
-        lambda moving: loss.residual(view.whole(moving), data),
-    )
-
-
-def _evaluated(function: DataFunction, view: ParameterView, moving: PyTree, data: Mapping[str, Any]) -> Any:
-    with explained(function.role, view, data):
-        return function(view.whole(moving), data)
-
-
-def scalar_loss(result: Any, has_aux: bool, role: str = "loss_fn") -> jax.Array:
-    """What a loss returned, without aux: a real scalar, or a TypeError that says what it is instead."""
-    if has_aux:
-        if not (isinstance(result, tuple | list) and len(result) == 2):
-            raise TypeError(f"With has_aux=True, {role} must return (loss, aux), got {type(result).__name__}.")
-        result = result[0]
-    elif isinstance(result, tuple | list):
-        raise TypeError(f"{role} returned a {type(result).__name__}; if it is (loss, aux), pass has_aux=True.")
-    if not hasattr(result, "dtype") and not isinstance(result, bool | int | float | complex):
-        raise TypeError(f"{role} must return a real floating-point scalar, got {type(result).__name__}.")
-    shape, dtype = jnp.shape(result), jnp.result_type(result)
-    if shape != ():
-        raise TypeError(f"{role} must return a scalar, got shape {shape}: reduce it, for example with jnp.mean.")
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(
-            f"{role} must return a real floating-point scalar, got {dtype}: only a real loss has a gradient to descend."
-        )
-    return jnp.asarray(result)
-
-
-def _checked_gradient(result: Any, params: PyTree, has_aux: bool) -> PyTree:
-    if has_aux:
-        if not (isinstance(result, tuple | list) and len(result) == 2):
-            raise TypeError(f"With has_aux=True, grad_fn must return (gradient, aux), got {type(result).__name__}.")
-        result = result[0]
-    check_like_params(result, params, "The result of grad_fn")
-    check_kinds(result, params, "The leaves that grad_fn returned")
-    return result

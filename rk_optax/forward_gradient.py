@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from rk_optax import _checks, _tree
 from rk_optax._arguments import DataFunction, read_data_function
-from rk_optax.field import scalar_loss
+from rk_optax.objective import scalar_loss
 from rk_optax.stochastic_field import StochasticField
 
 PyTree = Any

@@ -16,7 +16,8 @@ from rk_optax import _checks, _tree
 from rk_optax._arguments import DataFunction, read_data_function
 from rk_optax._options import with_options_of
 from rk_optax.alias import AliasOptions
-from rk_optax.field import SmoothField, scalar_loss
+from rk_optax.field import SmoothField
+from rk_optax.objective import scalar_loss
 from rk_optax.solver import Solver, as_solver
 from rk_optax.solver.alternating import Alternating
 from rk_optax.step_size import LearningRate

@@ -14,8 +14,9 @@ from jax.typing import ArrayLike
 from rk_optax import _checks, _tree
 from rk_optax._flow import FlowResult, FlowState, Inputs, Setting, advance, start
 from rk_optax.control import error_control
-from rk_optax.field import Objective, VectorField
+from rk_optax.field import VectorField
 from rk_optax.micro_batches import MicroBatches
+from rk_optax.objective import Objective
 from rk_optax.parameter_view import Mask, ParameterView, check_like_params, check_stage_dtype, promote
 from rk_optax.solver import Cost, Solver, as_solver
 from rk_optax.step_size import LearningRate, StepSizeRule, as_rule

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rk_optax import _checks, _tree
-from rk_optax.field import Linear, Objective, VectorField
+from rk_optax.field import Linear, VectorField
+from rk_optax.objective import Objective
 from rk_optax.parameter_view import ParameterView
 
 PyTree = Any

@@ -116,7 +116,7 @@ class PathControl(StepSizeRule):
         self, state: PathControlState, field: VectorField, params: PyTree, k1: PyTree, h: Any, step: Step
     ) -> Choice:
         """The losses of the trial steps decide; see the class."""
-        del field, k1
+        del k1
         path: Path = step.quantities["path"]
         dtype = path.typical.dtype
         h = jnp.where(h > 0, h, path.typical).astype(dtype)
@@ -142,7 +142,7 @@ class PathControl(StepSizeRule):
         direction = jax.tree.map(lambda leaf: leaf[0], path.direction(h[None], coordinates[None]))
         state = state._replace(changing=changing, before=before, predicted=predicted.astype(before.dtype))
         trials = jnp.where(changing == 0, self.probes * (self._corrections(path) + 1), 0)
-        return Choice(h, step._replace(direction=direction), state, Cost(losses=trials + 1))
+        return Choice(h, step._replace(direction=direction), state, Cost(losses=trials + field.losses_at(params)))
 
     def _corrections(self, path: Path) -> int:
         return self.corrections if path.correctable else 0

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from rk_optax import _checks, _lanczos, _tree
-from rk_optax.field import Linear, Objective
+from rk_optax.field import Linear
 from rk_optax.micro_batches import MicroBatches, bind
+from rk_optax.objective import Objective
 from rk_optax.parameter_view import ParameterView, check_stage_dtype
 
 PyTree = Any

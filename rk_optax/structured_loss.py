@@ -261,7 +261,7 @@ class LeastSquares(ModelLoss):
 
     def _flat(self, tree: PyTree, term: DataFunction, data: Mapping[str, Any]) -> jax.Array:
         """One function's residuals in the order of its rows: over points first, then over those of a point."""
-        leaves = jax.tree.leaves(tree)
+        leaves = _tree.replicated(jax.tree.leaves(tree))  # leaves split in different ways cannot be put together
         if self._split(term, data)[0]:
             return jnp.concatenate(
                 [leaf.reshape(len(leaf), math.prod(leaf.shape[1:])) for leaf in leaves], axis=1

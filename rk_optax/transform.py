@@ -12,13 +12,56 @@ import optax
 
 from rk_optax import _checks
 from rk_optax._options import CheckedOptions, Options, with_options_of
-from rk_optax.field import Capability, Objective, check_capabilities
+from rk_optax.field import Capability, check_capabilities
+from rk_optax.objective import Objective
 from rk_optax.preconditioner import Preconditioner, no_preconditioner
 from rk_optax.solver import Solver, as_solver, name_of, needs_of
 from rk_optax.stage_batches import StageBatches
 from rk_optax.step_size import LearningRate, StepSizeRule, as_rule
 from rk_optax.tableau import ButcherTableau
-from rk_optax.update import Update
+from rk_optax.update import RungeKuttaState, Update
+
+
+class RungeKutta(optax.GradientTransformationExtraArgs):
+    """The Optax transformation that every factory of the package makes, and one call for loss and update together."""
+
+    _whole: Update
+
+    @classmethod
+    def of(cls, whole: Update) -> RungeKutta:
+        """The transformation with this update."""
+        made = cls(whole.init, whole.update)
+        made._whole = whole
+        return made
+
+    def value_and_update(self, state: Any, params: Any, **data: Any) -> tuple[jax.Array, Any, RungeKuttaState]:
+        """The loss at params and what `update` returns, without a gradient of yours.
+
+        Stage 1 and the loss are evaluated here in one pass, and a step-size rule that compares losses does not evaluate
+        the one at params again. `rk_optax.residual_euler` evaluates no gradient at all: both come from its rows. After
+        `optax.chain` or another wrapper there is `update` alone.
+
+        >>> import jax, jax.numpy as jnp, optax, rk_optax
+        >>> loss_fn = rk_optax.LeastSquares(lambda w, x: w - x)
+        >>> tx = rk_optax.residual_euler(loss_fn)
+        >>> w, x = jnp.array([1.0, 3.0]), jnp.zeros(2)
+        >>> loss, updates, state = jax.jit(tx.value_and_update)(tx.init(w), w, x=x)
+        >>> float(loss), bool(loss_fn(optax.apply_updates(w, updates), x) < loss), int(state.cost.gradients)
+        (5.0, True, 0)
+
+        Args:
+          state: what `init` or the last update returned.
+          params: θ.
+          **data: as for `update`. An aux of the loss (`has_aux`) is dropped.
+
+        Returns:
+          The loss at params, with the term of `l2`, evaluated in the stage dtype; the update; the new state.
+
+        Raises:
+          ValueError: there is no `loss_fn`.
+          TypeError, ValueError: as `update`.
+        """
+        return self._whole.value_and_update(state, params, **data)
 
 
 def _transformation(
@@ -28,7 +71,7 @@ def _transformation(
     after: optax.GradientTransformation | None,
     applies_step_size: bool,
     options: CheckedOptions,
-) -> optax.GradientTransformationExtraArgs:
+) -> RungeKutta:
     """Checks that the parts go together, and joins them."""
     method, rule = as_solver(solver), as_rule(learning_rate)
     rule.check(method, after is not None)
@@ -57,7 +100,7 @@ def _transformation(
         skip_nonfinite=options.skip_nonfinite,
         finite_derivatives=options.finite_derivatives,
     )
-    return optax.GradientTransformationExtraArgs(whole.init, whole.update)
+    return RungeKutta.of(whole)
 
 
 def _stage_batches(policy: Any, names: Sequence[str], method: Solver, rule: StepSizeRule) -> StageBatches:
@@ -84,7 +127,7 @@ def scale_by_rk(
     learning_rate: LearningRate,
     solver: str | ButcherTableau | Solver = "rk4",
     **options: Unpack[Options],
-) -> optax.GradientTransformationExtraArgs:
+) -> RungeKutta:
     """Replaces the gradient by a Runge–Kutta method's effective gradient g*, without applying the step size.
 
     Chain the step size, and whatever else, after it; the *same* rate on both sides makes the chain the method:
@@ -162,7 +205,7 @@ def runge_kutta(
     after: optax.GradientTransformation | None = None,
     weight_decay: float | jax.Array | None = None,
     **options: Unpack[Options],
-) -> optax.GradientTransformationExtraArgs:
+) -> RungeKutta:
     """A ready optimizer for any solver: θ ← θ − h·(after(g*(θ, h)) + weight_decay·θ).
 
     >>> import jax, jax.numpy as jnp, optax, rk_optax
@@ -253,7 +296,7 @@ def _turns_round(after: optax.GradientTransformation) -> bool:
 
 # Functions, and numbers that the program is compiled for; the others, such as rates, may be traced.
 _NOT_HYPERPARAMETERS = frozenset({"loss_fn", "grad_fn", "mask", "stage_dtype"}) | {
-    *("stages", "order", "damping", "max_stages", "max_iterations", "max_rows", "tolerance")
+    *("stages", "order", "damping", "max_stages", "max_iterations", "max_rows", "tolerance", "inertia")
 }
 
 

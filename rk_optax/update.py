@@ -11,7 +11,8 @@ import optax
 
 from rk_optax import _tree
 from rk_optax._explanations import causes_explained
-from rk_optax.field import Objective, VectorField
+from rk_optax.field import VectorField
+from rk_optax.objective import Objective
 from rk_optax.parameter_view import Mask, ParameterView, promote, refuse_masked_nodes
 from rk_optax.preconditioner import Preconditioner
 from rk_optax.solver import Cost, Solver, Step, saturating_sum
@@ -46,6 +47,7 @@ class _Prepared(NamedTuple):
     view: ParameterView
     field: VectorField  # preconditioned
     k1: PyTree  # it at view.theta
+    loss: jax.Array | None  # at view.theta, where stage 1 was evaluated with it
     preconditioner: PyTree  # its state, if the step is taken
     cost: Cost
 
@@ -106,6 +108,18 @@ class Update:
         self, updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, RungeKuttaState]:
         """The update to add to params, in their dtypes, and the new state."""
+        return self._updated(updates, state, params, extra_args)[1:]
+
+    def value_and_update(self, state: Any, params: PyTree, **data: Any) -> tuple[jax.Array, PyTree, RungeKuttaState]:
+        """See `rk_optax.RungeKutta.value_and_update`."""
+        loss, update, state = self._updated(None, state, params, data)
+        assert loss is not None  # for the type checker
+        return loss, update, state
+
+    def _updated(
+        self, updates: PyTree | None, state: Any, params: PyTree | None, extra_args: Any
+    ) -> tuple[jax.Array | None, PyTree, RungeKuttaState]:
+        """The loss where stage 1 was evaluated here, because `updates` is None; the update and the new state."""
         if params is None:
             raise ValueError(
                 "params is None: a Runge–Kutta step evaluates the loss around params, so pass them: "
@@ -117,14 +131,20 @@ class Update:
             attempted = self._attempt(prepared, state, extra_args)
             if self.finite_derivatives:
                 attempted = self._attempt_again(attempted, prepared, state, extra_args)
-        return self._commit(prepared, attempted, state)
+        return prepared.loss, *self._commit(prepared, attempted, state)
 
-    def _prepare(self, updates: PyTree, state: RungeKuttaState, view: ParameterView, extra_args: Any) -> _Prepared:
+    def _prepare(
+        self, updates: PyTree | None, state: RungeKuttaState, view: ParameterView, extra_args: Any
+    ) -> _Prepared:
         """Binds the field to this update's data, and freezes its preconditioner with what stage 1 shows."""
-        refuse_masked_nodes(updates)
-        incoming = view.taken_in(updates, "updates")
-        field = self.objective.bind(extra_args, view)
-        if self.reuse_updates:
+        field, loss = self.objective.bind(extra_args, view, with_loss=updates is None), None
+        if updates is not None:
+            refuse_masked_nodes(updates)
+            incoming = view.taken_in(updates, "updates")
+        if updates is None:
+            k1, field = self.solver.start(field, view.theta)
+            loss = field.loss(view.theta)
+        elif self.reuse_updates:
             k1 = field.with_l2(incoming, view.theta)
             field = dataclasses.replace(field, rounding=_tree.unit_roundoff(view.moving(updates)))
         else:
@@ -133,7 +153,7 @@ class Update:
         field = field.preconditioned(
             lambda gradient: self.preconditioner.apply(gradient, frozen), self.preconditioner.diagonal(frozen)
         )
-        return _Prepared(view, field, self.preconditioner.apply(k1, frozen), new, cost)
+        return _Prepared(view, field, self.preconditioner.apply(k1, frozen), loss, new, cost)
 
     def _attempt_again(
         self, first: _Attempted, prepared: _Prepared, state: RungeKuttaState, extra_args: Any

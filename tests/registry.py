@@ -22,5 +22,6 @@ RULES = {
     "error": lambda h: rk_optax.error_control(0.3, 1e-37, initial_step_size=h),
     "trust": rk_optax.trust_ratio_control,
     "path": rk_optax.path_control,
+    "search": rk_optax.line_search,
     "sgd_g2": rk_optax.sgd_g2,
 }

@@ -33,9 +33,7 @@ def load(path):
 
 
 def with_python(paths):
-    slow = {"recipes"}
-    marks = {name: [pytest.mark.slow] for name in slow}
-    return [pytest.param(p, id=p.stem, marks=marks.get(p.stem, [])) for p in paths if blocks(p, "python")]
+    return [pytest.param(p, id=p.stem) for p in paths if p.stem != "recipes" and blocks(p, "python")]  # test_recipes.py
 
 
 # --- Blocks ----------------------------------------------------------------------------------------------------------
@@ -123,6 +121,7 @@ RULES = {
     "`descent_control()`": rk_optax.descent_control(),
     "`trust_ratio_control()`": rk_optax.trust_ratio_control(),
     "`path_control()`": rk_optax.path_control(),
+    "`line_search()`": rk_optax.line_search(),
 }
 # What a cell means that says neither yes nor no: which of the solvers of its column take the rule.
 SOME = {

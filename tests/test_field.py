@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rk_optax.field import Objective, VectorField
+from rk_optax.field import VectorField
+from rk_optax.objective import Objective
 from rk_optax.parameter_view import ParameterView, check_like_params, promote
 
 PARAMS = {"w": np.array([1.0, -2.0], np.float32), "b": np.array([0.5], np.float32)}

@@ -62,6 +62,61 @@ def test_a_step_on_a_mesh_is_the_step_of_one_device(axes, split, name):
             assert update.sharding.is_equivalent_to(params[key].sharding, update.ndim)
 
 
+def at_point(params, x, y):
+    return {"value": model(params, x[None])[0] - y, "slope": jax.grad(lambda x: model(params, x[None])[0])(x)[:2]}
+
+
+def terms(weights, number):
+    """Residuals of two kinds of points and one of none: 8·3 + 8 + 8 = 40, or with fewer terms 24, beside 40 weights."""
+    functions = {
+        "equation": at_point,
+        "edge": lambda params, edge: model(params, edge[None])[0],
+        "anchor": lambda params: params["v"],
+    }
+    kept = {name: functions[name] for name in list(functions)[:number]}
+    given = {"equation": {"value": weights, "slope": 0.5}, "edge": 2.0, "anchor": 3.0}
+    pointwise = ["x", "y", "edge"][: number + 1]
+    return rk_optax.LeastSquares(kept, weights={k: given[k] for k in kept}, pointwise=pointwise, reduction="mean")
+
+
+RULES = {
+    "trust": rk_optax.trust_ratio_control(initial_step_size=30.0),
+    "path": rk_optax.path_control(probes=3, corrections=1),
+}
+POINTS = [
+    pytest.param(*case, marks=[] if case == ("explicit", 3, "trust") else pytest.mark.slow)
+    for case in ((a, n, r) for a in ("explicit", "auto") for n in (1, 3) for r in RULES)
+]
+
+
+@pytest.mark.parametrize(("axes", "number", "rule"), POINTS)
+def test_least_squares_with_points_on_eight_devices_is_that_of_one(axes, number, rule, x64):
+    """Fewer residuals (24) than weights (40) and as many; weights of points, an l2 term, two steps."""
+    params, data = jax.tree.map(jnp.float64, (PARAMS, DATA | {"edge": -DATA["x"]}))
+    weights = jnp.asarray(np.r_[0.0, np.linspace(0.5, 2, 7)])
+
+    def two(weights, params, data):
+        tx = rk_optax.residual_euler(terms(weights, number), RULES[rule], l2=0.1)
+        state = tx.init(params)
+        for _ in range(2):
+            value, updates, state = tx.value_and_update(state, params, **data)
+            params = jax.tree.map(jnp.add, params, updates)
+        return value, params, state
+
+    value, expected, state = jax.jit(two)(weights, params, data)
+    assert bool(state.accepted)
+    assert int(state.solver.form) == (0 if number == 1 else 1)
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit if axes == "explicit" else AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        along, whole = NamedSharding(mesh, PartitionSpec("d")), NamedSharding(mesh, PartitionSpec())
+        placed = jax.device_put(weights, along), jax.device_put(params, whole), jax.device_put(data, along)
+        split_value, found, split_state = jax.jit(two)(*placed)
+    assert float(split_value) == pytest.approx(float(value), rel=1e-9)
+    assert float(split_state.step_size) == pytest.approx(float(state.step_size), rel=1e-6)
+    for key, leaf in found.items():
+        np.testing.assert_allclose(leaf, expected[key], rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("kind", ["loss", "residuals"])
 def test_under_shard_map_the_mean_is_in_the_loss_or_in_the_size_of_the_residuals(kind):
     """With `check_vma=True` JAX adds up gradients and products of parameters that all devices share."""

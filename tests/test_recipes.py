@@ -1,7 +1,9 @@
-"""The recipes of the site for parameters that no framework class holds: Equinox modules and plain pytrees."""
+"""The recipes of the site, run as they stand; those for Equinox modules and plain pytrees with dropout besides."""
 
 import dataclasses
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import equinox as eqx
@@ -175,3 +177,73 @@ def test_any_pytree_with_a_dropout_key_steps_as_the_textbook_does(container, x64
         params, opt_state, _ = step(params, opt_state, data)
     assert_close(params, expected)
     assert len(traces) == 1
+
+
+# --- The page, and what its physics-informed networks have learnt ----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The names that the page leaves behind, all of its blocks run in order."""
+    text = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    names = {"__name__": "__main__"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("recipes"))
+        for block in re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL):
+            exec(compile(block, "recipes.md", "exec"), names)
+    return names
+
+
+def numpy_network(params, x):
+    *hidden, (w, b) = jax.tree.map(lambda leaf: np.asarray(leaf, float), params)
+    for v, c in hidden:
+        x = np.tanh(x @ v + c)
+    return x @ w + b
+
+
+@pytest.mark.slow
+def test_stopping_on_what_was_kept_back_finds_the_coefficient_that_the_noise_hides(page):
+    x = np.linspace(0, 1, 101)
+    errors = {}
+    for name in ("stopped", "params"):
+        curve = numpy_network(page[name]["network"], x[:, None])[:, 0]
+        errors[name] = np.sqrt(np.mean((curve - np.sin(np.pi * x)) ** 2)), abs(float(page["kappa"]) - 0.3)
+    errors["params"] = errors["params"][0], abs(float(page["without_stopping"]) - 0.3)
+    assert errors["stopped"][0] < 0.9 * errors["params"][0]
+    assert errors["stopped"][1] < 0.5 * errors["params"][1]
+    # The solution is one sine, (0.3/kappa) sin(pi x): what all forty values say about kappa, and how well.
+    sine, values = np.sin(np.pi * np.asarray(page["t"], float)), np.asarray(page["u"], float)
+    best, spread = 0.3 * (sine @ sine) / (sine @ values), 0.3 * 0.2 / np.sqrt(sine @ sine)
+    assert abs(float(page["kappa"]) - best) < 3 * spread
+
+
+@pytest.mark.slow
+def test_boundary_values_by_construction_are_exact_and_the_rest_is_the_solution(page):
+    grid = np.stack(np.meshgrid(*[np.linspace(0, 1, 21)] * 2), axis=-1).reshape(-1, 2)
+    x, y = grid.T
+    wave = np.exp(x) * np.sin(np.pi * y)
+    load = wave * ((1 - 2 * np.pi**2) * np.sin(np.pi * x) + 2 * np.pi * np.cos(np.pi * x))
+    points = jnp.asarray(grid, jnp.float32)
+    np.testing.assert_allclose(jax.vmap(page["load"])(points), load, atol=1e-3)
+    found = np.asarray(jax.vmap(page["height"], (None, 0))(page["membrane"], points))
+    edge = (x == 0) | (x == 1) | (y == 0) | (y == 1)
+    np.testing.assert_array_equal(found[edge], (points[:, 0] * points[:, 1])[edge])
+    expected = x * y + wave * np.sin(np.pi * x)
+    assert np.linalg.norm(found - expected) < 1e-3 * np.linalg.norm(expected)
+
+
+@pytest.mark.slow
+def test_a_network_with_three_outputs_flows_as_kovasznay_says(page):
+    x, y = np.meshgrid(np.linspace(-0.5, 1, 21), np.linspace(-0.5, 1.5, 21))
+    decay = 20 - np.sqrt(400 + 4 * np.pi**2)
+    wake, angle = np.exp(decay * x), 2 * np.pi * y
+    expected = 1 - wake * np.cos(angle), decay / (2 * np.pi) * wake * np.sin(angle), (1 - wake**2) / 2
+
+    def flow(x, y):
+        return np.moveaxis(numpy_network(page["stream"], np.stack([x, y], axis=-1)), -1, 0)
+
+    for field, exact in zip(flow(x, y), expected, strict=True):
+        assert np.linalg.norm(field - exact) < 1e-2 * np.linalg.norm(exact)
+    small = 1e-4
+    mass = (flow(x + small, y) - flow(x - small, y))[0] + (flow(x, y + small) - flow(x, y - small))[1]
+    assert np.sqrt(np.mean((mass / (2 * small)) ** 2)) < 1e-2

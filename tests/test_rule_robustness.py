@@ -346,6 +346,7 @@ TRACED = {
         rk_optax.trust_ratio_control,
         {"initial_step_size": 0.1, "growth": 2.0, "min_step_size": 1e-3, "max_step_size": 5.0},
     ),
+    "search": (rk_optax.residual_euler, rk_optax.line_search, {"step_size": 1e3}),
 }
 
 

@@ -95,6 +95,10 @@ class Solver(abc.ABC):
         del params
         return ()
 
+    def start(self, field: VectorField, params: PyTree) -> tuple[PyTree, VectorField]:
+        """Stage 1 and the loss at params together, where the caller brings neither; see `VectorField.started`."""
+        return field.started(params)
+
     @abc.abstractmethod
     def step(
         self,

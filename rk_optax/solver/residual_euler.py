@@ -24,7 +24,8 @@ class ResidualEulerState(NamedTuple):
 
     form: jax.Array  # shape=(), int32: 0 for the N×N matrix of the residuals, 1 for the P×P one, 2 for CG without any
     iterations: jax.Array  # shape=(), int32: of CG; 0 where an eigendecomposition served all step sizes
-    residual: jax.Array  # shape=(), float: relative residual of the linear system, by CG's recurrence; 0 likewise
+    residual: jax.Array  # shape=(), float: ‖(I + hPB) g* − P∇L‖/‖P∇L‖, of g* itself; 0 likewise
+    moved: PyTree = ()  # like params, with inertia: the latest step, 0 after a refused one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +36,17 @@ class ResidualEuler(Solver):
     (I + hPB) g* = P∇L. Where N < P that is done in the space of the residuals, with one N×N matrix: Q = P/(1 + hλP),
     g* = Q(Rᵀy + λθ) with (I + hRQRᵀ) y = r − hλRQθ; else with the P×P matrix B itself. `state.solver.form` says which.
     The same step as `RosenbrockEuler("gauss_newton")` with CG run to the end. Costs N Jacobian rows; the gradient that
-    comes in is used for the predicted fall alone.
+    comes in is used for the predicted fall alone, and `value_and_update` makes it of the rows.
 
     Under `rk_optax.path_control` the matrix is decomposed into eigenvectors, once for all h; in float32, where the
     matrix keeps too few digits for that, R itself into singular vectors. Under any other rule a Cholesky factor of the
     matrix preconditions the few iterations of CG that make good its rounding (`state.solver.iterations`; one while h is
     small).
+
+    `state.solver.residual` is evaluated from g* itself, which takes as long as one iteration; of CG alone it is the one
+    that CG carries along. It does not bound the error of g*: where rows or columns of R are linearly dependent, what
+    rounding adds to g* in the directions that R does not see is not damped by h, and for a long step it may exceed the
+    rest (in float32 and at h = 1e6, a residual of 1e-4 and an error as large as g*).
 
     Args:
       max_rows: the largest matrix that is formed, N×N or P×P; where both are larger the system is solved by CG alone,
@@ -48,18 +54,26 @@ class ResidualEuler(Solver):
       tolerance: relative error of g* at which CG stops, in (0, 1), for a Jacobian of full rank; for CG alone, relative
         residual.
       max_iterations: cap on either CG.
+      inertia: μ in [0, 1): the step d minimises the model, ½‖r + Rd‖² + (λ/2)‖θ + d‖², plus ‖d − μd₋₁‖²/(2h), the
+        square in the metric of P⁻¹, with d₋₁ the step before, which is made 0 where one is refused. At a constant h
+        that is SPRING with damping 1/h, whose learning rate then goes into `after=optax.scale(...)`. For random points:
+        it averages over them. There is no path then, nor CG alone, which raises at the first update.
 
     Raises:
       ValueError: an argument out of its range; at construction of the optimizer, a loss that is no
         `rk_optax.LeastSquares` or a preconditioner that is not diagonal.
+
+    Source: Goldshlager, Abrahamsen and Lin (2024), arXiv 2401.10190, for the inertia.
     """
 
     max_rows: int = 4096
     tolerance: float = 1e-4
     max_iterations: int = 100
+    inertia: float = dataclasses.field(default=0.0, kw_only=True)
 
     def __post_init__(self):
         _checks.count(self.max_rows, "max_rows")
+        _checks.number(self.inertia, "inertia", "decay")
         self._beyond  # noqa: B018 # checks the rest
 
     @property
@@ -69,13 +83,18 @@ class ResidualEuler(Solver):
 
     @property
     def offers(self) -> frozenset[Quantity]:
-        """The fall of the Gauss–Newton model, and the steps of all h."""
-        return frozenset({"predicted_fall", "path"})
+        """The fall of the Gauss–Newton model, and without inertia the steps of all h."""
+        return frozenset({"predicted_fall"} if self.inertia else {"predicted_fall", "path"})
 
     def init(self, params: PyTree) -> ResidualEulerState:
         """Nothing has been solved yet."""
-        del params
-        return _state(_ROWS, jnp.zeros([], jnp.int32), jnp.zeros([]))
+        state = _state(_ROWS, jnp.zeros([], jnp.int32), jnp.zeros([]))
+        return state._replace(moved=jax.tree.map(jnp.zeros_like, params)) if self.inertia else state
+
+    def start(self, field: VectorField, params: PyTree) -> tuple[PyTree, VectorField]:
+        """Stage 1 and the loss at params from the rows, which the step needs anyway."""
+        by_rows = min(field.count_rows(params), _real_size(params)) <= self.max_rows
+        return field.started(params, by_rows=by_rows)
 
     @property
     def _beyond(self) -> RosenbrockEuler:
@@ -95,6 +114,7 @@ class ResidualEuler(Solver):
         check_offers(self, wants, "This step")
         count = field.count_rows(params)
         size = _real_size(params)
+        cost = Cost(gradients=0 if field.knows_rows(params) else 1, rows=count)
         if "path" in wants:
             # With both, the N×N matrix would change with h.
             parameters = size <= count or (field.l2 is not None and field.scale is not None)
@@ -102,25 +122,44 @@ class ResidualEuler(Solver):
                 return self._by_products(self._beyond.step(field, params, k1, h, (), wants=wants))
             path = least_squares_path(field, params, parameters=parameters)
             new = _state(_PARAMETERS if parameters else _ROWS, jnp.zeros([], jnp.int32), jnp.zeros([]))
-            return Step(k1, Cost(gradients=1, rows=count), quantities={"path": path}, state=new, refused_state=new)
+            return Step(k1, cost, quantities={"path": path}, state=new, refused_state=new)
         if min(count, size) > self.max_rows:
+            if self.inertia:
+                raise ValueError(
+                    f"inertia needs the rows, and neither {count} residuals nor {size} parameters are within max_rows="
+                    f"{self.max_rows}: raise max_rows, take fewer points, or leave inertia out."
+                )
             return self._by_products(self._beyond.step(field, params, k1, h, (), wants=wants))
+        system = _System.at(field, params)
+        shifted, more, right = system, jnp.zeros([], system.rows.dtype), _tree.norm(k1)
+        if self.inertia:
+            shifted, more = system.shifted(jnp.asarray(self.inertia, more.dtype) * system.vectors.flatten(state.moved))
+            right = _tree.norm(shifted.scale * shifted.gradient(shifted.residual, shifted.theta))
         solve = _in_parameter_space if size <= count else _in_row_space
-        direction, left, form, iterations, relative, solved = solve(
-            field, params, h, tolerance=self.tolerance, max_iterations=self.max_iterations
-        )
-        new = _state(form, iterations, relative)
+        solution = solve(shifted, h, tolerance=self.tolerance, max_iterations=self.max_iterations)
+        direction = _tree_of(system, solution.direction)
+        fall = predicted_fall(field, k1, h, direction)
+        if self.inertia:
+            fall = shifted.fall(h, solution.direction)
+            inverse = _tree.ratio(jnp.ones_like(more), jnp.asarray(h, more.dtype))
+            direction = _tree_of(system, solution.direction - inverse * (shifted.theta - system.theta))
+        wrong = _tree.norm(shifted.residual_of(solution.direction, h))
+        new = _state(solution.form, solution.iterations, _tree.ratio(wrong, right))
+        refused = new
+        if self.inertia:
+            refused = new._replace(moved=jax.tree.map(jnp.zeros_like, direction))
+            new = new._replace(moved=_tree.scale(-h, direction))
         # An h so large that numbers of g* are below the smallest one would otherwise be a step without them, or of 0.
         before, after = _tree.norm(k1), _tree.norm(direction)
         least = float(jnp.finfo(after.dtype).tiny) * 1e4
         lost = (before > least) & (after < least)
         return Step(
             direction,
-            Cost(gradients=1, rows=count),
-            solved=solved & ~lost,
-            quantities={"predicted_fall": predicted_fall(field, k1, h, direction) + left},
+            cost,
+            solved=solution.solved & ~lost,
+            quantities={"predicted_fall": fall + solution.left + more},
             state=new,
-            refused_state=new,
+            refused_state=refused,
         )
 
     def _by_products(self, step: Step) -> Step:
@@ -136,47 +175,91 @@ def _real_size(params: PyTree) -> int:
     return sum(leaf.size * (2 if jnp.iscomplexobj(leaf) else 1) for leaf in jax.tree.leaves(params))
 
 
-def _rows(field: VectorField, params: PyTree) -> tuple[RealVectors, jax.Array, jax.Array, jax.Array]:
-    """Vectors in one dtype for the linear algebra, the residuals, their rows, and the preconditioner's diagonal."""
-    # Without the barrier XLA fuses the rows into their products, which then cost twice as much.
-    residual, rows = jax.lax.optimization_barrier(field.rows(params))
-    leaves = [residual, *jax.tree.leaves(params)]
-    real = _tree.common_dtype(*(jnp.finfo(leaf.dtype).dtype for leaf in leaves), jnp.float32)
-    vectors = RealVectors(params, real)
-    matrix = vectors.flatten(rows, lead=1) if jax.tree.leaves(rows) else jnp.zeros((len(residual), 0), real)
-    # Nor is it to put the rows together again for each of the products.
-    return vectors, residual.astype(real), jax.lax.optimization_barrier(matrix), vectors.diagonal(field.scale)
+class _System(NamedTuple):
+    """(I + hP(RᵀR + λI)) g* = P(Rᵀr + λθ), in vectors of one dtype."""
+
+    vectors: RealVectors
+    theta: jax.Array  # shape=(P,)
+    residual: jax.Array  # shape=(N,): r
+    rows: jax.Array  # shape=(N, P): R
+    scale: jax.Array  # shape=(P,): P
+    l2: jax.Array | None  # λ
+
+    @classmethod
+    def at(cls, field: VectorField, params: PyTree) -> _System:
+        """The system at `params`. Costs the rows."""
+        # Without the barrier XLA fuses the rows into their products, which then cost twice as much.
+        residual, rows = jax.lax.optimization_barrier(field.rows(params))
+        leaves = [residual, *jax.tree.leaves(params)]
+        real = _tree.common_dtype(*(jnp.finfo(leaf.dtype).dtype for leaf in leaves), jnp.float32)
+        vectors = RealVectors(params, real)
+        matrix = vectors.flatten(rows, lead=1) if jax.tree.leaves(rows) else jnp.zeros((len(residual), 0), real)
+        # Nor is it to put the rows together again for each of the products.
+        matrix = jax.lax.optimization_barrier(matrix)
+        l2 = None if field.l2 is None else jnp.asarray(field.l2, real)
+        scale = vectors.diagonal(field.scale)
+        return cls(vectors, vectors.flatten(params), residual.astype(real), matrix, scale, l2)
+
+    def gradient(self, residual: jax.Array, theta: jax.Array) -> jax.Array:
+        """Rᵀr + λθ."""
+        pulled = real_matmul(residual, self.rows)
+        return pulled if self.l2 is None else pulled + self.l2 * theta
+
+    def shifted(self, move: jax.Array) -> tuple[_System, jax.Array]:
+        """The same model from θ + move on, and by how much that move alone makes it fall."""
+        pushed = real_matmul(self.rows, move)
+        fall = -jnp.sum((self.residual + 0.5 * pushed) * pushed)
+        if self.l2 is not None:
+            fall = fall - self.l2 * jnp.sum((self.theta + 0.5 * move) * move)
+        return self._replace(residual=self.residual + pushed, theta=self.theta + move), fall
+
+    def fall(self, h: Any, direction: jax.Array) -> jax.Array:
+        """Of the model, by the solution of the system."""
+        gradient = self.gradient(self.residual, self.theta)
+        unscaled = _tree.ratio(direction, self.scale)
+        return 0.5 * jnp.sum((gradient + unscaled) * (jnp.asarray(h, direction.dtype) * direction))
+
+    def residual_of(self, direction: jax.Array, h: Any) -> jax.Array:
+        """(I + hPB) g* − P∇L, in which no product of R with itself is formed."""
+        step = jnp.asarray(h, direction.dtype) * direction
+        return direction - self.scale * self.gradient(self.residual - real_matmul(self.rows, step), self.theta - step)
 
 
-def _in_row_space(
-    field: VectorField, params: PyTree, h: Any, *, tolerance: float, max_iterations: int
-) -> tuple[PyTree, jax.Array, int, jax.Array, jax.Array, jax.Array]:
-    """G*, what the predicted fall lacks because CG was cut short, form, iterations, relative residual, and success."""
-    vectors, residual, matrix, scale = _rows(field, params)
-    h, theta = jnp.asarray(h, residual.dtype), vectors.flatten(params)
-    pull, wanted = jnp.zeros_like(theta), residual
-    if field.l2 is not None:
-        l2 = jnp.asarray(field.l2, residual.dtype)
+def _tree_of(system: _System, vector: jax.Array) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[0], system.vectors.unflatten(vector[None]))
+
+
+class _Solved(NamedTuple):
+    """What either solve found."""
+
+    direction: jax.Array  # shape=(P,): g*
+    left: jax.Array  # shape=(): what the predicted fall lacks because CG was cut short
+    form: int
+    iterations: jax.Array
+    solved: jax.Array  # shape=(), bool
+
+
+def _in_row_space(system: _System, h: Any, *, tolerance: float, max_iterations: int) -> _Solved:
+    """By the N×N matrix, see `ResidualEuler`."""
+    _, theta, residual, matrix, scale, l2 = system
+    h, pull, wanted = jnp.asarray(h, residual.dtype), jnp.zeros_like(theta), residual
+    if l2 is not None:
         scale, pull = scale / (1 + h * l2 * scale), l2 * theta
         wanted = residual - h * real_matmul(matrix, scale * pull)
     solution = solve_in_row_space(matrix, scale, h, wanted, tolerance=tolerance, max_iterations=max_iterations)
-    direction = jax.tree.map(lambda leaf: leaf[0], vectors.unflatten((scale * (solution.x + pull))[None]))
-    relative = _tree.ratio(_tree.norm(solution.left), _tree.norm(wanted))
     left = 0.5 * jnp.sum((residual - solution.left) * solution.left)
-    return direction, left, _ROWS, solution.iterations, relative, solution.error <= 1
+    return _Solved(scale * (solution.x + pull), left, _ROWS, solution.iterations, solution.error <= 1)
 
 
-def _in_parameter_space(
-    field: VectorField, params: PyTree, h: Any, *, tolerance: float, max_iterations: int
-) -> tuple[PyTree, jax.Array, int, jax.Array, jax.Array, jax.Array]:
-    """As `_in_row_space`, by the P×P matrix: (I + hA) z = P^½∇L with A = P^½BP^½ and g* = P^½z.
+def _in_parameter_space(system: _System, h: Any, *, tolerance: float, max_iterations: int) -> _Solved:
+    """By the P×P matrix: (I + hA) z = P^½∇L with A = P^½BP^½ and g* = P^½z.
 
-    As there, the factor is one of (1/h + δ)I + A, with δ the rounding of A, and CG makes good for δ.
+    As in the other, the factor is one of (1/h + δ)I + A, with δ the rounding of A, and CG makes good for δ.
     """
-    vectors, residual, matrix, scale = _rows(field, params)
+    _, theta, residual, matrix, scale, _ = system
     h, root = jnp.asarray(h, residual.dtype), jnp.sqrt(scale)
-    l2 = jnp.asarray(0.0 if field.l2 is None else field.l2, residual.dtype)
-    wanted = root * (real_matmul(residual, matrix) + l2 * vectors.flatten(params))
+    l2 = jnp.zeros([], residual.dtype) if system.l2 is None else system.l2
+    wanted = root * system.gradient(residual, theta)
     a = ParameterPath.matrix(matrix, scale, l2)
     # In units in which the largest numbers are about 1; powers of two, so nothing is rounded.
     of_a, of_b = (_tree.magnitude(x).astype(a.dtype) for x in (a, wanted))
@@ -213,7 +296,6 @@ def _in_parameter_space(
     # What is not finite ends the loop: with x = 0 it must not pass for a solution.
     x = jnp.where(jnp.isfinite(rz) & jnp.isfinite(trace), x, jnp.nan)
     per_h = jnp.minimum(inverse_h, 1 / h)
-    direction = jax.tree.map(lambda leaf: leaf[0], vectors.unflatten((root * (per_h * x) * of_b)[None]))
     left = (0.5 * of_b / of_a) * (h * per_h * jnp.sum(x * r) * of_b)
-    relative = _tree.ratio(_tree.norm(r), _tree.norm(wanted))
-    return direction, left, _PARAMETERS, iterations, relative, relative <= 1
+    direction = root * (per_h * x) * of_b
+    return _Solved(direction, left, _PARAMETERS, iterations, _tree.norm(r) <= _tree.norm(wanted))

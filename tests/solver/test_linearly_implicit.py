@@ -14,7 +14,7 @@ from training import FixedScale
 
 import rk_optax
 from rk_optax import LeastSquares, ModelLoss, Reason, ResidualEuler, Ros2, RosenbrockEuler, VectorField
-from rk_optax.field import Objective
+from rk_optax.objective import Objective
 from rk_optax.parameter_view import ParameterView
 from rk_optax.solver._linear import conjugate_gradients
 
@@ -162,6 +162,20 @@ def test_more_residuals_than_rows_allowed_are_solved_by_cg(x64):
     assert (int(state.cost.rows), int(state.solver.form)) == (0, 2)
     assert int(state.cost.products) == int(state.solver.iterations) > 0
     np.testing.assert_allclose(by_cg, direct, rtol=1e-9)
+
+
+@pytest.mark.parametrize("h", [1.0, 1e6])
+@pytest.mark.parametrize("shape", [(30, 50), (50, 30)], ids=["rows", "parameters"])
+def test_the_residual_in_the_state_is_that_of_the_step_also_where_the_rows_depend_on_each_other(shape, h):
+    """Of rank 10 in float32, where the one that CG carries along ends a thousand times below it."""
+    rng = np.random.default_rng(0)
+    rows = (rng.normal(size=(shape[0], 10)) @ rng.normal(size=(10, shape[1]))).astype(np.float32)
+    values = rng.normal(size=shape[0]).astype(np.float32)
+    loss = LeastSquares(lambda params: rows @ params["w"] + values)
+    found, state = effective_gradient(loss, h, ResidualEuler(), {"w": np.zeros(shape[1], np.float32)})
+    matrix, right = rows.astype(float), rows.T.astype(float) @ values
+    wrong = np.linalg.norm(found + h * matrix.T @ (matrix @ found.astype(float)) - right) / np.linalg.norm(right)
+    assert 0.5 * wrong < float(state.solver.residual) < 2 * wrong + 1e-6
 
 
 @pytest.mark.covering(most=1)

@@ -8,7 +8,8 @@ import scipy.optimize
 from jax.flatten_util import ravel_pytree
 
 from rk_optax import LeastSquares, ResidualEuler, RosenbrockEuler
-from rk_optax.field import Objective, ParameterView
+from rk_optax.objective import Objective
+from rk_optax.parameter_view import ParameterView
 
 X = np.linspace(-1, 1, 7)
 THETA = {"a": np.array([0.7, -0.4]), "b": np.array([[0.3], [0.9]])}

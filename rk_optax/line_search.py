@@ -1,0 +1,130 @@
+"""The step-size rule that shortens the direction of a very long step, for data that change from step to step."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rk_optax import _checks, _tree
+from rk_optax.field import Capability, VectorField
+from rk_optax.solver import Cost, Solver, Step, name_of
+from rk_optax.step_size import Attempt, Choice, Proposal, Reason, StepSizeRule, Verdict
+
+PyTree = Any
+Number = float | jax.Array
+
+
+class LineSearchState(NamedTuple):
+    """State of `LineSearch`."""
+
+    next_step_size: jax.Array  # shape=(), float: of the next step before it is shortened
+    part: jax.Array  # shape=(), float: of the latest step that was taken, a power of 1/2; 0 before the first
+    least: jax.Array  # shape=(), float: the least loss of the latest trials
+    fall: jax.Array  # shape=(), float: of the loss, by the latest step; negative where every part of it would rise
+
+
+@dataclasses.dataclass(frozen=True)
+class LineSearch(StepSizeRule):
+    """Makes a very long linearly implicit step, and takes of 1, 1/2, 1/4 ... of it the part with the least loss.
+
+    At h = 1e8 the direction is all but Gauss–Newton's: with `rk_optax.residual_euler` this is the natural-gradient
+    method ENGD-W with damping 1/h and its line search. Use it where the data are new in every step: there the other
+    rules, which learn h from step to step, are slow at the start, where short steps are needed, and go too far later,
+    where every batch by itself is fitted easily. On a Poisson problem in five dimensions (2,665 weights, 650 new points
+    a step, float64, one seed) the relative error after 4, 8 and 16 processor seconds was 1.0e-2, 1.0e-3 and 5.1e-4, and
+    under `rk_optax.trust_ratio_control` 2.4, 1.3 and 5.3e-3. On data that stay `rk_optax.path_control` ends lower.
+
+    The loss is that of the step's batch. Where no part lowers it, nothing moves and the next step is 16 times shorter;
+    each step that is taken lengthens the next fourfold, up to `step_size`.
+
+    >>> import jax, jax.numpy as jnp, rk_optax
+    >>> loss_fn = rk_optax.LeastSquares(lambda w: jnp.array([w[0] - 1, 10 * (w[1] - w[0] ** 2)]))
+    >>> tx = rk_optax.residual_euler(loss_fn, rk_optax.line_search())
+    >>> w = jnp.array([-1.0, 1.0])
+    >>> _, state = jax.jit(tx.update)(jax.grad(loss_fn)(w), tx.init(w), w)
+    >>> float(state.rule.part), bool(state.rule.fall > 0)
+    (0.25, True)
+
+    Args:
+      step_size: h > 0 of the whole step, in the units of θ²/L.
+      parts: how many parts are tried, static.
+
+    Raises:
+      ValueError: an argument out of its range; at construction of the optimizer, a solver for which a very long step
+        has no meaning, or momentum, after or weight_decay.
+
+    Cost: parts + 1 losses a step, one after the other. Source: Müller and Zeinhofer (2023), "Achieving high accuracy
+    with PINNs via energy natural gradients", arXiv 2302.13163; in residual space Guzmán-Cordero et al. (2025).
+    """
+
+    step_size: Number = 1e8
+    _: dataclasses.KW_ONLY
+    parts: int = 12
+    needs: ClassVar[frozenset[Capability]] = frozenset({"loss", "deterministic"})
+
+    def __post_init__(self):
+        _checks.numbers(self, step_size="positive")
+        _checks.count(self.parts, "parts")
+
+    def check(self, solver: Solver, has_after: bool = False) -> None:
+        """Refuses solvers whose direction at a very long step is none, and updates that were not tried."""
+        super().check(solver, has_after)
+        if "predicted_fall" not in solver.offers:
+            raise ValueError(
+                f"line_search needs a solver for very long steps, which {name_of(solver)} is not. Use it with "
+                "residual_euler or rosenbrock_euler, or descent_control() with this solver."
+            )
+        if has_after:
+            raise ValueError(
+                "line_search tries parts of the solver's own step, not of one changed by momentum, after or "
+                "weight_decay. Leave those out (l2= is in the loss), or use descent_control()."
+            )
+
+    def init(self, params: PyTree) -> LineSearchState:
+        """Nothing has been tried."""
+        del params
+        part, least, fall = (jnp.zeros([], _tree.default_float()) for _ in range(3))
+        return LineSearchState(jnp.full([], self.step_size, part.dtype), part, least, fall)
+
+    def propose(
+        self, count: jax.Array, state: LineSearchState, field: VectorField, params: PyTree, k1: PyTree
+    ) -> Proposal:
+        """The step size of the whole step."""
+        del count, field, params, k1
+        return Proposal(state.next_step_size, state)
+
+    def choose(
+        self, state: LineSearchState, field: VectorField, params: PyTree, k1: PyTree, h: Any, step: Step
+    ) -> Choice:
+        """The part of least loss."""
+        del k1
+        whole = _tree.scale(h, step.direction)
+        parts = 0.5 ** jnp.arange(self.parts, dtype=state.part.dtype)
+
+        def trial(part: jax.Array) -> jax.Array:
+            return field.loss(_tree.add_scaled(params, -part, whole))
+
+        losses = jax.lax.map(trial, parts).astype(state.least.dtype)
+        losses = jnp.where(jnp.isfinite(losses), losses, jnp.inf)
+        best = jnp.argmin(losses)
+        part = jnp.where(jnp.isfinite(losses[best]), parts[best], 0)
+        return Choice(h * part, step, state._replace(part=part, least=losses[best]), Cost(losses=self.parts))
+
+    def judge(self, state: LineSearchState, attempt: Attempt) -> Verdict:
+        """Accepts where the least loss is below that before the step. Costs a loss, or none where it is known."""
+        before = attempt.field.loss(attempt.params).astype(state.least.dtype)
+        fall = before - state.least
+        accepted = attempt.usable & (fall >= 0)
+        first = jnp.asarray(self.step_size, state.next_step_size.dtype)
+        info = jnp.finfo(first.dtype)
+        h = state.next_step_size * jnp.where(accepted, 4, 1 / 16)
+        h = jnp.clip(h, jnp.minimum(first, float(info.tiny) / float(info.eps)), first)
+        new = state._replace(next_step_size=h, fall=jnp.where(jnp.isfinite(fall), fall, -jnp.inf))
+        reason = jnp.where(accepted, Reason.ACCEPTED, Reason.LOSS_ROSE)
+        return Verdict(accepted, reason, new, Cost(losses=attempt.field.losses_at(attempt.params)))
+
+
+line_search = LineSearch
