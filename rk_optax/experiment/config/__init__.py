@@ -352,7 +352,7 @@ class RaceConfig(_Checked):
     seeds: Seeds = (0, 1, 2, 3, 4)
     """Seeds of the problem: data and initial parameters."""
     tuning_seed: Seed = 100
-    """The seed on which the tuned argument is chosen: by the targets reached, then by the seconds to the last of them."""
+    """The seed on which the tuned argument is chosen: by targets reached, then by seconds to the last of them."""
     tuning_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Fraction of a run's seconds that a tuning run gets."""
     x64: bool = False
