@@ -264,6 +264,45 @@ def _symmetric_form(b: PyTree, scale: PyTree | None) -> tuple[Linear, PyTree, ja
     return functools.partial(jax.tree.map, jnp.multiply, root), *_tree.unit(jax.tree.map(jnp.divide, b, root))
 
 
+def preconditioned_gradients(
+    operate: Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]],
+    precondition: Callable[[jax.Array], jax.Array],
+    b: jax.Array,
+    zero: jax.Array,
+    unsolved: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Conjugate gradients for A y = b in one real vector, y = Σ αp, with M ≈ A for a preconditioner.
+
+    Args:
+      operate: p ↦ (Ap, p·Ap, what is summed up in place of p: p itself, or a linear function of it).
+      precondition: r ↦ M⁻¹r.
+      b: the right-hand side.
+      zero: the empty sum.
+      unsolved: whether to go on, of (the sum, r·M⁻¹r, the iterations so far).
+
+    Returns:
+      The sum, the residual r = b − Ay, r·M⁻¹r, and the iterations.
+    """
+
+    def iterate(carry: Any) -> Any:
+        x, r, p, rz, i = carry
+        moved, energy, part = operate(p)
+        step = _tree.ratio(rz, energy)
+        r = r - step * moved
+        z = precondition(r)
+        new = jnp.sum(r * z)
+        return x + step * part, r, z + _tree.ratio(new, rz) * p, new, i + 1
+
+    def go_on(carry: Any) -> jax.Array:
+        x, _, _, rz, i = carry
+        return unsolved(x, rz, i)
+
+    z = precondition(b)
+    start = zero, b, z, jnp.sum(b * z), jnp.zeros([], jnp.int32)
+    x, r, _, rz, iterations = jax.lax.while_loop(go_on, iterate, start)
+    return x, r, rz, iterations
+
+
 class RowSolution(NamedTuple):
     """What `solve_in_row_space` found."""
 
@@ -301,29 +340,22 @@ def solve_in_row_space(
     def size(pulled: jax.Array) -> jax.Array:  # squared, in the metric of Q
         return jnp.sum(scale * jnp.real(pulled * jnp.conj(pulled)))
 
-    def iterate(carry: Any) -> Any:
-        x, r, p, rz, i = carry
+    def operate(p: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         pulled = jnp.matmul(p.astype(rows.dtype), rows, precision="highest") / of_rows
-        step = _tree.ratio(rz, a * jnp.sum(p * p) + size(pulled))
-        r = r - step * (a * p + real_matmul(rows, scale * pulled) / of_rows)
-        z = precondition(r)
-        new = jnp.sum(r * z)
-        return x + step * pulled, r, z + _tree.ratio(new, rz) * p, new, i + 1
+        return a * p + real_matmul(rows, scale * pulled) / of_rows, a * jnp.sum(p * p) + size(pulled), pulled
 
-    def wrong(x: jax.Array, rz: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def bounds(x: jax.Array, rz: jax.Array) -> tuple[jax.Array, jax.Array]:
         # ‖error of x‖² is at most that of y in the energy norm, r·A⁻¹r ≤ (shift/a) r·M⁻¹r: no pass over the rows.
         return rz * (shift / a), size(x)
 
-    def go_on(carry: Any) -> jax.Array:
-        x, *_, rz, i = carry
-        error, whole = wrong(x, rz)
+    def unsolved(x: jax.Array, rz: jax.Array, i: jax.Array) -> jax.Array:
+        error, whole = bounds(x, rz)
         # c may be orthogonal to all that R reaches: then x stays 0, and no error is small beside it.
         return (error > tolerance**2 * whole) & ((whole > 0) | (i == 0)) & (i < max_iterations)
 
-    z = precondition(c)
-    start = jnp.zeros(rows.shape[1:], rows.dtype), c, z, jnp.sum(c * z), jnp.zeros([], jnp.int32)
-    x, r, _, rz, iterations = jax.lax.while_loop(go_on, iterate, start)
-    error = jnp.sqrt(_tree.ratio(*wrong(x, rz)))
+    zero = jnp.zeros(rows.shape[1:], rows.dtype)
+    x, r, rz, iterations = preconditioned_gradients(operate, precondition, c, zero, unsolved)
+    error = jnp.sqrt(_tree.ratio(*bounds(x, rz)))
     # What is not finite ends the loop: with x = 0 it must not pass for a solution.
     x = jnp.where(jnp.isfinite(rz) & jnp.isfinite(trace), a * x, jnp.nan)
     return RowSolution(x * of_c * of_rows, r * of_c, iterations, error)
