@@ -1,7 +1,9 @@
 """The loop of `gradient_flow`: attempts, dense output, events and stop conditions, compiled.
 
 One attempt is the loop's body, and a call runs as many as it is told to: a flow that is stepped from Python, one that
-is interrupted and resumed and one that runs through are the same program.
+is interrupted and resumed and one that runs through are the same program. What is judged here is θ − h·g* itself, for
+an h that is cut where the last time is; an update of an optimizer judges what it emits, momentum, rounding and all. So
+the two have the solver, the rule and the verdict (`step_size.judged`) in common, and each its own attempt.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from rk_optax.micro_batches import MicroBatches, bind
 from rk_optax.objective import Objective
 from rk_optax.parameter_view import ParameterView
 from rk_optax.solver import Cost, Solver
-from rk_optax.step_size import Attempt, Reason, StepSizeRule
+from rk_optax.step_size import Attempt, Reason, StepSizeRule, judged
 
 PyTree = Any
 
@@ -186,12 +188,10 @@ class _Flow:
         candidate = _tree.add_scaled(params, -h, step.direction)
         finite = step.finite & _tree.all_finite(candidate)
         usable = finite & step.solved
-        verdict = rule.judge(rule_state, Attempt(setting.solver, self.field, params, k1, candidate, h, step, usable))
-        accepted = usable & verdict.accepted
-        why = jnp.where(finite, jnp.where(step.solved, verdict.reason, Reason.NOT_SOLVED), Reason.NOT_FINITE)
+        attempt = Attempt(setting.solver, self.field, params, k1, candidate, h, step, usable)
+        verdict, accepted, reason = judged(rule, rule_state, attempt, finite)
         # k1 was evaluated by whoever came here; of a refused step it serves the next one too.
-        new_gradients = step.cost.gradients - 1
-        cost = cost.plus(step.cost._replace(gradients=new_gradients)).plus(choice_cost).plus(verdict.cost)
+        cost = cost.plus(step.cost.beyond_k1()).plus(choice_cost).plus(verdict.cost)
 
         if "last_stage" in self.wants:
             end = step.quantities["last_stage"]
@@ -208,14 +208,12 @@ class _Flow:
             return _tree.add_scaled(params, -h, displacement(sigma))
 
         moved = state._replace(
-            solver=_tree.select(
-                accepted, step.state, state.solver if step.refused_state is None else step.refused_state
-            ),
+            solver=_tree.select(accepted, step.state, step.state_if_refused(state.solver)),
             rule=verdict.state,
             attempts=state.attempts + 1,
             refused=state.refused + ~accepted,
             cost=state.cost.plus(cost),
-            reason=why.astype(jnp.int32),
+            reason=reason,
         )
         new = moved._replace(params=candidate, k1=end)
         last &= h == remaining  # a rule may have chosen another

@@ -156,6 +156,19 @@ class StepSizeRule(abc.ABC):
         return Verdict(True, Reason.ACCEPTED, state)
 
 
+def judged(
+    rule: StepSizeRule, state: PyTree, attempt: Attempt, finite: jax.Array
+) -> tuple[Verdict, jax.Array, jax.Array]:
+    """The rule's verdict on an attempt, whether the step is to be taken, and why not.
+
+    A step that is not `finite`, or whose solver did not converge, is refused whatever the rule says.
+    """
+    verdict = rule.judge(state, attempt)
+    solved = attempt.step.solved
+    reason = jnp.where(finite, jnp.where(solved, verdict.reason, Reason.NOT_SOLVED), Reason.NOT_FINITE)
+    return verdict, attempt.usable & verdict.accepted, reason.astype(jnp.int32)
+
+
 @dataclasses.dataclass(frozen=True)
 class Scheduled(StepSizeRule):
     """h as a function of the count of updates so far; a constant is such a function too.

@@ -233,14 +233,14 @@ def runge_kutta(
       ValueError: momentum outside [0, 1), both momentum and after, nesterov without momentum.
       TypeError, ValueError: as for `scale_by_rk`.
     """
-    between = _between(momentum, nesterov, after)
+    between = _after_solver(momentum, nesterov, after)
     if weight_decay is not None:
         decay = optax.add_decayed_weights(_checks.number(weight_decay, "weight_decay", "not negative"))
         between = decay if between is None else optax.chain(between, decay)
     return _transformation(loss_fn, learning_rate, solver, between, True, CheckedOptions(**options))
 
 
-def _between(
+def _after_solver(
     momentum: Any, nesterov: bool, after: optax.GradientTransformation | None
 ) -> optax.GradientTransformation | None:
     """The transformation between solver and step size."""

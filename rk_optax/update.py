@@ -16,7 +16,7 @@ from rk_optax.objective import Objective
 from rk_optax.parameter_view import Mask, ParameterView, promote, refuse_masked_nodes
 from rk_optax.preconditioner import Preconditioner
 from rk_optax.solver import Cost, Solver, Step, saturating_sum
-from rk_optax.step_size import Attempt, Reason, StepSizeRule
+from rk_optax.step_size import Attempt, Reason, StepSizeRule, judged
 
 PyTree = Any
 
@@ -163,8 +163,7 @@ class Update:
         No derivative passes through the first, of which only a boolean is used. Its stages would have 0·NaN for theirs.
         """
         again = self._attempt(prepared, state, extra_args, finite=first.reason != Reason.NOT_FINITE)
-        of_step = first.step.cost._replace(gradients=first.step.cost.gradients - 1)  # stage 1 is there
-        return again._replace(cost=again.cost.plus(of_step).plus(first.cost))
+        return again._replace(cost=again.cost.plus(first.step.cost.beyond_k1()).plus(first.cost))
 
     def _attempt(
         self, prepared: _Prepared, state: RungeKuttaState, extra_args: Any, finite: jax.Array | None = None
@@ -192,8 +191,7 @@ class Update:
             finite = finite & step.finite & _tree.all_finite(shown)
         usable = finite & step.solved
         attempt = Attempt(self.solver, field, theta, k1, view.after(emitted), jnp.asarray(h), step, usable)
-        verdict = self.rule.judge(rule_state, attempt)
-        reason = jnp.where(finite, jnp.where(step.solved, verdict.reason, Reason.NOT_SOLVED), Reason.NOT_FINITE)
+        verdict, accepted, reason = judged(self.rule, rule_state, attempt, finite)
         return _Attempted(
             jnp.asarray(jnp.where(sensible, h, proposed), state.step_size.dtype),
             step,
@@ -201,7 +199,7 @@ class Update:
             after,
             # A stage 1 that is not finite says nothing about h; a later one does.
             _tree.select(_tree.all_finite(k1), verdict.state, state.rule),
-            sensible & usable & verdict.accepted,
+            sensible & accepted,
             jnp.where(sensible, reason, Reason.BAD_STEP_SIZE).astype(jnp.int32),
             propose_cost.plus(choose_cost).plus(verdict.cost),
         )
@@ -228,13 +226,18 @@ class Update:
         """Takes the step, or leaves all but the rule as it was."""
         step, accepted = attempted.step, attempted.accepted
         time, time_rounding = _tree.sum_with_rounding(state.time, state.time_rounding, attempted.step_size)
-        kept_of_refused = state.solver if step.refused_state is None else step.refused_state
         emitted, solver, after, preconditioner, time, time_rounding = _tree.select(
             accepted,
             (attempted.emitted, step.state, attempted.after, prepared.preconditioner, time, time_rounding),
             (
                 jax.tree.map(jnp.zeros_like, attempted.emitted),
-                *(kept_of_refused, state.after, state.preconditioner, state.time, state.time_rounding),
+                *(
+                    step.state_if_refused(state.solver),
+                    state.after,
+                    state.preconditioner,
+                    state.time,
+                    state.time_rounding,
+                ),
             ),
         )
         return prepared.view.update(emitted), RungeKuttaState(

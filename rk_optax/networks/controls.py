@@ -147,7 +147,7 @@ class Controls:
         xp = jnp if isinstance(t, jax.Array) else np
         nodes = xp.asarray(self.nodes, t.dtype)
         w = xp.clip((t - nodes[i]) / (nodes[i + 1] - nodes[i]), 0, 1)
-        return jax.tree.map(lambda x: _between(x[i], x[i + 1], w), self._knots)
+        return jax.tree.map(lambda x: _interpolated(x[i], x[i + 1], w), self._knots)
 
     def along(self, grid: Any) -> tuple[PyTree, OnStep]:
         """θ step by step: pieces with a leading axis, one for each step of `grid`, and how to read one.
@@ -366,7 +366,7 @@ def _interval(inner: Sequence[float], t: Any) -> Any:
     return (t[..., None] >= np.asarray(inner)).sum(-1)
 
 
-def _between(left: jax.Array, right: jax.Array, w: Any) -> jax.Array:
+def _interpolated(left: jax.Array, right: jax.Array, w: Any) -> jax.Array:
     """(1 − w) left + w right, w of the leading axes: exact at both ends."""
     w = jnp.asarray(w, jnp.finfo(left.dtype).dtype)
     w = w.reshape(w.shape + (1,) * (left.ndim - w.ndim))
@@ -375,7 +375,7 @@ def _between(left: jax.Array, right: jax.Array, w: Any) -> jax.Array:
 
 @jax.custom_jvp
 def _of_step(left: jax.Array, right: jax.Array, w: jax.Array) -> jax.Array:
-    """`_between` for a scalar w, without arithmetic at both ends.
+    """`_interpolated` for a scalar w, without arithmetic at both ends.
 
     Where steps are compiled side by side, w is a constant there and XLA drops the choice; so neighbouring steps share
     the node between them, as hand-written code does.
@@ -391,7 +391,7 @@ def _of_step_jvp(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
 
 
 def _chosen(left: jax.Array, right: jax.Array, w: jax.Array) -> jax.Array:
-    return jnp.where(w == 0, left, jnp.where(w == 1, right, _between(left, right, w)))
+    return jnp.where(w == 0, left, jnp.where(w == 1, right, _interpolated(left, right, w)))
 
 
 def _rows(weights: np.ndarray, x: jax.Array) -> jax.Array:

@@ -43,6 +43,10 @@ class Cost(NamedTuple):
         """The sum, field by field, in int32; one that would not fit stays at the largest int32."""
         return Cost(*(saturating_sum(x, y) for x, y in zip(self, other, strict=True)))
 
+    def beyond_k1(self) -> Cost:
+        """The cost of a step where k1 has been counted."""
+        return self._replace(gradients=self.gradients - 1)
+
 
 def saturating_sum(x: Any, y: Any) -> jax.Array:
     """X + y of counts, in int32, or the largest int32 where that is less."""
@@ -63,6 +67,10 @@ class Step(NamedTuple):
     largest_step: jax.Array | None = None  # the largest h that the solver could have taken here, where it knows one
     state: PyTree = ()
     refused_state: PyTree | None = None  # what to keep of a refused step (diagnostics, estimates at θ); None: nothing
+
+    def state_if_refused(self, before: PyTree) -> PyTree:
+        """The solver's state where the step is refused, which began with the state `before`."""
+        return before if self.refused_state is None else self.refused_state
 
 
 class Solver(abc.ABC):

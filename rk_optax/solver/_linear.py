@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,20 +18,24 @@ import numpy as np
 from rk_optax import _tree
 from rk_optax.field import Linear
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Inexact, Int
+
 PyTree = Any
+Scalar = float | jax.Array  # a number or a real scalar array
 
 
 class Solution(NamedTuple):
     """What the iteration found."""
 
     x: PyTree  # of `conjugate_gradients`; of `shifted_lanczos` the pair of its real and imaginary parts
-    iterations: jax.Array  # shape=(), int32: products with B
-    residual: jax.Array  # shape=(), relative to the right-hand side, 2-norm in the metric of P
-    converged: jax.Array  # shape=(), bool: residual within the tolerance
-    usable: jax.Array  # shape=(), bool: a step, if short of converged; of CG where finite and ⟨b, x⟩ > 0 unless b = 0
-    negative: jax.Array  # shape=(), bool: stopped at a direction of negative curvature of I + c·PB (CG)
-    size: jax.Array  # shape=(): ‖b‖ in that metric
-    overlap: jax.Array  # shape=(): ⟨x, b − (I + c·PB) x⟩/‖b‖² in that metric: 0 for an iterate of CG
+    iterations: Int[Array, ""]  # products with B
+    residual: Float[Array, ""]  # relative to the right-hand side, 2-norm in the metric of P
+    converged: Bool[Array, ""]  # residual within the tolerance
+    usable: Bool[Array, ""]  # a step, if short of converged; of CG where finite and ⟨b, x⟩ > 0 unless b = 0
+    negative: Bool[Array, ""]  # stopped at a direction of negative curvature of I + c·PB (CG)
+    size: Float[Array, ""]  # ‖b‖ in that metric
+    overlap: Float[Array, ""]  # ⟨x, b − (I + c·PB) x⟩/‖b‖² in that metric: 0 for an iterate of CG
 
 
 def combined(row: Any, stacked: PyTree) -> PyTree:
@@ -46,7 +50,7 @@ def mixed(matrix: np.ndarray, stacked: PyTree) -> PyTree:
 
 
 def conjugate_gradients(
-    product: Linear, c: Any, b: PyTree, scale: PyTree | None, *, tolerance: float, max_iterations: int
+    product: Linear, c: Scalar, b: PyTree, scale: PyTree | None, *, tolerance: float, max_iterations: int
 ) -> Solution:
     """Solves (I + c·PB) x = b for symmetric B and diagonal P > 0 (`scale`; None for I), from x = 0.
 
@@ -264,19 +268,64 @@ def _symmetric_form(b: PyTree, scale: PyTree | None) -> tuple[Linear, PyTree, ja
     return functools.partial(jax.tree.map, jnp.multiply, root), *_tree.unit(jax.tree.map(jnp.divide, b, root))
 
 
+def preconditioned_gradients(
+    operate: Callable[[Float[Array, " n"]], tuple[Float[Array, " n"], Float[Array, ""], Inexact[Array, " m"]]],
+    precondition: Callable[[Float[Array, " n"]], Float[Array, " n"]],
+    b: Float[Array, " n"],
+    zero: Inexact[Array, " m"],
+    unsolved: Callable[[Inexact[Array, " m"], Float[Array, ""], Int[Array, ""]], Bool[Array, ""]],
+) -> tuple[Inexact[Array, " m"], Float[Array, " n"], Float[Array, ""], Int[Array, ""]]:
+    """Conjugate gradients for A y = b in one real vector, y = Σ αp, with M ≈ A for a preconditioner.
+
+    Args:
+      operate: p ↦ (Ap, p·Ap, what is summed up in place of p: p itself, or a linear function of it).
+      precondition: r ↦ M⁻¹r.
+      b: the right-hand side.
+      zero: the empty sum.
+      unsolved: whether to go on, of (the sum, r·M⁻¹r, the iterations so far).
+
+    Returns:
+      The sum, the residual r = b − Ay, r·M⁻¹r, and the iterations.
+    """
+
+    def iterate(carry: Any) -> Any:
+        x, r, p, rz, i = carry
+        moved, energy, part = operate(p)
+        step = _tree.ratio(rz, energy)
+        r = r - step * moved
+        z = precondition(r)
+        new = jnp.sum(r * z)
+        return x + step * part, r, z + _tree.ratio(new, rz) * p, new, i + 1
+
+    def go_on(carry: Any) -> jax.Array:
+        x, _, _, rz, i = carry
+        return unsolved(x, rz, i)
+
+    z = precondition(b)
+    start = zero, b, z, jnp.sum(b * z), jnp.zeros([], jnp.int32)
+    x, r, _, rz, iterations = jax.lax.while_loop(go_on, iterate, start)
+    return x, r, rz, iterations
+
+
 class RowSolution(NamedTuple):
     """What `solve_in_row_space` found."""
 
-    x: jax.Array  # shape=(P,): Rᵀy
-    left: jax.Array  # shape=(N,): c − (I + hRQRᵀ) y
-    iterations: jax.Array  # shape=(), int32
-    error: jax.Array  # shape=(): a bound on the relative error of x, in the metric of Q
+    x: Inexact[Array, " p"]  # Rᵀy
+    left: Float[Array, " n"]  # c − (I + hRQRᵀ) y
+    iterations: Int[Array, ""]
+    error: Float[Array, ""]  # a bound on the relative error of x, in the metric of Q
 
 
 def solve_in_row_space(
-    rows: jax.Array, scale: jax.Array, h: jax.Array, c: jax.Array, *, tolerance: float, max_iterations: int
+    rows: Inexact[Array, "n p"],
+    scale: Float[Array, " p"],
+    h: Float[Array, ""],
+    c: Float[Array, " n"],
+    *,
+    tolerance: float,
+    max_iterations: int,
 ) -> RowSolution:
-    """Rᵀy for (I + hRQRᵀ) y = c, of R with N `rows`, shape (N, P), diagonal Q ≥ 0 (`scale`, shape (P,)) and h ≥ 0.
+    """Rᵀy for (I + hRQRᵀ) y = c, of R with N `rows`, diagonal Q ≥ 0 (`scale`) and h ≥ 0.
 
     The rounding of K = RQRᵀ, of the size δ = ε·trace, swallows the identity where hδ > 1: in float32 a plain
     factorisation then fails, or its y lacks what makes large steps worth taking. So the factor is one of
@@ -301,35 +350,28 @@ def solve_in_row_space(
     def size(pulled: jax.Array) -> jax.Array:  # squared, in the metric of Q
         return jnp.sum(scale * jnp.real(pulled * jnp.conj(pulled)))
 
-    def iterate(carry: Any) -> Any:
-        x, r, p, rz, i = carry
+    def operate(p: Float[Array, " n"]) -> tuple[Float[Array, " n"], Float[Array, ""], Inexact[Array, " p"]]:
         pulled = jnp.matmul(p.astype(rows.dtype), rows, precision="highest") / of_rows
-        step = _tree.ratio(rz, a * jnp.sum(p * p) + size(pulled))
-        r = r - step * (a * p + real_matmul(rows, scale * pulled) / of_rows)
-        z = precondition(r)
-        new = jnp.sum(r * z)
-        return x + step * pulled, r, z + _tree.ratio(new, rz) * p, new, i + 1
+        return a * p + real_matmul(rows, scale * pulled) / of_rows, a * jnp.sum(p * p) + size(pulled), pulled
 
-    def wrong(x: jax.Array, rz: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def bounds(x: jax.Array, rz: jax.Array) -> tuple[jax.Array, jax.Array]:
         # ‖error of x‖² is at most that of y in the energy norm, r·A⁻¹r ≤ (shift/a) r·M⁻¹r: no pass over the rows.
         return rz * (shift / a), size(x)
 
-    def go_on(carry: Any) -> jax.Array:
-        x, *_, rz, i = carry
-        error, whole = wrong(x, rz)
+    def unsolved(x: jax.Array, rz: jax.Array, i: jax.Array) -> jax.Array:
+        error, whole = bounds(x, rz)
         # c may be orthogonal to all that R reaches: then x stays 0, and no error is small beside it.
         return (error > tolerance**2 * whole) & ((whole > 0) | (i == 0)) & (i < max_iterations)
 
-    z = precondition(c)
-    start = jnp.zeros(rows.shape[1:], rows.dtype), c, z, jnp.sum(c * z), jnp.zeros([], jnp.int32)
-    x, r, _, rz, iterations = jax.lax.while_loop(go_on, iterate, start)
-    error = jnp.sqrt(_tree.ratio(*wrong(x, rz)))
+    zero = jnp.zeros(rows.shape[1:], rows.dtype)
+    x, r, rz, iterations = preconditioned_gradients(operate, precondition, c, zero, unsolved)
+    error = jnp.sqrt(_tree.ratio(*bounds(x, rz)))
     # What is not finite ends the loop: with x = 0 it must not pass for a solution.
     x = jnp.where(jnp.isfinite(rz) & jnp.isfinite(trace), a * x, jnp.nan)
     return RowSolution(x * of_c * of_rows, r * of_c, iterations, error)
 
 
-def solver_of_positive(lower: jax.Array) -> Callable[[jax.Array], jax.Array]:
+def solver_of_positive(lower: Float[Array, "n n"]) -> Callable[[Float[Array, " n"]], Float[Array, " n"]]:
     """`solve(b)` for A x = b, from the lower triangle of a positive definite A; NaN where it is not one, to rounding.
 
     Block by block rather than by one call of the library. On CPUs that call runs in the BLAS's own threads, which go
@@ -368,7 +410,7 @@ def solver_of_positive(lower: jax.Array) -> Callable[[jax.Array], jax.Array]:
     return solve
 
 
-def _inverse_of_triangular(factor: jax.Array) -> jax.Array:
+def _inverse_of_triangular(factor: Float[Array, "n n"]) -> Float[Array, "n n"]:
     """L⁻¹ of a lower triangular L whose size is a power of two: of blocks of one, two, four ... on the diagonal."""
     inverse = 1 / jnp.diag(factor)[:, None, None]
     size = 1
@@ -382,7 +424,9 @@ def _inverse_of_triangular(factor: jax.Array) -> jax.Array:
     return inverse[0]
 
 
-def _lower_gram(rows: jax.Array, scale: jax.Array, size: jax.Array, blocks: int = 3) -> jax.Array:
+def _lower_gram(
+    rows: Inexact[Array, "n p"], scale: Float[Array, " p"], size: Float[Array, ""], blocks: int = 3
+) -> Float[Array, "n n"]:
     """The lower triangle of Re(R Q Rᴴ)/size², block by block: two thirds of the products of the whole."""
     cuts = [len(rows) * i // blocks for i in range(blocks + 1)]
     strips = []
@@ -392,12 +436,12 @@ def _lower_gram(rows: jax.Array, scale: jax.Array, size: jax.Array, blocks: int 
     return jnp.concatenate(strips)
 
 
-def real_matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+def real_matmul(a: Inexact[Array, ...], b: Inexact[Array, ...]) -> Float[Array, ...]:
     """Re(a̅ b) in full precision: accelerators multiply in bfloat16 or TF32 unless told not to."""
     return jnp.real(jnp.matmul(jnp.conj(a), b, precision="highest"))
 
 
-def _sum(*terms: tuple[Any, PyTree]) -> PyTree:
+def _sum(*terms: tuple[Scalar, PyTree]) -> PyTree:
     """Σ factor · tree, in one pass, each factor cast to the precision of each leaf."""
     factors = [factor for factor, _ in terms]
 

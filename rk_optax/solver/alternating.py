@@ -63,7 +63,7 @@ class Alternating(Solver):
             at[name] = _tree.add_scaled(at[name], -share * h, step.direction)
             total[name] = _tree.add_scaled(total[name], share, step.direction)
             states[name] = step.state
-            refused[name] = refused[name] if step.refused_state is None else step.refused_state
+            refused[name] = step.state_if_refused(refused[name])
             finite, solved = finite & step.finite, solved & step.solved
             cost = Cost(*(a + b for a, b in zip(cost, step.cost, strict=True)))
         # In fields of all players, rounded up. Of stage 1 only the first player's part was of use.

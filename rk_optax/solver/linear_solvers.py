@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,10 @@ import numpy as np
 
 from rk_optax import _checks, _tree
 from rk_optax.field import Capability, Linear, VectorField
-from rk_optax.solver._linear import Solution, conjugate_gradients, gmres, mixed, shifted_lanczos
+from rk_optax.solver._linear import Scalar, Solution, conjugate_gradients, gmres, mixed, shifted_lanczos
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 PyTree = Any
 
@@ -22,8 +25,8 @@ class CoupledSolution(NamedTuple):
     """What a solver of coupled systems found."""
 
     x: PyTree  # stacked
-    products: jax.Array  # shape=(), int32
-    residual: jax.Array  # shape=(), relative; where there are several systems, a bound on that of all
+    products: Int[Array, ""]
+    residual: Float[Array, ""]  # relative; where there are several systems, a bound on that of all
 
 
 class LinearSolver(abc.ABC):
@@ -37,7 +40,7 @@ class LinearSolver(abc.ABC):
 
     @abc.abstractmethod
     def solve(
-        self, product: Linear, c: Any, b: PyTree, scale: PyTree | None, *, tolerance: float, max_iterations: int
+        self, product: Linear, c: Scalar, b: PyTree, scale: PyTree | None, *, tolerance: float, max_iterations: int
     ) -> Solution:
         """The solution for a real c ≥ 0, from x = 0.
 
@@ -58,8 +61,8 @@ class LinearSolver(abc.ABC):
     def solve_coupled(
         self,
         product: Linear,
-        h: Any,
-        matrix: np.ndarray,
+        h: Scalar,
+        matrix: Float[np.ndarray, "s s"],
         b: PyTree,
         scale: PyTree | None,
         *,
@@ -92,7 +95,7 @@ class ConjugateGradients(LinearSolver):
     needs: ClassVar[frozenset[Capability]] = frozenset({"symmetric"})
 
     def solve(
-        self, product: Linear, c: Any, b: PyTree, scale: PyTree | None, *, tolerance: float, max_iterations: int
+        self, product: Linear, c: Scalar, b: PyTree, scale: PyTree | None, *, tolerance: float, max_iterations: int
     ) -> Solution:
         """See `LinearSolver.solve`."""
         return conjugate_gradients(product, c, b, scale, tolerance=tolerance, max_iterations=max_iterations)
@@ -100,8 +103,8 @@ class ConjugateGradients(LinearSolver):
     def solve_coupled(
         self,
         product: Linear,
-        h: Any,
-        matrix: np.ndarray,
+        h: Scalar,
+        matrix: Float[np.ndarray, "s s"],
         b: PyTree,
         scale: PyTree | None,
         *,
@@ -164,7 +167,7 @@ class Gmres(LinearSolver):
         _checks.count(self.restart, "restart")
 
     def solve(
-        self, product: Linear, c: Any, b: PyTree, scale: PyTree | None, *, tolerance: float, max_iterations: int
+        self, product: Linear, c: Scalar, b: PyTree, scale: PyTree | None, *, tolerance: float, max_iterations: int
     ) -> Solution:
         """See `LinearSolver.solve`."""
         return gmres(
@@ -179,8 +182,8 @@ class Gmres(LinearSolver):
     def solve_coupled(
         self,
         product: Linear,
-        h: Any,
-        matrix: np.ndarray,
+        h: Scalar,
+        matrix: Float[np.ndarray, "s s"],
         b: PyTree,
         scale: PyTree | None,
         *,

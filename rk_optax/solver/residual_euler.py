@@ -11,7 +11,12 @@ import jax.numpy as jnp
 from rk_optax import _checks, _tree
 from rk_optax.field import Capability, VectorField
 from rk_optax.solver._base import Cost, Quantity, Solver, Step, check_offers
-from rk_optax.solver._linear import real_matmul, solve_in_row_space, solver_of_positive
+from rk_optax.solver._linear import (
+    preconditioned_gradients,
+    real_matmul,
+    solve_in_row_space,
+    solver_of_positive,
+)
 from rk_optax.solver._path import ParameterPath, RealVectors, least_squares_path
 from rk_optax.solver.linearly_implicit import RosenbrockEuler, predicted_fall
 
@@ -271,28 +276,18 @@ def _in_parameter_space(system: _System, h: Any, *, tolerance: float, max_iterat
     shift = inverse_h + 9 * rounding * trace
     precondition = solver_of_positive(a + shift * jnp.eye(len(a), dtype=a.dtype))
 
-    def operate(x: jax.Array) -> jax.Array:
-        pushed = real_matmul(matrix, root * x)
-        return inverse_h * x + (root * real_matmul(pushed, matrix) + l2 * scale * x) / of_a
+    def operate(p: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        pushed = real_matmul(matrix, root * p)
+        moved = inverse_h * p + (root * real_matmul(pushed, matrix) + l2 * scale * p) / of_a
+        return moved, jnp.sum(p * moved), p
 
-    def iterate(carry: Any) -> Any:
-        x, r, p, rz, i = carry
-        moved = operate(p)
-        step = _tree.ratio(rz, jnp.sum(p * moved))
-        r = r - step * moved
-        z = precondition(r)
-        new = jnp.sum(r * z)
-        return x + step * p, r, z + _tree.ratio(new, rz) * p, new, i + 1
-
-    def go_on(carry: Any) -> jax.Array:
-        x, _, _, rz, i = carry
+    def unsolved(x: jax.Array, rz: jax.Array, i: jax.Array) -> jax.Array:
         # ‖error of x‖² ≤ r·A⁻¹r/a ≤ (shift/a²) r·M⁻¹r
         return (rz * shift > (tolerance * inverse_h) ** 2 * jnp.sum(x * x)) & (rz > 0) & (i < max_iterations)
 
     # (I/h + A) y = P^½∇L, and z = y/h only in the end: squares of what is already divided by a large h would be 0.
-    z = precondition(wanted)
-    start = jnp.zeros_like(wanted), wanted, z, jnp.sum(wanted * z), jnp.zeros([], jnp.int32)
-    x, r, _, rz, iterations = jax.lax.while_loop(go_on, iterate, start)
+    zero = jnp.zeros_like(wanted)
+    x, r, rz, iterations = preconditioned_gradients(operate, precondition, wanted, zero, unsolved)
     # What is not finite ends the loop: with x = 0 it must not pass for a solution.
     x = jnp.where(jnp.isfinite(rz) & jnp.isfinite(trace), x, jnp.nan)
     per_h = jnp.minimum(inverse_h, 1 / h)

@@ -31,7 +31,7 @@ class Reporter(Protocol):
         ...
 
 
-class Choice(NamedTuple):
+class BestTrial(NamedTuple):
     """The best of several trials."""
 
     best: int  # index of the trial
@@ -40,7 +40,7 @@ class Choice(NamedTuple):
     diverged: int
 
 
-def choose(name: str, losses: Sequence[float] | np.ndarray, remedy: str) -> Choice:
+def choose(name: str, losses: Sequence[float] | np.ndarray, remedy: str) -> BestTrial:
     """The trial with the lowest loss.
 
     Raises:
@@ -50,7 +50,7 @@ def choose(name: str, losses: Sequence[float] | np.ndarray, remedy: str) -> Choi
     best, diverged = int(finite.argmin()), int(np.isinf(finite).sum())
     if diverged == len(finite):
         raise UsageError(f"{name} diverged at every one of its {len(finite)} trials: {remedy}")
-    return Choice(best, finite, {0: "lowest", len(finite) - 1: "highest"}.get(best), diverged)
+    return BestTrial(best, finite, {0: "lowest", len(finite) - 1: "highest"}.get(best), diverged)
 
 
 def in_turns(entrants: Sequence[Any], repeat: int) -> list[Any]:

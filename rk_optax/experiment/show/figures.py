@@ -22,7 +22,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 AXES = {"steps": "steps", "cost": "cost, gradient evaluations", "seconds": "training time, s (without compilation)"}
 
 
-class _Line(NamedTuple):
+class _Drawn(NamedTuple):
     """A line of a panel, with a band around it where there are several runs."""
 
     label: str
@@ -49,7 +49,7 @@ def plot_comparison(results: Sequence[Compared], path: Path) -> None:
         losses = [result.runs.train_loss[:, 1:] for result in results]
         errors = [error_percent(result.runs.test_accuracy)[:, 1:] for result in results]
         for axis, runs in zip(column, (losses, errors), strict=True):
-            lines = [_Line(name, x[1:], y) for name, x, y in zip(names, costs, runs, strict=True)]
+            lines = [_Drawn(name, x[1:], y) for name, x, y in zip(names, costs, runs, strict=True)]
             _draw(axis, lines, np.mean, _marked)
             axis.set_xscale("log")
             axis.axvline(min(cost[-1] for cost in costs), color="0.4", linewidth=1.2, linestyle=":")
@@ -69,7 +69,7 @@ def plot_race(results: Sequence[Raced], error_name: str, path: Path) -> None:
     for axis, (field, label) in zip(axes, labels.items(), strict=True):
         names = [f"{result.name}{_valued(result.value, 'g')}" for result in results]
         grids = [on_grid(result.runs, field) for result in results]
-        _draw(axis, [_Line(n, x, y) for n, (x, y) in zip(names, grids, strict=True)], np.median, _every_twelfth)
+        _draw(axis, [_Drawn(n, x, y) for n, (x, y) in zip(names, grids, strict=True)], np.median, _every_twelfth)
         axis.set_xscale("log")
         axis.set_xlabel(label)
     axes[0].set_ylabel(error_name)
@@ -115,7 +115,7 @@ def plot_curves(curves: Sequence[Curve], x: str, path: Path) -> None:
         for curve in curves:
             along, values = getattr(curve, x), getattr(curve, field)
             seen = np.isfinite(along) & np.isfinite(values)
-            lines.append(_Line(curve.label, along[seen], values[seen][None]))
+            lines.append(_Drawn(curve.label, along[seen], values[seen][None]))
         _draw(axis, lines, np.mean, _eight)
         axis.set_ylabel(name)
     axes[1].set_xlabel(AXES[x])
@@ -123,7 +123,7 @@ def plot_curves(curves: Sequence[Curve], x: str, path: Path) -> None:
 
 
 def _draw(
-    axis: Any, lines: Sequence[_Line], middle: Callable[..., np.ndarray], marked: Callable[[np.ndarray, int], Any]
+    axis: Any, lines: Sequence[_Drawn], middle: Callable[..., np.ndarray], marked: Callable[[np.ndarray, int], Any]
 ) -> None:
     """Lines with their bands."""
     for index, (label, x, runs) in enumerate(lines):

@@ -95,45 +95,31 @@ def _patches(images: jax.Array) -> jax.Array:
 
 
 class Architecture(NamedTuple):
-    """How a network is built, for so many classes, and what it takes."""
+    """How a network is built of a configuration, its activation and a number of classes, and what it takes."""
 
-    build: Callable[[ModelConfig, int], nn.Module]
+    build: Callable[[ModelConfig, Callable[[jax.Array], jax.Array], int], nn.Module]
     takes: Literal["images", "text"]
     refines: bool = False  # whether it can be evaluated on a finer grid, `model.apply(..., refined=True)`
 
 
-def _mlp(config: ModelConfig, classes: int) -> nn.Module:
-    return MLP(config.hidden, classes, _ACTIVATIONS[config.activation], config.dropout)
-
-
-def _cnn(config: ModelConfig, classes: int) -> nn.Module:
-    return CNN(config.hidden, classes, _ACTIVATIONS[config.activation], config.dropout)
-
-
-def _transformer(config: ModelConfig, classes: int) -> nn.Module:
-    sizes = config.width, config.blocks, config.heads
-    return Transformer(*sizes, classes, _ACTIVATIONS[config.activation], config.dropout)
-
-
-def _rk_net(config: ModelConfig, classes: int) -> nn.Module:
-    sizes = config.width, config.depth, config.steps
-    return RKNet(*sizes, config.method, config.layer, classes, _ACTIVATIONS[config.activation])
-
-
-def _rk_conv_net(config: ModelConfig, classes: int) -> nn.Module:
-    return ConvRKNet(config.steps, config.method, classes, activation=_ACTIVATIONS[config.activation])
-
-
 # A new network needs a line here.
 MODELS = {
-    "mlp": Architecture(_mlp, "images"),
-    "cnn": Architecture(_cnn, "images"),
-    "transformer": Architecture(_transformer, "text"),
-    "rk_net": Architecture(_rk_net, "images", refines=True),
-    "rk_conv_net": Architecture(_rk_conv_net, "images", refines=True),
+    "mlp": Architecture(lambda c, act, classes: MLP(c.hidden, classes, act, c.dropout), "images"),
+    "cnn": Architecture(lambda c, act, classes: CNN(c.hidden, classes, act, c.dropout), "images"),
+    "transformer": Architecture(
+        lambda c, act, classes: Transformer(c.width, c.blocks, c.heads, classes, act, c.dropout), "text"
+    ),
+    "rk_net": Architecture(
+        lambda c, act, classes: RKNet(c.width, c.depth, c.steps, c.method, c.layer, classes, act),
+        "images",
+        refines=True,
+    ),
+    "rk_conv_net": Architecture(
+        lambda c, act, classes: ConvRKNet(c.steps, c.method, classes, activation=act), "images", refines=True
+    ),
 }
 
 
 def build_model(config: ModelConfig, classes: int) -> nn.Module:
     """The network that a configuration describes, with one logit per class."""
-    return MODELS[config.name].build(config, classes)
+    return MODELS[config.name].build(config, _ACTIVATIONS[config.activation], classes)
