@@ -80,8 +80,8 @@ class PathControl(StepSizeRule):
 
     initial_step_size: Number | None = None
     _: dataclasses.KW_ONLY
-    probes: int = 16
-    width: Number = 30.0
+    probes: int = 6
+    width: Number = 6.0
     boldness: Number = 1.0
     corrections: int = 4
     needs: ClassVar[frozenset[Capability]] = frozenset({"loss", "deterministic"})

@@ -338,7 +338,7 @@ def solve_in_row_space(
     of_rows, of_scale, of_c = (_tree.magnitude(x).astype(x.real.dtype) for x in (rows, scale, c))
     scale, c = scale / of_scale, c / of_c
     h = h * of_rows * of_scale * of_rows
-    gram = _lower_gram(rows, scale, of_rows)
+    gram = lower_gram(rows, scale, of_rows)
     rounding = 0.5 * float(jnp.finfo(gram.dtype).eps)
     trace = jnp.maximum(jnp.trace(gram), jnp.finfo(gram.dtype).tiny)
     # With h = 0, or so small that hK is below rounding, y = c whatever h is.
@@ -424,14 +424,20 @@ def _inverse_of_triangular(factor: Float[Array, "n n"]) -> Float[Array, "n n"]:
     return inverse[0]
 
 
-def _lower_gram(
-    rows: Inexact[Array, "n p"], scale: Float[Array, " p"], size: Float[Array, ""], blocks: int = 3
+def lower_gram(
+    rows: Inexact[Array, "n p"],
+    scale: Float[Array, " p"] | None = None,
+    size: Float[Array, ""] | None = None,
+    blocks: int = 3,
 ) -> Float[Array, "n n"]:
     """The lower triangle of Re(R Q Rᴴ)/size², block by block: two thirds of the products of the whole."""
+    if size is not None:
+        scale = (1 if scale is None else scale) / size
     cuts = [len(rows) * i // blocks for i in range(blocks + 1)]
     strips = []
     for start, end in itertools.pairwise(cuts):
-        strip = real_matmul(rows[start:end], ((scale / size)[None] * rows[:end]).T) / size
+        strip = real_matmul(rows[start:end], (rows[:end] if scale is None else scale[None] * rows[:end]).T)
+        strip = strip if size is None else strip / size
         strips.append(jnp.pad(strip, ((0, 0), (0, len(rows) - end))))
     return jnp.concatenate(strips)
 

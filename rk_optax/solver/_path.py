@@ -1,7 +1,7 @@
 """All step sizes from one factorisation: the steps of linearly implicit Euler along h, and how to correct them.
 
-g*(h) = (I + hPB)⁻¹P∇L for every h costs one eigendecomposition of B, in the space of the parameters or of the
-residuals, whichever is smaller. The same factor serves the further iterations of simplified Newton that turn the
+g*(h) = (I + hPB)⁻¹P∇L for every h costs one factorisation of B, in the space of the parameters or of the residuals,
+whichever is smaller. The same factor serves the further iterations of simplified Newton that turn the
 linearly implicit step into one of backward Euler.
 """
 
@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 from rk_optax import _tree
 from rk_optax.field import Linear, VectorField
-from rk_optax.solver._linear import real_matmul
+from rk_optax.solver._factor import Eigenvectors, ShiftedFactor, Tridiagonal
+from rk_optax.solver._linear import lower_gram, real_matmul
 
 PyTree = Any
 
@@ -105,10 +106,10 @@ class RealVectors:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LeastSquaresPath(Path):
-    """By the eigenvalues s and eigenvectors U of a Gram matrix of R, the Jacobian of the residuals r.
+    """By a factor WDWᵀ of a Gram matrix of R, the Jacobian of the residuals r.
 
-    With z the coordinates and σ(h) = h·s, backward Euler with Rᵀ frozen at θ is z = response(z), and each iteration is
-    z ← z − (z − response(z))/(1 + σ), from the linearly implicit z = start/(1 + σ).
+    With z the coordinates, backward Euler with Rᵀ frozen at θ is z = response(z), and each iteration is
+    z ← z − (I + hD)⁻¹(z − response(z)), from the linearly implicit z = (I + hD)⁻¹start.
     """
 
     field: VectorField
@@ -117,14 +118,13 @@ class LeastSquaresPath(Path):
     rows: jax.Array  # shape=(N, P)
     scale: jax.Array  # shape=(P,): P, the preconditioner
     residual: jax.Array  # shape=(N,)
-    eigenvalues: jax.Array  # shape=(n,), not negative
-    basis: jax.Array  # shape=(n, n): the eigenvectors are its columns
+    factor: ShiftedFactor
     correctable: ClassVar[bool] = True
 
     @property
     def typical(self) -> jax.Array:
         """The reciprocal of the mean eigenvalue."""
-        mean = jnp.mean(self.eigenvalues) if self.eigenvalues.size else jnp.zeros([], self.rows.dtype)
+        mean = self.factor.mean
         return jnp.where(mean > 0, _tree.ratio(jnp.ones_like(mean), mean), 1)
 
     @property
@@ -157,7 +157,7 @@ class LeastSquaresPath(Path):
 
 
 class ParameterPath(LeastSquaresPath):
-    """In the space of the P parameters: P^½(RᵀR + λI)P^½ = USUᵀ, and g* = P^½Uz."""
+    """In the space of the P parameters: P^½(RᵀR + λI)P^½ = WDWᵀ, and g* = P^½Wz."""
 
     @staticmethod
     def matrix(rows: jax.Array, scale: jax.Array, l2: Any) -> jax.Array:
@@ -165,56 +165,56 @@ class ParameterPath(LeastSquaresPath):
         scaled = rows * jnp.sqrt(scale)[None]
         return real_matmul(scaled.T, scaled) + jnp.diag(l2 * scale)
 
+    @staticmethod
+    def lower(rows: jax.Array, scale: jax.Array | None, l2: Any) -> jax.Array:
+        """Its lower triangle; a `scale` of None is the identity."""
+        if scale is None:
+            return lower_gram(rows.T) + l2 * jnp.eye(rows.shape[1], dtype=rows.dtype)
+        return lower_gram((rows * jnp.sqrt(scale)[None]).T) + jnp.diag(l2 * scale)
+
     def start(self, h: jax.Array) -> jax.Array:
         """See `Path.start`."""
         pulled = (self.residual @ self.rows + self.l2 * self.theta) * jnp.sqrt(self.scale)
-        return (pulled @ self.basis)[None] / self._stiffness(h)
+        return self.factor.solve(h, self.factor.coordinates(pulled[None]))
 
     def corrected(self, h: jax.Array, coordinates: jax.Array, response: jax.Array) -> jax.Array:
         """See `Path.corrected`."""
         moved = self.theta[None] - h[:, None] * self._vectors(h, coordinates)
         pulled = (response @ self.rows + self.l2 * moved) * jnp.sqrt(self.scale)[None]
-        return coordinates - (coordinates - pulled @ self.basis) / self._stiffness(h)
+        return coordinates - self.factor.solve(h, coordinates - self.factor.coordinates(pulled))
 
     def _vectors(self, h: jax.Array, coordinates: jax.Array) -> jax.Array:
         del h
-        return (coordinates @ self.basis.T) * jnp.sqrt(self.scale)[None]
-
-    def _stiffness(self, h: jax.Array) -> jax.Array:
-        return 1 + h[:, None] * self.eigenvalues[None]
+        return self.factor.vectors(coordinates) * jnp.sqrt(self.scale)[None]
 
 
 class RowPath(LeastSquaresPath):
-    """In the space of the N residuals: RPRᵀ = USUᵀ, and g* = (PRᵀUz + λθ)/(1 + hλ), with P = I where λ is not 0."""
+    """In the space of the N residuals: RPRᵀ = WDWᵀ, and g* = (PRᵀWz + λθ)/(1 + hλ), with P = I where λ is not 0."""
 
     @staticmethod
-    def matrix(rows: jax.Array, scale: jax.Array, l2: Any) -> jax.Array:
-        """The matrix to decompose."""
+    def lower(rows: jax.Array, scale: jax.Array | None, l2: Any) -> jax.Array:
+        """The lower triangle of the matrix to decompose; a `scale` of None is the identity."""
         del l2
-        scaled = rows * jnp.sqrt(scale)[None]
-        return real_matmul(scaled, scaled.T)
+        return lower_gram(rows, scale)
 
     def start(self, h: jax.Array) -> jax.Array:
         """See `Path.start`."""
         wanted = self.residual[None] - (self._short(h) * self.l2)[:, None] * (self.rows @ self.theta)[None]
-        return (wanted @ self.basis) / self._stiffness(h)
+        return self.factor.solve(self._short(h), self.factor.coordinates(wanted))
 
     def corrected(self, h: jax.Array, coordinates: jax.Array, response: jax.Array) -> jax.Array:
         """See `Path.corrected`."""
-        return coordinates - (coordinates - response @ self.basis) / self._stiffness(h)
+        return coordinates - self.factor.solve(self._short(h), coordinates - self.factor.coordinates(response))
 
     def _vectors(self, h: jax.Array, coordinates: jax.Array) -> jax.Array:
         return (self._pulled(coordinates) + (self.l2 * self.theta)[None]) / (1 + h * self.l2)[:, None]
 
     def _pulled(self, coordinates: jax.Array) -> jax.Array:
-        """PRᵀUz."""
-        return ((coordinates @ self.basis.T) @ self.rows) * self.scale[None]
+        """PRᵀWz."""
+        return (self.factor.vectors(coordinates) @ self.rows) * self.scale[None]
 
     def _short(self, h: jax.Array) -> jax.Array:
         return h / (1 + h * self.l2)
-
-    def _stiffness(self, h: jax.Array) -> jax.Array:
-        return 1 + self._short(h)[:, None] * self.eigenvalues[None]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -224,6 +224,7 @@ class SingularPath(RowPath):
     The step of a large h is a small difference of large terms in PRᵀUz, and a sum of the terms that stay in P^½VS^½z.
     """
 
+    singular: jax.Array  # shape=(n,): S^½
     right: jax.Array  # shape=(P, n): V
     decayed: bool = False  # whether λ is in further rows, √λ I, with the residuals √λ θ
 
@@ -245,7 +246,7 @@ class SingularPath(RowPath):
         return jnp.concatenate([rows, jnp.sqrt(l2) * further])
 
     def _pulled(self, coordinates: jax.Array) -> jax.Array:
-        return ((coordinates * jnp.sqrt(self.eigenvalues)[None]) @ self.right.T) * jnp.sqrt(self.scale)[None]
+        return ((coordinates * self.singular[None]) @ self.right.T) * jnp.sqrt(self.scale)[None]
 
 
 def least_squares_path(field: VectorField, params: PyTree, *, parameters: bool) -> LeastSquaresPath:
@@ -263,17 +264,19 @@ def least_squares_path(field: VectorField, params: PyTree, *, parameters: bool) 
         if decayed:
             matrix = SingularPath.with_decay(matrix, jnp.eye(len(theta), dtype=real), l2)
             residual = SingularPath.with_decay(residual, theta, l2)
-        eigenvalues, left, right = _singular(matrix * jnp.sqrt(scale)[None])
-        return SingularPath(field, vectors, theta, matrix, scale, residual, eigenvalues, left, right, decayed)
+        singular, left, right = _singular(matrix * jnp.sqrt(scale)[None])
+        factor = Eigenvectors(singular * singular, left)
+        return SingularPath(field, vectors, theta, matrix, scale, residual, factor, singular, right, decayed)
     form = ParameterPath if parameters else RowPath
-    eigenvalues, basis = jnp.linalg.eigh(form.matrix(matrix, scale, l2), symmetrize_input=False)
-    # Rounding makes small ones negative.
-    eigenvalues = jnp.maximum(eigenvalues, 0)
-    return form(field, vectors, theta, matrix, scale, residual, eigenvalues, basis)
+    # Nor is it to put the rows together again for each of the products.
+    matrix = jax.lax.optimization_barrier(matrix)
+    lower = form.lower(matrix, None if field.scale is None else scale, l2)
+    factor = Tridiagonal.of(lower) if lower.size else Eigenvectors(jnp.zeros(0, real), jnp.zeros((0, 0), real))
+    return form(field, vectors, theta, matrix, scale, residual, factor)
 
 
 def _singular(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """S, U and V of M = US^½Vᵀ; of a triangular factor, which takes half the time of M itself."""
+    """S^½, U and V of M = US^½Vᵀ; of a triangular factor, which takes half the time of M itself."""
     wide = matrix.shape[0] < matrix.shape[1]
     orthogonal, triangle = jnp.linalg.qr(matrix.T if wide else matrix)
     first, singular, second = jnp.linalg.svd(triangle, full_matrices=False)
@@ -281,7 +284,7 @@ def _singular(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     left, right = (short, long) if wide else (long, short)
     # What the residuals do not depend on would move by rounding.
     right = jnp.where(jnp.any(matrix != 0, axis=0)[:, None], right, 0)
-    return singular * singular, left, right
+    return singular, left, right
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

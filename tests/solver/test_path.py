@@ -83,7 +83,7 @@ def test_one_factorisation_has_the_steps_and_falls_of_all_step_sizes(form, l2, s
     # With both a preconditioner and l2 the matrix of the residuals would change with h.
     by_parameters = form == "parameters" or (l2 and scale is not None)
     assert int(step.state.form) == bool(by_parameters)
-    assert len(path.eigenvalues) == (4 if by_parameters else 3)
+    assert path.factor.size == (4 if by_parameters else 3)
 
 
 @pytest.mark.covering(most=1)

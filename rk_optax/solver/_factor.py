@@ -1,0 +1,138 @@
+"""Factors of a symmetric matrix A with which (I + hA) x = b costs little for every h."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from rk_optax import _tree
+from rk_optax.solver._linear import real_matmul
+
+
+class ShiftedFactor(abc.ABC):
+    """A = WDWᵀ with orthonormal columns W and a D whose shifted systems are cheap. Vectors are rows, shape (k, n)."""
+
+    @property
+    @abc.abstractmethod
+    def size(self) -> int:
+        """Of D."""
+
+    @property
+    @abc.abstractmethod
+    def mean(self) -> jax.Array:
+        """The mean eigenvalue of A, shape ()."""
+
+    @abc.abstractmethod
+    def coordinates(self, x: jax.Array) -> jax.Array:
+        """Wᵀx."""
+
+    @abc.abstractmethod
+    def vectors(self, z: jax.Array) -> jax.Array:
+        """Wz."""
+
+    @abc.abstractmethod
+    def solve(self, h: jax.Array, z: jax.Array) -> jax.Array:
+        """(I + hD)⁻¹z for each h, shape (k,); z has shape (k, n), or (1, n) where it is the same for all."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Eigenvectors(ShiftedFactor):
+    """D is diagonal."""
+
+    eigenvalues: jax.Array  # shape=(n,), not negative
+    basis: jax.Array  # shape=(m, n): the eigenvectors are its columns
+
+    @property
+    def size(self) -> int:
+        """See `ShiftedFactor.size`."""
+        return len(self.eigenvalues)
+
+    @property
+    def mean(self) -> jax.Array:
+        """See `ShiftedFactor.mean`."""
+        return jnp.mean(self.eigenvalues) if self.eigenvalues.size else jnp.zeros([], self.eigenvalues.dtype)
+
+    def coordinates(self, x: jax.Array) -> jax.Array:
+        """See `ShiftedFactor.coordinates`."""
+        return real_matmul(x, self.basis)
+
+    def vectors(self, z: jax.Array) -> jax.Array:
+        """See `ShiftedFactor.vectors`."""
+        return real_matmul(z, self.basis.T)
+
+    def solve(self, h: jax.Array, z: jax.Array) -> jax.Array:
+        """See `ShiftedFactor.solve`."""
+        return z / (1 + h[:, None] * self.eigenvalues[None])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tridiagonal(ShiftedFactor):
+    """D is tridiagonal, by Householder reflections: 0.4 of the time of the eigenvectors, and a solve is O(n).
+
+    W is kept as the blocked reflections I − VTVᵀ (Schreiber and Van Loan 1989), for V of 64 columns: to form it would
+    take as long as the reduction.
+    """
+
+    diagonal: jax.Array  # shape=(n,)
+    off: jax.Array  # shape=(n − 1,)
+    reflectors: jax.Array  # shape=(blocks, n, 64): V
+    triangles: jax.Array  # shape=(blocks, 64, 64): T
+
+    @classmethod
+    def of(cls, lower: jax.Array) -> Tridiagonal:
+        """From the lower triangle of A, n ≥ 1."""
+        n, width = len(lower), 64
+        packed, diagonal, off, scales = jax.lax.linalg.tridiagonal(lower, lower=True)
+        # Column j has the vector of reflection j below the subdiagonal, where a 1 is understood.
+        v = jnp.tril(packed[:, : n - 1], -2) + jnp.eye(n, n - 1, -1, dtype=lower.dtype)
+        idle = scales == 0  # the identity
+        v = jnp.pad(jnp.where(idle[None], 0, v), ((0, 0), (0, -(n - 1) % width)))
+        inverse = jnp.pad(1 / jnp.where(idle, 1, scales), (0, v.shape[1] - n + 1), constant_values=1)
+        v, inverse = v.reshape(n, -1, width).transpose(1, 0, 2), inverse.reshape(-1, width)
+        products = jnp.matmul(v.transpose(0, 2, 1), v, precision="highest")
+        identity = jnp.broadcast_to(jnp.eye(width, dtype=lower.dtype), products.shape)
+        triangles = jax.scipy.linalg.solve_triangular(
+            jnp.triu(products, 1) + identity * inverse[:, None], identity, unit_diagonal=False
+        )
+        return cls(diagonal, off, v, triangles)
+
+    @property
+    def size(self) -> int:
+        """See `ShiftedFactor.size`."""
+        return len(self.diagonal)
+
+    @property
+    def mean(self) -> jax.Array:
+        """See `ShiftedFactor.mean`."""
+        return jnp.mean(self.diagonal)
+
+    def coordinates(self, x: jax.Array) -> jax.Array:
+        """See `ShiftedFactor.coordinates`."""
+        return jax.lax.scan(self._reflect, x, (self.reflectors, self.triangles))[0]
+
+    def vectors(self, z: jax.Array) -> jax.Array:
+        """See `ShiftedFactor.vectors`."""
+        transposed = self.triangles.transpose(0, 2, 1)
+        return jax.lax.scan(self._reflect, z, (self.reflectors, transposed), reverse=True)[0]
+
+    @staticmethod
+    def _reflect(x: jax.Array, block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        v, triangle = block
+        return x - real_matmul(real_matmul(real_matmul(x, v), triangle), v.T), None
+
+    def solve(self, h: jax.Array, z: jax.Array) -> jax.Array:
+        """See `ShiftedFactor.solve`. Of (I/m + (h/m)D) x = z/m with m = max(1, h‖D‖), in which nothing overflows."""
+        beside = jnp.pad(jnp.abs(self.off), 1)
+        norm = jnp.max(jnp.abs(self.diagonal) + beside[:-1] + beside[1:])
+        inverse = _tree.ratio(jnp.ones_like(norm), norm)
+        # Rounding may have made the least eigenvalues a little negative.
+        shift = 0.5 * float(jnp.finfo(norm.dtype).eps)
+        part = jnp.where(h * norm > 1, inverse, h)[:, None]
+        whole = jnp.where(h * norm > 1, inverse / h, 1)[:, None]
+        main = whole + part * (self.diagonal + shift * norm)[None]
+        beside = jnp.pad(part * self.off[None], ((0, 0), (1, 1)))
+        right = (whole * z)[..., None]
+        return jax.lax.linalg.tridiagonal_solve(beside[:, :-1], main, beside[:, 1:], right)[..., 0]
