@@ -84,7 +84,7 @@ def test_it_is_a_loop_over_two_networks_with_moments_as_densities(refined):
     np.testing.assert_allclose(found, np.reshape(losses, (-1, 2)).mean(axis=1), rtol=1e-4)
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 4, 6])
 def test_a_resumed_run_equals_an_uninterrupted_one(refined, tmp_path, step):
     """From before the refinement, from the moment of it, and from after it."""
