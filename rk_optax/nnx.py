@@ -258,7 +258,7 @@ class RKBlock(nnx.Module):
         layer = make_layer(rngs)
         graphdef, theta, streams, kept = nnx.split(layer, nnx.Param, nnx.RngState, ...)
         if jax.tree.leaves(kept):
-            kinds = sorted({type(v).__name__ for _, v in nnx.to_flat_state(nnx.state(layer)) if _keeps(v)})
+            kinds = sorted({type(variable).__name__ for _, variable in nnx.to_flat_state(kept)})
             raise ValueError(
                 f"The layer of an RKBlock keeps {', '.join(kinds)} beside its parameters. Every step evaluates it "
                 "several times at different features, so that running statistics have no meaning there: use LayerNorm, "
@@ -303,11 +303,6 @@ def _drawn_once(streams: Any) -> Any:
         count = streams["count"]
         return streams | {"key": jax.random.fold_in(streams["key"], count), "count": count * 0}
     return {name: _drawn_once(value) for name, value in streams.items()}
-
-
-def _keeps(variable: Any) -> bool:
-    kind = getattr(variable, "type", type(variable))
-    return not issubclass(kind, nnx.Param | nnx.RngState)
 
 
 def _refuse_objects(data: Any) -> None:

@@ -39,7 +39,7 @@ def exact(matrix, times):
     return np.stack([scipy.linalg.expm(-t * matrix) @ START for t in times])
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("solver", "peer"), [("tsit5", diffrax.Tsit5()), ("bogacki_shampine", diffrax.Bosh3())])
 def test_a_network_against_dop853_and_diffrax(solver, peer):
@@ -247,6 +247,7 @@ def test_saved_functionals_keep_memory_flat():
     assert many - few < 100_000  # 900 copies of params are 36 MB
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_what_ends_a_flow_is_named_and_located():
     w, tight = jnp.array([1.0]), {"rtol": 1e-9, "atol": 1e-9}

@@ -204,6 +204,7 @@ COMBINATIONS = [("rk4", "descent"), ("rkc", "descent"), ("rosenbrock_euler", "tr
 EXPONENTS = st.floats(-25, 25)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(("optimizer", "rule"), COMBINATIONS)
 @properties()
 @hypothesis.given(EXPONENTS, EXPONENTS, st.floats(-30, 30))
@@ -358,6 +359,7 @@ def runner(rule):
     return run
 
 
+@pytest.mark.covering(most=3)
 @pytest.mark.parametrize("rule", RULES)
 @properties()
 @hypothesis.given(st.lists(st.sampled_from(KINDS), min_size=LENGTH, max_size=LENGTH))

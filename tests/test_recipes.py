@@ -82,6 +82,7 @@ def make_module_step(tx, loss_fn=module_loss):
     return step
 
 
+@pytest.mark.slow
 def test_an_equinox_module_with_dropout_and_batch_norm_steps_as_the_textbook_does(x64):
     data = make_data()
     model, model_state = eqx.nn.make_with_state(Net)(jax.random.key(0), jnp.float64)

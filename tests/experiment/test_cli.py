@@ -164,6 +164,7 @@ def test_interrupt_keeps_what_was_finished(command, run_file, tmp_path, monkeypa
     assert strict_loads((run / "config.json").read_text())["command"] == "compare"
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_with_its_folder_alone(command, run_file, smoke, tmp_path):
     """`compare --resume DIR` asked for the config and for all overrides again."""
     run = tmp_path / "run"

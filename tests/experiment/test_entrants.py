@@ -66,6 +66,7 @@ def test_agrees_with_optax(factory, reference):
     np.testing.assert_allclose(updates, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_learning_rates_can_be_mapped_over():
     optimizer = build("rk4")
     rates = jnp.array([0.01, 0.1])

@@ -121,6 +121,7 @@ def restore(run, trainer):
         return checkpoints.restore(trainer.layout)
 
 
+@pytest.mark.slow
 def test_checkpoints(run, trainer, rng, capfd):
     whole = {name: np.asarray(leaf) for name, leaf in named(restore(run, trainer)[2]).items()}
     folder, spare = run / "checkpoints", run / "spare"

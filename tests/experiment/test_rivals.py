@@ -46,6 +46,7 @@ def run(tx, loss_fn, params, data, steps):
     return params, state
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("points", [12, 20])
 def test_engd_w_steps_by_the_damped_least_squares_solution(points):
     loss_fn, params, data = problem(points)
@@ -93,6 +94,7 @@ def test_broydens_inverse_fulfils_the_secant_equation_and_stays_positive(fresh):
     assert np.linalg.eigvalsh(new)[0] > 0
 
 
+@pytest.mark.slow
 def test_ssbroyden_finds_the_minimum_of_rosenbrock_and_of_a_stiff_quadratic():
     def rosenbrock(w):
         return jnp.sum(100 * (w[1:] - w[:-1] ** 2) ** 2 + (1 - w[:-1]) ** 2)

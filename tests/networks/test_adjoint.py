@@ -31,7 +31,7 @@ def test_momentum_times_perturbation_is_kept_exactly():
     np.testing.assert_allclose(products, products[0], rtol=1e-14, atol=1e-14)
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(("name", "expected"), [("euler", 1), ("heun", 2), ("rk4", 4)])
 @pytest.mark.usefixtures("x64")
 def test_energy_drifts_with_the_order_of_the_method(name, expected):

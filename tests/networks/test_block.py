@@ -88,7 +88,7 @@ def test_steps_over_a_jump_are_refused_from_order_two_on_and_each_step_has_its_o
     assert np.isfinite(slope((0, 1.5, 2), "euler")).all()
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "expected"), [("rkc1", 1), ("rkc2", 2), ("rkl2", 2)])
 @pytest.mark.usefixtures("x64")
 def test_stabilised_blocks_have_their_order_with_moving_weights(family, expected):
@@ -160,7 +160,7 @@ def test_pairs_of_stages_at_one_time_do_not_mistake_moving_weights_for_stiffness
     assert seen("heun") > 10  # k1 and k2 alone cannot know
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "falls"), [("heun", 2), ("bogacki_shampine", 3), ("tsit5", 5)])
 @pytest.mark.usefixtures("x64")
 def test_the_error_is_scaled_by_the_tolerances_and_falls_with_the_embedded_order(name, falls):
@@ -219,7 +219,7 @@ def test_a_local_report_is_that_of_one_step_and_its_gradient_stops_there():
         local_report(layer, block, whole.states, GRID, keys[0], report=["variation"])
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", [(0.0, 0.5, 1.0, 1.5, 2.0), (2.0, 1.5, 1.0, 0.0), (0.0, 1.0)])
 @pytest.mark.usefixtures("x64")
 def test_a_step_from_a_random_time_is_uniform_over_depth(grid):

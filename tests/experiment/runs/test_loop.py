@@ -70,6 +70,7 @@ def test_a_grid_is_its_runs(task):
         assert_close(here, alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_runs_in_turns_are_the_runs_side_by_side(task):
     arguments = task, make("heun", options={"momentum": 0.5}), (3, 4), (0.1, 0.4), 4
     in_turns, side_by_side = (final_params(Trainer(*arguments, vectorized=v), 8) for v in (False, True))
@@ -141,6 +142,7 @@ def test_a_large_split_is_scored_in_pieces(task, monkeypatch):
         np.testing.assert_allclose([score.loss, score.accuracy], [whole.loss, whole.accuracy], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_stiff_methods_train_in_a_grid_and_alone(task):
     """What differs from run to run is counted for each."""
     optimizer = make("rkc", None, options={"max_stages": 8})
@@ -176,6 +178,7 @@ def test_lbfgs_keeps_the_gradient_where_the_data_stay():
     assert trainer.spent(last) == spent
 
 
+@pytest.mark.slow
 def test_squared_errors_show_their_residuals(task):
     """The oracle: half the mean squared distance from the one-hot label, and its penalty."""
     model = ModelConfig(hidden=(), l2=1e-2, loss="squared_error")

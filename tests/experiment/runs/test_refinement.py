@@ -51,6 +51,7 @@ def in_between(x, old, new):
     return np.stack([np.interp(new, old, column) for column in columns], axis=-1).reshape(len(new), *x.shape[1:])
 
 
+@pytest.mark.slow
 def test_it_is_a_loop_over_two_networks_with_moments_as_densities(refined):
     task = build_task(DATA, MODEL)
     fine = build_task(DATA, dataclasses.replace(MODEL, depth=4, steps=4))  # five nodes, but at 0, 1, ..., 4
@@ -83,6 +84,7 @@ def test_it_is_a_loop_over_two_networks_with_moments_as_densities(refined):
     np.testing.assert_allclose(found, np.reshape(losses, (-1, 2)).mean(axis=1), rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 4, 6])
 def test_a_resumed_run_equals_an_uninterrupted_one(refined, tmp_path, step):
     """From before the refinement, from the moment of it, and from after it."""
@@ -101,6 +103,7 @@ def optimizer(factory, **options):
     return build_optimizer("optimizer", config, probe, has_rate=factory != "lbfgs", sliced=("images", "labels"))
 
 
+@pytest.mark.slow
 def test_a_grid_of_runs_is_refined_as_each_of_them():
     task, adam = build_task(DATA, MODEL), optimizer("adam")
     *_, grid = Trainer(task, adam, (3, 4), (0.01, 0.1), 2, refine_at=(2,)).run(4)

@@ -45,6 +45,7 @@ def test_metrics(finished):
     assert np.all(np.diff([record["seconds"] for record in metrics]) > 0)
 
 
+@pytest.mark.slow
 def test_the_last_few_checkpoints_are_kept(finished):
     assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["16", "20", "24"]
 
@@ -253,6 +254,7 @@ def test_a_diverged_run_says_so(tmp_path):
     assert read_metrics(tmp_path / "out")[-1]["test_loss"] is None
 
 
+@pytest.mark.slow
 def test_a_data_directory_is_stored_whole(tmp_path, monkeypatch):
     from ..helpers import write_idx
 
@@ -293,6 +295,7 @@ def test_a_further_metric(tmp_path, monkeypatch):
     assert read_metrics(tmp_path / "run")[-1]["test_ones"] == 1
 
 
+@pytest.mark.slow
 def test_a_transformer_trains(tmp_path):
     model = ModelConfig("transformer", width=8, blocks=1, heads=2, activation="gelu", dropout=0.1)
     data = DataConfig("sums", batch_size=63, context=16, validation_fraction=0.01, test_fraction=0.9)

@@ -18,6 +18,7 @@ def test_figure_is_drawn(smoke, tmp_path):
         assert tuple(bytes.fromhex(color)) in pixels
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("damage", [np.nan, np.inf, 1e30])
 def test_diverged_runs_do_not_spoil_it(smoke, tmp_path, damage):
     result = smoke.results[0]

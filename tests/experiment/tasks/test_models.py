@@ -71,6 +71,7 @@ def test_cnn_is_convolutions_and_batch_norm():
     assert jnp.allclose(logits, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_transformer_looks_back_alone():
     config = ModelConfig("transformer", width=8, blocks=2, heads=2, activation="gelu", dropout=0.1)
     model = build_model(config, classes=5)

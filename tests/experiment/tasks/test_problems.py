@@ -90,6 +90,7 @@ def test_allen_cahns_solution_solves_the_equation_and_starts_where_it_should():
     np.testing.assert_allclose(allen_cahn_solution(x, np.array([0.0, 1.0]))[0], x**2 * np.cos(np.pi * x), atol=1e-5)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("name", ["burgers_mild", "allen_cahn"])
 def test_the_periodic_problems_are_as_stated(name):
     problem = PROBLEMS[name](0)
@@ -116,6 +117,7 @@ def test_the_periodic_problems_are_as_stated(name):
     np.testing.assert_allclose(parts(jnp.ones(3), jnp.arange(3.0))[0], parts(-jnp.ones(3), jnp.arange(3.0))[0])
 
 
+@pytest.mark.slow
 def test_poisson_in_five_dimensions_is_the_problem_as_stated_at_new_points_each_step():
     fixed, moving = (PROBLEMS["poisson_5d"](0, inside=30, boundary=20, new_points=new) for new in (False, True))
     assert sum(leaf.size for leaf in jax.tree.leaves(fixed.params)) == 10065

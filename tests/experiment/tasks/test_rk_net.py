@@ -36,6 +36,7 @@ def test_a_convolutional_network_of_any_size_has_finite_gradients():
     assert gradient["block0"]["controls"]["kernel"].shape == (5, 3, 3, 2, 2)
 
 
+@pytest.mark.slow
 def test_the_transfer_gap_is_own_minus_refined_accuracy_and_that_of_a_resolved_network_is_0():
     images = jax.random.normal(jax.random.key(0), (64, 4, 4, 1))
     gaps = {}
@@ -50,6 +51,7 @@ def test_the_transfer_gap_is_own_minus_refined_accuracy_and_that_of_a_resolved_n
     assert gaps["rk4"] < 0.05 < gaps["euler"]
 
 
+@pytest.mark.slow
 def test_a_task_reports_the_gap_and_another_network_has_none():
     data = DataConfig("digits", batch_size=64)
     with pytest.raises(UsageError, match=r"transfer_gap' needs a network with a grid to refine .*not mlp"):
