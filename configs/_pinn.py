@@ -40,6 +40,10 @@ def race(
         "residual_euler": EntrantConfig("residual_euler", seconds=seconds, chunk=2 * chunk),
         "residual_euler, path": EntrantConfig("residual_euler", rule="path_control", seconds=seconds, chunk=chunk),
     }
+    if options.get("new_points"):
+        entrants["residual_euler, search"] = EntrantConfig(
+            "residual_euler", rule="line_search", seconds=seconds, chunk=chunk
+        )
     if small:
         entrants["ssbroyden"] = EntrantConfig("ssbroyden", seconds=seconds, chunk=5 * chunk)
     if problem == "poisson":  # it maps a product over an N×N identity, which takes N times the memory of a loss
