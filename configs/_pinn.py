@@ -66,6 +66,8 @@ def race(
     entrants["spring"] = entrant("spring", trials=dampings, tunes="damping")
     entrants["residual_euler"] = entrant("residual_euler", 2 * chunk)
     entrants["residual_euler, path"] = entrant("residual_euler", rule="path_control")
+    if not constant:
+        entrants["residual_euler, search"] = entrant("residual_euler", rule="line_search")
     return RaceConfig(
         problem=problem,  # pyright: ignore[reportArgumentType]
         problem_options=options,

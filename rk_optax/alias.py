@@ -11,6 +11,7 @@ import optax
 from rk_optax import methods
 from rk_optax._options import Options, with_options_of
 from rk_optax.control import descent_control, trust_ratio_control
+from rk_optax.line_search import line_search
 from rk_optax.solver import (
     Etd,
     LinearSolver,
@@ -245,10 +246,12 @@ def rosenbrock_euler(
     """Linearly implicit Euler, by CG: order 1, no stability limit; two gradients and a product per CG iteration.
 
     By default `rk_optax.trust_ratio_control()` finds h, and the loss is a `rk_optax.ModelLoss` or `LeastSquares`; any
-    loss goes with `curvature="hessian"`. See `rk_optax.RosenbrockEuler`.
+    loss goes with `curvature="hessian"`, and with `"secant"`, a quasi-Newton method for up to some thousand parameters
+    and data that stay, by default under `rk_optax.line_search(first=True)`. See `rk_optax.RosenbrockEuler`.
     """
     solver = RosenbrockEuler(curvature, tolerance, max_iterations, linear_solver=linear_solver)
-    return runge_kutta(loss_fn, _with_default(learning_rate, trust_ratio_control), solver, momentum=momentum, **options)
+    control = _search_for_secants if curvature == "secant" else trust_ratio_control
+    return runge_kutta(loss_fn, _with_default(learning_rate, control), solver, momentum=momentum, **options)
 
 
 @_documented_for_structure
@@ -384,6 +387,11 @@ def etdrk2(
     Hessian's diagonal, one product every ten steps). See `rk_optax.Etd`.
     """
     return runge_kutta(loss_fn, learning_rate, Etd(2, linear), momentum=momentum, **options)
+
+
+def _search_for_secants() -> LearningRate:
+    # The first step is one along the gradient, in units of its own: it may have to be far shorter.
+    return line_search(first=True, parts=24)
 
 
 def _with_default(learning_rate: LearningRate | None, control: Callable[[], LearningRate]) -> LearningRate:

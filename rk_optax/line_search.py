@@ -22,8 +22,8 @@ class LineSearchState(NamedTuple):
 
     next_step_size: jax.Array  # shape=(), float: of the next step before it is shortened
     part: jax.Array  # shape=(), float: of the latest step that was taken, a power of 1/2; 0 before the first
-    least: jax.Array  # shape=(), float: the least loss of the latest trials
-    fall: jax.Array  # shape=(), float: of the loss, by the latest step; negative where every part of it would rise
+    before: jax.Array  # shape=(), float: the loss at the params of the latest update, on its data
+    least: jax.Array  # shape=(), float: the least of its trials; above `before` where nothing moved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,24 +45,28 @@ class LineSearch(StepSizeRule):
     >>> tx = rk_optax.residual_euler(loss_fn, rk_optax.line_search())
     >>> w = jnp.array([-1.0, 1.0])
     >>> _, state = jax.jit(tx.update)(jax.grad(loss_fn)(w), tx.init(w), w)
-    >>> float(state.rule.part), bool(state.rule.fall > 0)
+    >>> float(state.rule.part), bool(state.rule.least < state.rule.before)
     (0.25, True)
 
     Args:
       step_size: h > 0 of the whole step, in the units of θ²/L.
       parts: how many parts are tried, static.
+      first: whether to take the first part that lowers the loss by 1e-4 of what the slope foretells (Armijo's rule)
+        instead of the best of all: for curvature="secant", whose steps are cheap and mostly right.
 
     Raises:
       ValueError: an argument out of its range; at construction of the optimizer, a solver for which a very long step
         has no meaning, or momentum, after or weight_decay.
 
-    Cost: parts + 1 losses a step, one after the other. Source: Müller and Zeinhofer (2023), "Achieving high accuracy
-    with PINNs via energy natural gradients", arXiv 2302.13163; in residual space Guzmán-Cordero et al. (2025).
+    Cost: parts + 1 losses a step, one after the other, or fewer with `first`. Source: Müller and Zeinhofer (2023),
+    "Achieving high accuracy with PINNs via energy natural gradients", arXiv 2302.13163; in residual space
+    Guzmán-Cordero et al. (2025).
     """
 
     step_size: Number = 1e8
     _: dataclasses.KW_ONLY
     parts: int = 12
+    first: bool = False
     needs: ClassVar[frozenset[Capability]] = frozenset({"loss", "deterministic"})
 
     def __post_init__(self):
@@ -86,8 +90,8 @@ class LineSearch(StepSizeRule):
     def init(self, params: PyTree) -> LineSearchState:
         """Nothing has been tried."""
         del params
-        part, least, fall = (jnp.zeros([], _tree.default_float()) for _ in range(3))
-        return LineSearchState(jnp.full([], self.step_size, part.dtype), part, least, fall)
+        part, before, least = (jnp.zeros([], _tree.default_float()) for _ in range(3))
+        return LineSearchState(jnp.full([], self.step_size, part.dtype), part, before, least)
 
     def propose(
         self, count: jax.Array, state: LineSearchState, field: VectorField, params: PyTree, k1: PyTree
@@ -99,32 +103,48 @@ class LineSearch(StepSizeRule):
     def choose(
         self, state: LineSearchState, field: VectorField, params: PyTree, k1: PyTree, h: Any, step: Step
     ) -> Choice:
-        """The part of least loss."""
-        del k1
-        whole = _tree.scale(h, step.direction)
-        parts = 0.5 ** jnp.arange(self.parts, dtype=state.part.dtype)
+        """The part of least loss, or the first that is good enough. Costs the losses, that before the step too."""
+        whole, dtype = _tree.scale(h, step.direction), state.part.dtype
+        before = field.loss(params).astype(dtype)
 
         def trial(part: jax.Array) -> jax.Array:
-            return field.loss(_tree.add_scaled(params, -part, whole))
+            loss = field.loss(_tree.add_scaled(params, -part, whole)).astype(dtype)
+            return jnp.where(jnp.isfinite(loss), loss, jnp.inf)
 
-        losses = jax.lax.map(trial, parts).astype(state.least.dtype)
-        losses = jnp.where(jnp.isfinite(losses), losses, jnp.inf)
-        best = jnp.argmin(losses)
-        part = jnp.where(jnp.isfinite(losses[best]), parts[best], 0)
-        return Choice(h * part, step, state._replace(part=part, least=losses[best]), Cost(losses=self.parts))
+        if self.first:
+            gradient = k1 if field.scale is None else jax.tree.map(jnp.divide, k1, field.scale)
+            slope = _tree.inner(gradient, whole).astype(dtype)
+
+            def goes_on(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+                part, loss, count = carry
+                return ~(loss <= before - 1e-4 * part * slope) & (count < self.parts)
+
+            def halved(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+                part, _, count = carry
+                return 0.5 * part, trial(0.5 * part), count + 1
+
+            whole_step = jnp.ones([], dtype)
+            part, least, count = jax.lax.while_loop(
+                goes_on, halved, (whole_step, trial(whole_step), jnp.ones([], jnp.int32))
+            )
+        else:
+            parts = 0.5 ** jnp.arange(self.parts, dtype=dtype)
+            losses = jax.lax.map(trial, parts)
+            best = jnp.argmin(losses)
+            part, least, count = parts[best], losses[best], self.parts
+        part = jnp.where(jnp.isfinite(least), part, 0)
+        state = state._replace(part=part, before=before, least=least)
+        return Choice(h * part, step, state, Cost(losses=count + field.losses_at(params)))
 
     def judge(self, state: LineSearchState, attempt: Attempt) -> Verdict:
-        """Accepts where the least loss is below that before the step. Costs a loss, or none where it is known."""
-        before = attempt.field.loss(attempt.params).astype(state.least.dtype)
-        fall = before - state.least
-        accepted = attempt.usable & (fall >= 0)
+        """Accepts where the least loss is not above that before the step. Costs nothing."""
+        accepted = attempt.usable & (state.least <= state.before)
         first = jnp.asarray(self.step_size, state.next_step_size.dtype)
         info = jnp.finfo(first.dtype)
         h = state.next_step_size * jnp.where(accepted, 4, 1 / 16)
         h = jnp.clip(h, jnp.minimum(first, float(info.tiny) / float(info.eps)), first)
-        new = state._replace(next_step_size=h, fall=jnp.where(jnp.isfinite(fall), fall, -jnp.inf))
         reason = jnp.where(accepted, Reason.ACCEPTED, Reason.LOSS_ROSE)
-        return Verdict(accepted, reason, new, Cost(losses=attempt.field.losses_at(attempt.params)))
+        return Verdict(accepted, reason, state._replace(next_step_size=h))
 
 
 line_search = LineSearch

@@ -18,7 +18,8 @@ def loss_fn(w: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def what_is_right() -> None:
-    assert_type(rk_optax.rk4(loss_fn, 0.1), optax.GradientTransformationExtraArgs)
+    assert_type(rk_optax.rk4(loss_fn, 0.1), rk_optax.RungeKutta)
+    optax.chain(optax.clip(1.0), rk_optax.rk4(loss_fn, 0.1))
     rk_optax.rk4(loss_fn, optax.cosine_decay_schedule(0.3, 10), momentum=0.9, nesterov=True, stage_batches="same")
     rk_optax.dopri5(loss_fn, rk_optax.error_control(rtol=1e-4), l2=1e-3, has_aux=True)
     rk_optax.sdirk3(None, learning_rate=0.1, grad_fn=jax.grad(loss_fn))

@@ -16,6 +16,7 @@ from jax.flatten_util import ravel_pytree
 import rk_optax
 from rk_optax.experiment.counted import Transformation, counted
 from rk_optax.experiment.errors import UsageError
+from rk_optax.solver._secant import broyden_inverse
 
 
 class BroydenState(NamedTuple):
@@ -74,34 +75,6 @@ def ssbroyden(loss_fn: Callable[..., jax.Array], max_linesearch_steps: int = 20)
     return counted(init, step)
 
 
-def broyden_inverse(
-    inverse: jax.Array, pushed: jax.Array, s: jax.Array, y: jax.Array, length: Any, fresh: jax.Array | bool
-) -> jax.Array:
-    """The next inverse H⁺ of the self-scaled Broyden family, of which H⁺y = s.
-
-    Args:
-        inverse: H, symmetric and positive definite.
-        pushed: Hy.
-        s: the step.
-        y: the change of the gradient over it, with s·y > 0.
-        length: s·H⁻¹s.
-        fresh: whether H is the identity, and takes its scale from this step.
-    """
-    size, sy, square = len(s), s @ y, y @ pushed
-    b, h = length / sy, square / sy
-    a = jnp.maximum(h * b - 1, jnp.finfo(s.dtype).eps)  # not negative, by Cauchy and Schwarz
-    least = jnp.minimum(1, h * (1 - jnp.sqrt(a / (1 + a))))
-    theta = jnp.maximum((least - 1) / a, jnp.minimum(1 / least, (1 - b) / b))
-    sigma = 1 + theta * a
-    rho = jnp.minimum(1, 1 / b)
-    root = jnp.abs(sigma) ** (1 / (1 - size)) if size > 1 else jnp.ones_like(sigma)
-    positive = rho * jnp.minimum(root, 1 / jnp.where(theta > 0, theta, 1))
-    tau = jnp.where(theta > 0, positive, jnp.minimum(rho * root, sigma))
-    tau = jnp.where(fresh, h / sigma, tau)
-    v = s / sy - pushed / square
-    phi = (1 - theta) / sigma
-    kept = inverse - jnp.outer(pushed, pushed) / square + (phi * square) * jnp.outer(v, v)
-    return kept / tau + jnp.outer(s, s) / sy
 
 
 def engd_w(loss_fn: rk_optax.LeastSquares, learning_rate: float | None = None, damping: float = 1e-8) -> Transformation:

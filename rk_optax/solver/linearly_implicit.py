@@ -16,12 +16,14 @@ from rk_optax.field import Capability, Linear, VectorField
 from rk_optax.solver._base import Cost, Quantity, Solver, Step, check_offers
 from rk_optax.solver._diagonal import DiagonalCurvature
 from rk_optax.solver._linear import Solution
-from rk_optax.solver._path import krylov_path
+from rk_optax.solver._path import RealVectors, krylov_path
+from rk_optax.solver._secant import SecantState
 from rk_optax.solver.linear_solvers import CONJUGATE_GRADIENTS, LinearSolver, check_linear_solver
 
 PyTree = Any
-Curvature = Literal["hessian", "gauss_newton", "diagonal", "zero"] | DiagonalCurvature
+Curvature = Literal["hessian", "gauss_newton", "diagonal", "secant", "zero"] | DiagonalCurvature
 _Solve = Callable[[Any, PyTree], Solution]
+_MOST_OF_SECANTS = 8192  # parameters: a matrix of half a gigabyte in float64
 
 
 class LinearState(NamedTuple):
@@ -31,10 +33,12 @@ class LinearState(NamedTuple):
     residual: jax.Array  # shape=(), float: relative residual of the last linear system
     negative_curvature: jax.Array  # shape=(), bool: whether CG stopped at a direction of negative curvature
     diagonal: PyTree = ()  # a `DiagonalState` where the curvature is such an estimate
+    secant: PyTree = ()  # a `SecantState` likewise: P² numbers
 
 
-def _initial_state(diagonal: PyTree = ()) -> LinearState:
-    return LinearState(jnp.zeros([], jnp.int32), jnp.zeros([], _tree.default_float()), jnp.zeros([], bool), diagonal)
+def _initial_state(diagonal: PyTree = (), secant: PyTree = ()) -> LinearState:
+    zero, none, no = jnp.zeros([], _tree.default_float()), jnp.zeros([], jnp.int32), jnp.zeros([], bool)
+    return LinearState(none, zero, no, diagonal, secant)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +51,10 @@ class _Rosenbrock(Solver):
     linear_solver: LinearSolver = dataclasses.field(default=CONJUGATE_GRADIENTS, kw_only=True)
 
     def __post_init__(self):
-        named = self.curvature in ("hessian", "gauss_newton", "diagonal", "zero")
+        named = self.curvature in ("hessian", "gauss_newton", "diagonal", "secant", "zero")
         if not (named or isinstance(self.curvature, DiagonalCurvature)):
             raise ValueError(
-                "curvature must be 'hessian', 'gauss_newton', 'diagonal', 'zero' or a DiagonalCurvature, got "
+                "curvature must be 'hessian', 'gauss_newton', 'diagonal', 'secant', 'zero' or a DiagonalCurvature, got "
                 f"{self.curvature!r}."
             )
         if not 0 < _checks.number(self.tolerance, "tolerance", "positive") < 1:
@@ -65,12 +69,23 @@ class _Rosenbrock(Solver):
             return frozenset({"product", "diagonal_scale"})
         if self.curvature == "hessian":
             return self.linear_solver.needs.union(("product", "diagonal_scale"))
+        if self.curvature == "secant":  # of gradients, whose changes show curvature and not noise
+            return frozenset({"symmetric", "diagonal_scale", "deterministic"})
         if self.curvature == "zero":
             return frozenset({"diagonal_scale"})
         return frozenset({"gauss_newton", "diagonal_scale"})
 
     def init(self, params: PyTree) -> LinearState:
         """Nothing has been solved yet."""
+        if self.curvature == "secant":
+            leaves = jax.tree.leaves(params)
+            size = sum(leaf.size * (2 if jnp.iscomplexobj(leaf) else 1) for leaf in leaves)
+            if size > _MOST_OF_SECANTS:
+                raise ValueError(
+                    f"curvature='secant' keeps a dense {size}×{size} matrix; it is for at most {_MOST_OF_SECANTS} "
+                    "parameters. Take 'gauss_newton' or 'hessian', or optax.lbfgs."
+                )
+            return _initial_state(secant=SecantState.empty(size, _real_dtype(params)))
         return _initial_state(() if self._estimator is None else self._estimator.init(params))
 
     @property
@@ -84,15 +99,27 @@ class _Rosenbrock(Solver):
             return self.linear_solver.linearized(field, params)
         return field.gauss_newton(params)
 
-    def _system(self, field: VectorField, params: PyTree, state: LinearState) -> tuple[_Solve, PyTree, Cost]:
-        """`solve(c, b)` for (I + c·PB) x = b, the estimator's new state, and what B cost."""
+    def _system(
+        self, field: VectorField, params: PyTree, k1: PyTree, state: LinearState
+    ) -> tuple[_Solve, dict[str, PyTree], Cost]:
+        """`solve(c, b)` for (I + c·PB) x = b, what changes in the state by the estimate of B, and what B cost."""
         if self._estimator is not None:
             rate, diagonal, cost = self._estimator.update(field, params, state.diagonal)
             if field.scale is not None:
                 rate = jax.tree.map(jnp.multiply, rate, field.scale)
-            return functools.partial(_divide, rate), diagonal, cost
+            return functools.partial(_divide, rate), {"diagonal": diagonal}, cost
         if self.curvature == "zero":
-            return functools.partial(_divide, None), (), Cost()
+            return functools.partial(_divide, None), {}, Cost()
+        if self.curvature == "secant":
+            vectors = RealVectors(params, _real_dtype(params))
+            scale = vectors.diagonal(field.scale)
+            secant = state.secant.updated(vectors.flatten(params), vectors.flatten(k1) / scale)
+
+            def by_secants(c: Any, b: PyTree) -> Solution:
+                x = secant.solve(c, scale, vectors.flatten(b))
+                return _solved(jax.tree.map(lambda leaf: leaf[0], vectors.unflatten(x[None])))
+
+            return by_secants, {"secant": secant}, Cost()
         # Linearising runs the gradient once more; the iteration then calls its linear part alone.
         product = self._product(field, params)
 
@@ -101,15 +128,26 @@ class _Rosenbrock(Solver):
                 product, c, b, field.scale, tolerance=self.tolerance, max_iterations=self.max_iterations
             )
 
-        return solve, (), Cost(gradients=1)
+        return solve, {}, Cost(gradients=1)
+
+
+def _real_dtype(params: PyTree) -> Any:
+    """The dtype of a vector of all parameters: float32 at least."""
+    dtypes = (_tree.real_dtype(leaf) for leaf in jax.tree.leaves(params))
+    return _tree.common_dtype(*dtypes, jnp.float32)
+
+
+def _solved(x: PyTree) -> Solution:
+    """A solution that no iteration has found."""
+    zero, no = jnp.zeros([], _tree.default_float()), jnp.zeros([], bool)
+    return Solution(x, jnp.zeros([], jnp.int32), zero, ~no, ~no, no, zero, zero)
 
 
 def _divide(rate: PyTree | None, c: Any, b: PyTree) -> Solution:
     """The solution for a diagonal PB."""
     if rate is not None:
         b = jax.tree.map(lambda d, x: x / (1 + jnp.asarray(c, d.dtype) * d), rate, b)
-    zero, no = jnp.zeros([], _tree.default_float()), jnp.zeros([], bool)
-    return Solution(b, jnp.zeros([], jnp.int32), zero, ~no, ~no, no, zero, zero)
+    return _solved(b)
 
 
 def _total(cost: Cost, gradients: int, *solutions: Solution) -> Cost:
@@ -135,7 +173,9 @@ class RosenbrockEuler(_Rosenbrock):
     Args:
       curvature: B, "gauss_newton" (of a `ModelLoss` or `LeastSquares`; never negative), "hessian" (of any loss; with
         `rk_optax.Gmres()` the Jacobian of any smooth field) or an estimate of its diagonal, "diagonal" or a
-        `DiagonalCurvature`, which needs no CG: a product each `every` steps.
+        `DiagonalCurvature`, which needs no CG: a product each `every` steps. "secant" is what the steps so far say of
+        the Hessian, the self-scaled Broyden method: any loss, P×P numbers, no product; its rule is
+        `rk_optax.line_search(first=True)`, and the data are to stay.
       tolerance: relative residual at which the linear solver stops, in (0, 1).
       max_iterations: cap on it, in products.
       linear_solver: `rk_optax.ConjugateGradients()`, for symmetric systems, or `rk_optax.Gmres()`, for any.
@@ -166,13 +206,15 @@ class RosenbrockEuler(_Rosenbrock):
         check_offers(self, wants, "This step")
         if "path" in wants:
             return self._path(field, params, k1)
-        solve, diagonal, cost = self._system(field, params, state)
+        solve, estimate, cost = self._system(field, params, k1, state)
         solution = solve(h, k1)
         residual = solution.residual.astype(_tree.default_float())
         # In this order no square of a gradient is formed, which in the loss's units may be out of range.
         left = (h * solution.size) * (solution.overlap * solution.size)
         fall = predicted_fall(field, k1, h, solution.x) + 0.5 * left
-        new = LinearState(solution.iterations, residual, solution.negative, diagonal)
+        new = state._replace(
+            iterations=solution.iterations, residual=residual, negative_curvature=solution.negative, **estimate
+        )
         return Step(
             solution.x,
             _total(cost, 1, solution),
@@ -204,7 +246,7 @@ class Ros2(_Rosenbrock):
     grow tenfold, and γ = 1 + 1/√2 does not.
 
     Args:
-      curvature: B: "gauss_newton", "hessian", "diagonal" or a `DiagonalCurvature`, or "zero" (Heun's method).
+      curvature: B: "gauss_newton", "hessian", "diagonal" or a `DiagonalCurvature`, "secant", or "zero" (Heun's method).
       tolerance: as for `RosenbrockEuler`.
       max_iterations: as for `RosenbrockEuler`, for each of the two systems.
       gamma: γ; by default 1 − 1/√2 for the Hessian and 1 + 1/√2 for anything less exact.
@@ -242,7 +284,7 @@ class Ros2(_Rosenbrock):
         """One step; see `Solver.step`. Directions are −k of the docstring, so that θ ← θ − h·g*."""
         root = 1 / math.sqrt(2)
         gamma = self.gamma if self.gamma is not None else 1 - root if self.curvature == "hessian" else 1 + root
-        solve, diagonal, cost = self._system(field, params, state)
+        solve, estimate, cost = self._system(field, params, k1, state)
         first = solve(gamma * h, k1)
         k2 = field(_tree.add_scaled(params, -h, first.x), 1)
         second = solve(gamma * h, _tree.add_scaled(k2, -2, first.x))
@@ -252,7 +294,8 @@ class Ros2(_Rosenbrock):
             quantities["error"] = _tree.scale(h, jax.tree.map(lambda a, b: 0.5 * (a + b), first.x, second.x))
         residual = jnp.maximum(first.residual, second.residual).astype(_tree.default_float())
         negative = first.negative | second.negative
-        new = LinearState(first.iterations + second.iterations, residual, negative, diagonal)
+        iterations = first.iterations + second.iterations
+        new = state._replace(iterations=iterations, residual=residual, negative_curvature=negative, **estimate)
         return Step(
             direction,
             _total(cost, 2, first, second),

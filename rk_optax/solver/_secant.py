@@ -1,0 +1,92 @@
+"""The Hessian from secants: what the steps so far and the changes of the gradient over them say about it.
+
+The self-scaled Broyden method with Al-Baali's parameters, as `SSBroyden2` of Urbán, Stefanou and Pons (2024, arXiv
+2405.04230, formulas 13 to 23), on a dense inverse.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rk_optax import _tree
+
+PyTree = Any
+
+
+class SecantState(NamedTuple):
+    """An inverse Hessian H, and where its last gradient is from."""
+
+    inverse: jax.Array  # shape=(P, P): symmetric and positive definite
+    params: jax.Array  # shape=(P,): θ of the latest update
+    gradient: jax.Array  # shape=(P,): ∇L there
+    seen: jax.Array  # shape=(), bool: whether there was one
+    fresh: jax.Array  # shape=(), bool: whether H is still the identity
+
+    @classmethod
+    def empty(cls, size: int, dtype: Any) -> SecantState:
+        """No step yet: H = I."""
+        return cls(
+            jnp.eye(size, dtype=dtype), *(jnp.zeros(size, dtype) for _ in range(2)), jnp.array(False), jnp.array(True)
+        )
+
+    def updated(self, params: jax.Array, gradient: jax.Array) -> SecantState:
+        """With the step that has led to `params`; a step without positive curvature along it changes no H."""
+        s, y = params - self.params, gradient - self.gradient
+        pushed = self.inverse @ y
+        # H⁻¹s for the step s = −αH∇L, exact where nothing stands between the direction and the step.
+        direction = self.inverse @ self.gradient
+        length = -_tree.ratio(_tree.norm(s), _tree.norm(direction)) * (s @ self.gradient)
+        sy, square = s @ y, y @ pushed
+        usable = self.seen & (sy > 0) & (square > 0) & (length > 0) & jnp.isfinite(sy + square + length)
+        # Where it is not usable the numbers may be anything, but no 0/0.
+        s, y, pushed = (jnp.where(usable, x, 1) for x in (s, y, pushed))
+        new = broyden_inverse(self.inverse, pushed, s, y, jnp.where(usable, length, 1), self.fresh)
+        usable = usable & jnp.all(jnp.isfinite(new))
+        return SecantState(
+            jnp.where(usable, new, self.inverse), params, gradient, jnp.ones_like(self.seen), self.fresh & ~usable
+        )
+
+    def solve(self, c: Any, scale: jax.Array, b: jax.Array) -> jax.Array:
+        """X of (I + c·PH⁻¹) x = b: H (H + cP)⁻¹ b, for a diagonal P > 0 (`scale`)."""
+        shift = jnp.asarray(c, b.dtype) * scale
+
+        def by_factor() -> jax.Array:
+            factor = jax.scipy.linalg.cho_factor(self.inverse + jnp.diag(shift), lower=True)
+            return jax.scipy.linalg.cho_solve(factor, b)
+
+        # Beside so large a shift H is below rounding, and no factorisation is worth its time.
+        far = jnp.min(shift, initial=jnp.inf) * jnp.finfo(b.dtype).eps > jnp.trace(self.inverse)
+        return self.inverse @ jax.lax.cond(far, lambda: _tree.ratio(b, shift), by_factor)
+
+
+def broyden_inverse(
+    inverse: jax.Array, pushed: jax.Array, s: jax.Array, y: jax.Array, length: Any, fresh: jax.Array | bool
+) -> jax.Array:
+    """The next inverse H⁺ of the self-scaled Broyden family, of which H⁺y = s.
+
+    Args:
+      inverse: H, symmetric and positive definite.
+      pushed: Hy.
+      s: the step.
+      y: the change of the gradient over it, with s·y > 0.
+      length: s·H⁻¹s.
+      fresh: whether H is the identity, and takes its scale from this step.
+    """
+    size, sy, square = len(s), s @ y, y @ pushed
+    b, h = length / sy, square / sy
+    a = jnp.maximum(h * b - 1, jnp.finfo(s.dtype).eps)  # not negative, by Cauchy and Schwarz
+    least = jnp.minimum(1, h * (1 - jnp.sqrt(a / (1 + a))))
+    theta = jnp.maximum((least - 1) / a, jnp.minimum(1 / least, (1 - b) / b))
+    sigma = 1 + theta * a
+    rho = jnp.minimum(1, 1 / b)
+    root = jnp.abs(sigma) ** (1 / (1 - size)) if size > 1 else jnp.ones_like(sigma)
+    positive = rho * jnp.minimum(root, 1 / jnp.where(theta > 0, theta, 1))
+    tau = jnp.where(theta > 0, positive, jnp.minimum(rho * root, sigma))
+    tau = jnp.where(fresh, h / sigma, tau)
+    v = s / sy - pushed / square
+    phi = (1 - theta) / sigma
+    kept = inverse - jnp.outer(pushed, pushed) / square + (phi * square) * jnp.outer(v, v)
+    return kept / tau + jnp.outer(s, s) / sy

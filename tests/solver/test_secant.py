@@ -1,0 +1,104 @@
+"""The curvature that steps have shown: its linear system, its secants, and how it descends."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from training import FixedScale
+
+import rk_optax
+
+
+def rosenbrock(w):
+    return 50 * (w["a"][1] - w["a"][0] ** 2) ** 2 + 0.5 * (1 - w["a"][0]) ** 2 + 0.5 * jnp.sum(w["b"] ** 4)
+
+
+def gradient(theta):
+    """By hand, in the order of the leaves."""
+    a, b, c = theta[0], theta[1], theta[2:]
+    return np.r_[-200 * a * (b - a * a) - (1 - a), 100 * (b - a * a), 2 * c**3]
+
+
+def start():
+    return {"a": jnp.array([-1.2, 1.0]), "b": jnp.array([0.7])}
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+@pytest.mark.parametrize("h", [1e-3, 1.0, 1e3, 1e20])
+@pytest.mark.parametrize("scale", [None, np.array([0.5, 2.0, 3.0])], ids=["", "preconditioned"])
+def test_the_step_solves_the_system_with_a_matrix_that_maps_the_latest_step_to_the_change_of_the_gradient(
+    h, scale, x64
+):
+    tree = None if scale is None else {"a": jnp.asarray(scale[:2]), "b": jnp.asarray(scale[2:])}
+    given = {} if tree is None else {"preconditioner": FixedScale(tree)}
+    tx = rk_optax.runge_kutta(rosenbrock, 2e-3, rk_optax.RosenbrockEuler("secant"), **given)
+    long = rk_optax.scale_by_rk(rosenbrock, h, rk_optax.RosenbrockEuler("secant"), **given)
+    w, places = start(), []
+    state, step = tx.init(w), jax.jit(tx.value_and_update)
+    for _ in range(3):
+        places.append(flat(w))
+        _, updates, state = step(state, w)
+        w = jax.tree.map(jnp.add, w, updates)
+    direction, state = jax.jit(long.update)(jax.grad(rosenbrock)(w), state, w)
+    inverse, theta = np.asarray(state.solver.secant.inverse), flat(w)
+    s, y = theta - places[-1], gradient(theta) - gradient(places[-1])
+    np.testing.assert_allclose(inverse @ y, s, rtol=1e-8)
+    assert (np.linalg.eigvalsh(inverse) > 0).all()
+    p = np.ones(3) if scale is None else scale
+    expected = np.linalg.solve(np.eye(3) + h * p[:, None] * np.linalg.inv(inverse), p * gradient(theta))
+    np.testing.assert_allclose(flat(direction), expected, rtol=1e-6)
+
+
+def test_it_ends_at_the_minimum_of_a_curved_valley_in_a_quasi_newton_methods_number_of_steps(x64):
+    """From the usual start scipy's BFGS takes some forty."""
+    tx = rk_optax.rosenbrock_euler(rosenbrock, curvature="secant")
+    w = start() | {"b": jnp.zeros(1)}
+    state, step = tx.init(w), jax.jit(tx.value_and_update)
+    for _ in range(70):
+        loss, updates, state = step(state, w)
+        w = jax.tree.map(jnp.add, w, updates)
+    assert float(loss) < 1e-20
+    np.testing.assert_allclose(w["a"], 1, rtol=1e-8)
+    assert int(state.cost.gradients) == 70
+    assert int(state.cost.losses) < 140
+    assert int(state.cost.products) == 0
+
+
+def test_it_works_in_float32_and_for_complex_parameters():
+    tx = rk_optax.rosenbrock_euler(lambda z: jnp.sum(jnp.abs(z - (1 + 2j)) ** 4), curvature="secant")
+    z = jnp.zeros(3, jnp.complex64)
+    state, step = tx.init(z), jax.jit(tx.value_and_update)
+    for _ in range(40):
+        _, updates, state = step(state, z)
+        z = z + updates
+    np.testing.assert_allclose(z, np.full(3, 1 + 2j), atol=3e-2)
+
+
+def test_ros2_takes_it_too(x64):
+    """Any matrix will do: halving h divides the error of one second-order step by eight."""
+
+    def after(h):
+        tx = rk_optax.runge_kutta(rosenbrock, h, rk_optax.Ros2("secant"))
+        w = start()
+        _, updates, _ = tx.value_and_update(tx.init(w), w)
+        return flat(w) + flat(updates)
+
+    def fine(h):
+        w, theta = 2000, flat(start())
+        for _ in range(w):
+            k1 = gradient(theta)
+            theta = theta - h / w * gradient(theta - h / w / 2 * k1)
+        return theta
+
+    errors = [np.linalg.norm(after(h) - fine(h)) for h in (2e-4, 1e-4)]
+    assert 6 < errors[0] / errors[1] < 10
+
+
+def test_it_needs_a_gradient_field_and_room():
+    with pytest.raises(ValueError, match="needs a 'symmetric'"):
+        rk_optax.rosenbrock_euler(None, 0.1, curvature="secant", grad_fn=lambda w: w)
+    with pytest.raises(ValueError, match="dense 9000×9000 matrix"):
+        rk_optax.rosenbrock_euler(rosenbrock, curvature="secant").init(jnp.zeros(9000))
