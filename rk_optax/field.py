@@ -131,6 +131,7 @@ class VectorField:
       scale: the diagonal of the preconditioner P, like params; None for P = I or where P has none.
       symmetric: whether the field's Jacobian is symmetric before preconditioning.
       decay: `decay(params) -> D`, real and like params, of a field D(θ)θ + N(θ) that knows its linear part; or None.
+      plain: `evaluate` as it was before preconditioning, or None where there was none.
     """
 
     evaluate: Callable[[PyTree, Any], PyTree]
@@ -143,10 +144,15 @@ class VectorField:
     scale: PyTree | None = None
     symmetric: bool = True
     decay: Callable[[PyTree], PyTree] | None = None
+    plain: Callable[[PyTree, Any], PyTree] | None = None
 
     def __call__(self, params: PyTree, stage: int | jax.Array = 0) -> PyTree:
         """The gradient at `params`: what the flow follows downhill. `stage` may be traced. Costs one gradient."""
         return self.evaluate(params, stage)
+
+    def unpreconditioned(self, params: PyTree) -> PyTree:
+        """The gradient at `params` without preconditioner, on the data of stage 1. Costs one gradient."""
+        return (self.evaluate if self.plain is None else self.plain)(params, 0)
 
     def loss(self, params: PyTree) -> jax.Array:
         """The loss at `params`, a scalar, on the data of stage 1. Costs one loss."""
@@ -243,6 +249,7 @@ class VectorField:
             scale=scale,
             evaluate=lambda params, stage: apply(self.evaluate(params, stage)),
             smooth_field=None if smooth is None else lambda params: apply(smooth(params)),
+            plain=self.evaluate if self.plain is None else self.plain,
         )
 
     def reversed(self) -> VectorField:
@@ -257,6 +264,7 @@ class VectorField:
             objective=negative(self.objective),
             smooth_field=negative(self.smooth_field),
             gradient=negative(self.gradient),
+            plain=negative(self.plain),
             structure=None,
         )
 
