@@ -17,10 +17,11 @@ class Losses(NamedTuple):
 
     fall: jax.Array  # of the loss
     accepted: jax.Array  # it did not rise
-    tie: jax.Array  # neither their difference nor the fall to be expected is above their rounding
+    tie: jax.Array  # neither what is compared nor the fall to be expected is above its rounding
     refused: jax.Array  # it rose, and more than by rounding
     clear: jax.Array  # by far more
     shows_fall: jax.Array  # it fell, and more than by rounding
+    hidden: jax.Array  # the losses themselves show no fall, and no rise that could not be rounding
     usable: jax.Array  # as of the attempt; one that is not shows nothing
     step_size: jax.Array
     cost: Cost
@@ -29,19 +30,30 @@ class Losses(NamedTuple):
     def of(cls, attempt: Attempt, foretold: jax.Array) -> Losses:
         """Evaluates both losses; `foretold` is the fall to be expected of a short step.
 
-        Where neither tells anything all has converged, or h is far too short. The difference of two losses carries the
-        rounding of the sums that they are, some units in the last place, and counts as a difference only beyond that.
+        A loss that is a sum of large terms of both signs carries the rounding of those, which nobody knows and which
+        may be hundreds of its units in the last place. Where the losses show no fall, and no rise beyond that, the fall
+        is the mean of the slopes at both ends of the step, which is exact for a quadratic, and the step is taken under
+        the approximate Wolfe condition of Hager and Zhang (2005), doi 10.1137/030601880, with their δ = 0.1. Where the
+        slopes tell nothing either, all has converged, or h is far too short.
         """
         before, after = attempt.field.loss(attempt.params), attempt.field.loss(attempt.candidate)
         dtype = foretold.dtype
-        rounding = (2 * jnp.finfo(before.dtype).eps * jnp.abs(before)).astype(dtype)
-        fall = (before - after).astype(dtype)
-        accepted = attempt.usable & (fall >= 0)  # ∞ − ∞ is no fall
-        tie = attempt.usable & (jnp.abs(fall) <= 8 * rounding) & (foretold <= rounding)
+        eps = float(jnp.finfo(before.dtype).eps)
+        rounding = (2 * eps * jnp.abs(before)).astype(dtype)
+        fall = (before - after).astype(dtype)  # ∞ − ∞ is no fall
+        hidden = attempt.usable & (fall <= 8 * rounding) & (-fall <= 1000 * rounding)
+        nothing = jnp.zeros(2, dtype)
+        start, end = jax.lax.cond(hidden, lambda: _slopes(attempt, dtype), lambda: nothing)
+        by_slopes, tiny = 0.5 * (start + end), foretold <= rounding
+        rounding = jnp.where(hidden, eps * (jnp.abs(start) + jnp.abs(end)), rounding)
+        fall = jnp.where(hidden, by_slopes, fall)
+        accepted = attempt.usable & (fall >= 0) & (~hidden | (by_slopes >= 0.1 * start))
+        tie = attempt.usable & (jnp.abs(fall) <= 8 * rounding) & tiny
         refused = attempt.usable & ~accepted & ~tie
         clear, shows_fall = refused & (-fall > 100 * rounding), accepted & (fall > 8 * rounding)
-        h, cost = attempt.step_size.astype(dtype), Cost(losses=1 + attempt.field.losses_at(attempt.params))
-        return cls(fall, accepted, tie, refused, clear, shows_fall, attempt.usable, h, cost)
+        h = attempt.step_size.astype(dtype)
+        cost = Cost(losses=1 + attempt.field.losses_at(attempt.params), gradients=jnp.where(hidden, 2, 0))
+        return cls(fall, accepted, tie, refused, clear, shows_fall, hidden, attempt.usable, h, cost)
 
     def seen(self, state: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         """`fall`, `tried` and `uphill` of the next state.
@@ -58,9 +70,24 @@ class Losses(NamedTuple):
 
     def reason(self, uphill: jax.Array, at_smallest: jax.Array) -> jax.Array:
         """Why, read where the attempt was usable."""
-        shortest = jnp.where(uphill, Reason.NOT_DOWNHILL, jnp.where(self.tie, Reason.UNRESOLVED, Reason.SMALLEST_STEP))
-        refused = jnp.where(at_smallest | self.tie, shortest, Reason.LOSS_ROSE)
+        shortest = jnp.where(self.hidden, Reason.UNRESOLVED, Reason.SMALLEST_STEP)
+        refused = jnp.where(
+            at_smallest | self.hidden, jnp.where(uphill, Reason.NOT_DOWNHILL, shortest), Reason.LOSS_ROSE
+        )
         return jnp.where(self.accepted, Reason.ACCEPTED, refused)
+
+
+def _slopes(attempt: Attempt, dtype: Any) -> jax.Array:
+    """By how much the loss would fall over the step with the slope at its start, and with that at its end."""
+    step, length = _tree.unit(jax.tree.map(jnp.subtract, attempt.params, attempt.candidate))
+
+    def slope(at_end: jax.Array) -> jax.Array:
+        gradient, size = _tree.unit(
+            attempt.field.unpreconditioned(_tree.select(at_end, attempt.candidate, attempt.params))
+        )
+        return (_tree.inner(gradient, step).astype(dtype) * size.astype(dtype)) * length.astype(dtype)
+
+    return jax.lax.map(slope, jnp.array([False, True]))  # in turn, so that the loss is traced once
 
 
 def root_of_slope(attempt: Attempt) -> jax.Array:

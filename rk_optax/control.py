@@ -234,6 +234,11 @@ class DescentControl(ControlledRule):
     step's own batch: made for large batches and deterministic losses. With a diagonal preconditioner P, ‖k1‖² stands
     for ⟨∇L, P∇L⟩.
 
+    Where rounding hides what the losses do (no fall above 2e-6 of the loss, no rise above 2e-4 of it, in float32), the
+    slopes at both ends of the step decide in their place. Near the minimum of a loss whose terms are larger than itself
+    they go on to show falls: on an ill-conditioned Gaussian-process dual, `rkc` ends at errors of 5e-5 to 7e-5, and at
+    3e-4 to 6e-3 by the losses alone.
+
     >>> import jax, jax.numpy as jnp, rk_optax
     >>> def loss_fn(w): return jnp.sum(w ** 2)
     >>> tx = rk_optax.rk4(loss_fn, rk_optax.descent_control(initial_step_size=100.0))
@@ -252,7 +257,7 @@ class DescentControl(ControlledRule):
     Raises:
       ValueError: an argument out of its range; at construction of the optimizer, a `grad_fn` without a loss.
 
-    Cost: two losses a step.
+    Cost: two losses a step, and two gradients where they show nothing.
     """
 
     initial_step_size: Number = 1e-2
@@ -275,7 +280,10 @@ class DescentControl(ControlledRule):
         return DescentControlState(self.first_step_size(), fall, tried, uphill, gain, growing, worth, ties)
 
     def judge(self, state: DescentControlState, attempt: Attempt) -> Verdict:
-        """Accepts where the loss does not rise. Costs two losses, or one where that at params is known."""
+        """Accepts where the loss does not rise.
+
+        Costs two losses, or one where that at params is known, and two gradients where the losses show nothing.
+        """
         dtype = state.next_step_size.dtype
         growth, shrinkage = (jnp.asarray(x, dtype) for x in (self.growth, self.shrinkage))
         size = root_of_slope(attempt).astype(dtype)
@@ -319,9 +327,9 @@ class TrustRatioControl(ControlledRule):
 
     With ρ = (L(θ) − L(θ_next))/(predicted fall), an accepted step multiplies h by 1/max(1/growth, 1 − (2ρ − 1)³): by
     `growth` where the model is right, by 1 at ρ = 1/2, by 1/2 at ρ = 0. Refusals in a row divide it by 2, 4, 8, ...,
-    1024; a step whose fall is below the rounding of the loss doubles it. A step is taken only if the loss of its batch
-    does not rise. (A fixed factor of 3 at ρ > 3/4 and ρ < 1/4 refuses a third of the steps on a PINN and needs more of
-    them.)
+    1024; a step whose fall is below all rounding doubles it. A step is taken only if the loss of its batch does not
+    rise; what rounding hides is decided as in `descent_control`. (A fixed factor of 3 at ρ > 3/4 and ρ < 1/4 refuses a
+    third of the steps on a PINN and needs more of them.)
 
     >>> import jax, jax.numpy as jnp, rk_optax
     >>> loss_fn = rk_optax.LeastSquares(lambda w: jnp.array([w[0] - 1, 10 * (w[1] - w[0] ** 2)]))
@@ -341,7 +349,7 @@ class TrustRatioControl(ControlledRule):
       ValueError: an argument out of its range; at construction of the optimizer, a solver without a quadratic model, or
         momentum, after or weight_decay.
 
-    Cost: two losses a step. Source: Nielsen (1999), "Damping parameter in Marquardt's method", with λ = 1/h.
+    Cost: as `descent_control`. Source: Nielsen (1999), "Damping parameter in Marquardt's method", with λ = 1/h.
     """
 
     initial_step_size: Number = 1.0
@@ -373,7 +381,10 @@ class TrustRatioControl(ControlledRule):
         return TrustRatioState(self.first_step_size(), ratio, divisor, fall, tried, jnp.zeros([], bool))
 
     def judge(self, state: TrustRatioState, attempt: Attempt) -> Verdict:
-        """Accepts where the loss does not rise. Costs two losses, or one where that at params is known."""
+        """Accepts where the loss does not rise.
+
+        Costs two losses, or one where that at params is known, and two gradients where the losses show nothing.
+        """
         dtype = state.next_step_size.dtype
         predicted = attempt.step.quantities["predicted_fall"].astype(dtype)
         losses = Losses.of(attempt, predicted)

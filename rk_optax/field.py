@@ -134,6 +134,7 @@ class VectorField:
       decay: `decay(params) -> D`, real and like params, of a field D(θ)θ + N(θ) that knows its linear part; or None.
       value_and_gradient: the loss and the field of stage 1 in one pass, never preconditioned; None without a loss.
       known: what has been evaluated at the params of the update.
+      plain: `evaluate` as it was before preconditioning, or None where there was none.
     """
 
     evaluate: Callable[[PyTree, Any], PyTree]
@@ -148,10 +149,15 @@ class VectorField:
     decay: Callable[[PyTree], PyTree] | None = None
     value_and_gradient: Callable[[PyTree], tuple[jax.Array, PyTree]] | None = None
     known: Known | None = None
+    plain: Callable[[PyTree, Any], PyTree] | None = None
 
     def __call__(self, params: PyTree, stage: int | jax.Array = 0) -> PyTree:
         """The gradient at `params`: what the flow follows downhill. `stage` may be traced. Costs one gradient."""
         return self.evaluate(params, stage)
+
+    def unpreconditioned(self, params: PyTree) -> PyTree:
+        """The gradient at `params` without preconditioner, on the data of stage 1. Costs one gradient."""
+        return (self.evaluate if self.plain is None else self.plain)(params, 0)
 
     def loss(self, params: PyTree) -> jax.Array:
         """The loss at `params`, a scalar, on the data of stage 1. Costs one loss, or nothing where it is known."""
@@ -299,6 +305,7 @@ class VectorField:
             scale=scale,
             evaluate=lambda params, stage: apply(self.evaluate(params, stage)),
             smooth_field=None if smooth is None else lambda params: apply(smooth(params)),
+            plain=self.evaluate if self.plain is None else self.plain,
         )
 
     def reversed(self) -> VectorField:
@@ -313,6 +320,7 @@ class VectorField:
             objective=negative(self.objective),
             smooth_field=negative(self.smooth_field),
             gradient=negative(self.gradient),
+            plain=negative(self.plain),
             structure=None,
             value_and_gradient=None,
             known=None,

@@ -75,8 +75,6 @@ def ssbroyden(loss_fn: Callable[..., jax.Array], max_linesearch_steps: int = 20)
     return counted(init, step)
 
 
-
-
 def engd_w(loss_fn: rk_optax.LeastSquares, learning_rate: float | None = None, damping: float = 1e-8) -> Transformation:
     """Energy natural gradients by Woodbury's formula: θ − ηRᵀ(RRᵀ + λI)⁻¹r (Guzmán-Cordero et al. 2025).
 
