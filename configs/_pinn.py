@@ -34,7 +34,7 @@ def race(
         chunk: steps between two looks at the error, of the entrants with expensive steps.
         first_order: whether methods run, too, that need no residuals and are not for high accuracy.
         constant: whether the points stay; L-BFGS and self-scaled Broyden need that.
-        small: whether the network is small enough for a dense inverse Hessian.
+        small: whether the network is small enough for a dense P × P matrix that every step changes.
         further: more entrants, or others in the place of these.
         **options: arguments of the problem.
     """
@@ -62,6 +62,7 @@ def race(
         entrants["rosenbrock_euler"] = entrant("rosenbrock_euler", options={"max_iterations": 100})
     if constant and small:
         entrants["ssbroyden"] = entrant("ssbroyden", 5 * chunk)
+        entrants["rosenbrock_euler, secant"] = entrant("rosenbrock_euler", 5 * chunk, options={"curvature": "secant"})
     entrants["engd_w"] = entrant("engd_w", trials=dampings, tunes="damping")
     entrants["spring"] = entrant("spring", trials=dampings, tunes="damping")
     entrants["residual_euler"] = entrant("residual_euler", 2 * chunk)
