@@ -206,7 +206,7 @@ def rkc(
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order!r}.")
     solver = Stabilized("rkc1" if order == 1 else "rkc2", stages, damping, max_stages)
-    return runge_kutta(loss_fn, _with_default(learning_rate, descent_control), solver, momentum=momentum, **options)
+    return runge_kutta(loss_fn, _given_or(learning_rate, descent_control), solver, momentum=momentum, **options)
 
 
 @_documented
@@ -227,7 +227,7 @@ def rkl(
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order!r}.")
     solver = Stabilized("rkl1" if order == 1 else "rkl2", stages, None, max_stages)
-    return runge_kutta(loss_fn, _with_default(learning_rate, descent_control), solver, momentum=momentum, **options)
+    return runge_kutta(loss_fn, _given_or(learning_rate, descent_control), solver, momentum=momentum, **options)
 
 
 @_documented_for_structure
@@ -248,7 +248,7 @@ def rosenbrock_euler(
     loss goes with `curvature="hessian"`. See `rk_optax.RosenbrockEuler`.
     """
     solver = RosenbrockEuler(curvature, tolerance, max_iterations, linear_solver=linear_solver)
-    return runge_kutta(loss_fn, _with_default(learning_rate, trust_ratio_control), solver, momentum=momentum, **options)
+    return runge_kutta(loss_fn, _given_or(learning_rate, trust_ratio_control), solver, momentum=momentum, **options)
 
 
 @_documented_for_structure
@@ -269,7 +269,7 @@ def ros2(
     By default `rk_optax.descent_control()` finds h. See `rk_optax.Ros2`.
     """
     solver = Ros2(curvature, tolerance, max_iterations, gamma, linear_solver=linear_solver)
-    return runge_kutta(loss_fn, _with_default(learning_rate, descent_control), solver, momentum=momentum, **options)
+    return runge_kutta(loss_fn, _given_or(learning_rate, descent_control), solver, momentum=momentum, **options)
 
 
 @_documented_for_structure
@@ -290,7 +290,7 @@ def residual_euler(
     ends far lower, on data that stay. The loss is a `rk_optax.LeastSquares`. See `rk_optax.ResidualEuler`.
     """
     solver = ResidualEuler(max_rows, tolerance, max_iterations)
-    return runge_kutta(loss_fn, _with_default(learning_rate, trust_ratio_control), solver, momentum=momentum, **options)
+    return runge_kutta(loss_fn, _given_or(learning_rate, trust_ratio_control), solver, momentum=momentum, **options)
 
 
 @ready(methods.BACKWARD_EULER)
@@ -383,5 +383,5 @@ def etdrk2(
     return runge_kutta(loss_fn, learning_rate, Etd(2, linear), momentum=momentum, **options)
 
 
-def _with_default(learning_rate: LearningRate | None, control: Callable[[], LearningRate]) -> LearningRate:
+def _given_or(learning_rate: LearningRate | None, control: Callable[[], LearningRate]) -> LearningRate:
     return control() if learning_rate is None else learning_rate
