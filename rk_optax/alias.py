@@ -207,7 +207,7 @@ def rkc(
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order!r}.")
     solver = Stabilized("rkc1" if order == 1 else "rkc2", stages, damping, max_stages)
-    return runge_kutta(loss_fn, _with_default(learning_rate, descent_control), solver, momentum=momentum, **options)
+    return runge_kutta(loss_fn, _given_or(learning_rate, descent_control), solver, momentum=momentum, **options)
 
 
 @_documented
@@ -228,7 +228,7 @@ def rkl(
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order!r}.")
     solver = Stabilized("rkl1" if order == 1 else "rkl2", stages, None, max_stages)
-    return runge_kutta(loss_fn, _with_default(learning_rate, descent_control), solver, momentum=momentum, **options)
+    return runge_kutta(loss_fn, _given_or(learning_rate, descent_control), solver, momentum=momentum, **options)
 
 
 @_documented_for_structure
@@ -251,7 +251,7 @@ def rosenbrock_euler(
     """
     solver = RosenbrockEuler(curvature, tolerance, max_iterations, linear_solver=linear_solver)
     control = _search_for_secants if curvature == "secant" else trust_ratio_control
-    return runge_kutta(loss_fn, _with_default(learning_rate, control), solver, momentum=momentum, **options)
+    return runge_kutta(loss_fn, _given_or(learning_rate, control), solver, momentum=momentum, **options)
 
 
 @_documented_for_structure
@@ -272,7 +272,7 @@ def ros2(
     By default `rk_optax.descent_control()` finds h. See `rk_optax.Ros2`.
     """
     solver = Ros2(curvature, tolerance, max_iterations, gamma, linear_solver=linear_solver)
-    return runge_kutta(loss_fn, _with_default(learning_rate, descent_control), solver, momentum=momentum, **options)
+    return runge_kutta(loss_fn, _given_or(learning_rate, descent_control), solver, momentum=momentum, **options)
 
 
 @_documented_for_structure
@@ -296,7 +296,7 @@ def residual_euler(
     `rk_optax.ResidualEuler`.
     """
     solver = ResidualEuler(max_rows, tolerance, max_iterations, inertia=inertia)
-    return runge_kutta(loss_fn, _with_default(learning_rate, trust_ratio_control), solver, momentum=momentum, **options)
+    return runge_kutta(loss_fn, _given_or(learning_rate, trust_ratio_control), solver, momentum=momentum, **options)
 
 
 @ready(methods.BACKWARD_EULER)
@@ -394,5 +394,5 @@ def _search_for_secants() -> LearningRate:
     return line_search(first=True, parts=24)
 
 
-def _with_default(learning_rate: LearningRate | None, control: Callable[[], LearningRate]) -> LearningRate:
+def _given_or(learning_rate: LearningRate | None, control: Callable[[], LearningRate]) -> LearningRate:
     return control() if learning_rate is None else learning_rate
