@@ -13,6 +13,8 @@ import pytest
 
 import rk_optax
 
+pytestmark = pytest.mark.latest
+
 H = 0.3
 
 

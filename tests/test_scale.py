@@ -13,6 +13,8 @@ import pytest
 
 import rk_optax
 
+pytestmark = pytest.mark.latest
+
 POINTS = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
 TARGETS = np.linspace(-1, 1, 6).astype(np.float32)
 START = np.array([0.5, -0.3, 0.8, 0.1], np.float32)
