@@ -21,6 +21,8 @@ from rk_optax import (
     trust_ratio_control,
 )
 
+pytestmark = pytest.mark.latest
+
 START = np.array([1.5, -0.7, 0.4])
 
 

@@ -13,6 +13,8 @@ import pytest
 
 import rk_optax
 
+pytestmark = pytest.mark.latest
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -11,6 +11,8 @@ from registry import RULES
 
 import rk_optax
 
+pytestmark = pytest.mark.latest
+
 H, STEP = 0.1, 1e-6
 DATA = np.array([0.8, -1.1, 0.6])
 SMOOTH, ONE_ZERO, ALL_ZERO = np.array([0.5, -0.3, 0.8]), np.array([0.5, -0.3, 0.0]), np.zeros(3)

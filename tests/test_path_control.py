@@ -10,6 +10,8 @@ import pytest
 import rk_optax
 from rk_optax import LeastSquares, Reason, path_control
 
+pytestmark = pytest.mark.latest
+
 
 def curve(theta, x, y):
     return theta[0] * jnp.tanh(theta[1] * x) + theta[2] * jnp.sin(theta[3] * x) - y

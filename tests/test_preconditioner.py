@@ -16,6 +16,8 @@ from training import Evaluations, assert_close, assert_same, first_update, traje
 import rk_optax
 from rk_optax import Reason
 
+pytestmark = pytest.mark.latest
+
 H = 0.3
 PARAMS = {"w": np.array([0.5, -0.3, 0.8]), "b": np.array([0.4, -0.2])}
 X = np.array([0.1, 0.2, -0.4])

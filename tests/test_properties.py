@@ -21,6 +21,8 @@ import rk_optax
 from rk_optax import Reason
 from rk_optax.traced_tableau import TracedTableau
 
+pytestmark = pytest.mark.latest
+
 EXAMPLES = int(os.environ.get("RK_OPTAX_EXAMPLES", "200"))
 
 

@@ -15,6 +15,8 @@ import pytest
 
 import rk_optax
 
+pytestmark = pytest.mark.latest
+
 H = 0.3
 
 

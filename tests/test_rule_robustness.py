@@ -12,6 +12,8 @@ from training import first_update
 import rk_optax
 from rk_optax import LeastSquares, Reason
 
+pytestmark = pytest.mark.latest
+
 CURVATURE = np.array([1.0, 3.0], np.float32)
 
 

@@ -14,6 +14,8 @@ from registry import ALIASES, RULES
 
 import rk_optax
 
+pytestmark = pytest.mark.latest
+
 POINTS = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
 TARGETS = np.linspace(-1, 1, 6).astype(np.float32)
 START = np.array([0.5, -0.3, 0.8, 0.1], np.float32)

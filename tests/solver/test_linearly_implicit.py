@@ -18,6 +18,8 @@ from rk_optax.objective import Objective
 from rk_optax.parameter_view import ParameterView
 from rk_optax.solver._linear import conjugate_gradients
 
+pytestmark = pytest.mark.latest
+
 
 def abscissae():
     """Where the curve is fitted: a new array, because JAX keeps a constant's buffer whatever the precision is later."""

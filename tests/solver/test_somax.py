@@ -7,6 +7,8 @@ import pytest
 
 import rk_optax
 
+pytestmark = pytest.mark.latest
+
 somax = pytest.importorskip("somax")
 
 

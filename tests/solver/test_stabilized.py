@@ -18,6 +18,8 @@ from numpy.polynomial import Chebyshev, Legendre
 import rk_optax
 from rk_optax import Reason, Stabilized, VectorField
 
+pytestmark = pytest.mark.latest
+
 FAMILIES = ["rkc1", "rkc2", "rkl1", "rkl2"]
 THETA = np.array([0.9, -0.4, 0.7, 0.2])
 
