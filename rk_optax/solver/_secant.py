@@ -28,9 +28,8 @@ class SecantState(NamedTuple):
     @classmethod
     def empty(cls, size: int, dtype: Any) -> SecantState:
         """No step yet: H = I."""
-        return cls(
-            jnp.eye(size, dtype=dtype), *(jnp.zeros(size, dtype) for _ in range(2)), jnp.array(False), jnp.array(True)
-        )
+        zeros, again = jnp.zeros(size, dtype), jnp.zeros(size, dtype)  # separate buffers, which can be donated
+        return cls(jnp.eye(size, dtype=dtype), zeros, again, jnp.array(False), jnp.array(True))
 
     def updated(self, params: jax.Array, gradient: jax.Array) -> SecantState:
         """With the step that has led to `params`.
@@ -47,8 +46,8 @@ class SecantState(NamedTuple):
         moved = self.seen & (length > 0) & jnp.isfinite(sy + square + length)
         curved = moved & (sy > 0) & (square > 0)
         # Where it is not usable the numbers may be anything, but no 0/0.
-        safe = [jnp.where(curved, x, 1) for x in (pushed, s, y)]
-        new = broyden_inverse(self.inverse, *safe, jnp.where(curved, length, 1), self.fresh)
+        hy, step, change, size = (jnp.where(curved, x, 1) for x in (pushed, s, y, length))
+        new = broyden_inverse(self.inverse, hy, step, change, size, self.fresh)
         grown = self.inverse + jnp.outer(s, _tree.ratio(3 * s, length))
         new = jnp.where(curved, new, jnp.where(moved, grown, self.inverse))
         new = jnp.where(jnp.all(jnp.isfinite(new)), new, self.inverse)
