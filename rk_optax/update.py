@@ -137,10 +137,11 @@ class Update:
         self, updates: PyTree | None, state: RungeKuttaState, view: ParameterView, extra_args: Any
     ) -> _Prepared:
         """Binds the field to this update's data, and freezes its preconditioner with what stage 1 shows."""
-        field, loss = self.objective.bind(extra_args, view, with_loss=updates is None), None
+        incoming = loss = None
         if updates is not None:
             refuse_masked_nodes(updates)
             incoming = view.taken_in(updates, "updates")
+        field = self.objective.bind(extra_args, view, with_loss=updates is None)
         if updates is None:
             k1, field = self.solver.start(field, view.theta)
             loss = field.loss(view.theta)

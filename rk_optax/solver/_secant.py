@@ -28,26 +28,30 @@ class SecantState(NamedTuple):
     @classmethod
     def empty(cls, size: int, dtype: Any) -> SecantState:
         """No step yet: H = I."""
-        return cls(
-            jnp.eye(size, dtype=dtype), *(jnp.zeros(size, dtype) for _ in range(2)), jnp.array(False), jnp.array(True)
-        )
+        zeros, again = jnp.zeros(size, dtype), jnp.zeros(size, dtype)  # separate buffers, which can be donated
+        return cls(jnp.eye(size, dtype=dtype), zeros, again, jnp.array(False), jnp.array(True))
 
     def updated(self, params: jax.Array, gradient: jax.Array) -> SecantState:
-        """With the step that has led to `params`; a step without positive curvature along it changes no H."""
+        """With the step that has led to `params`.
+
+        Along a step without positive curvature B = H⁻¹ is quartered, so that the steps grow until they have left such a
+        place: nothing else would, without a line search that lengthens them.
+        """
         s, y = params - self.params, gradient - self.gradient
         pushed = self.inverse @ y
         # H⁻¹s for the step s = −αH∇L, exact where nothing stands between the direction and the step.
         direction = self.inverse @ self.gradient
         length = -_tree.ratio(_tree.norm(s), _tree.norm(direction)) * (s @ self.gradient)
         sy, square = s @ y, y @ pushed
-        usable = self.seen & (sy > 0) & (square > 0) & (length > 0) & jnp.isfinite(sy + square + length)
+        moved = self.seen & (length > 0) & jnp.isfinite(sy + square + length)
+        curved = moved & (sy > 0) & (square > 0)
         # Where it is not usable the numbers may be anything, but no 0/0.
-        s, y, pushed = (jnp.where(usable, x, 1) for x in (s, y, pushed))
-        new = broyden_inverse(self.inverse, pushed, s, y, jnp.where(usable, length, 1), self.fresh)
-        usable = usable & jnp.all(jnp.isfinite(new))
-        return SecantState(
-            jnp.where(usable, new, self.inverse), params, gradient, jnp.ones_like(self.seen), self.fresh & ~usable
-        )
+        hy, step, change, size = (jnp.where(curved, x, 1) for x in (pushed, s, y, length))
+        new = broyden_inverse(self.inverse, hy, step, change, size, self.fresh)
+        grown = self.inverse + jnp.outer(s, _tree.ratio(3 * s, length))
+        new = jnp.where(curved, new, jnp.where(moved, grown, self.inverse))
+        new = jnp.where(jnp.all(jnp.isfinite(new)), new, self.inverse)
+        return SecantState(new, params, gradient, jnp.ones_like(self.seen), self.fresh & ~moved)
 
     def solve(self, c: Any, scale: jax.Array, b: jax.Array) -> jax.Array:
         """X of (I + c·PH⁻¹) x = b: H (H + cP)⁻¹ b, for a diagonal P > 0 (`scale`)."""
@@ -57,9 +61,15 @@ class SecantState(NamedTuple):
             factor = jax.scipy.linalg.cho_factor(self.inverse + jnp.diag(shift), lower=True)
             return jax.scipy.linalg.cho_solve(factor, b)
 
-        # Beside so large a shift H is below rounding, and no factorisation is worth its time.
-        far = jnp.min(shift, initial=jnp.inf) * jnp.finfo(b.dtype).eps > jnp.trace(self.inverse)
-        return self.inverse @ jax.lax.cond(far, lambda: _tree.ratio(b, shift), by_factor)
+        def by_series() -> jax.Array:
+            x = _tree.ratio(b, shift)
+            for _ in range(2):
+                x = _tree.ratio(b - self.inverse @ x, shift)
+            return x
+
+        # Then three terms of the series in H/(cP) are all that rounding leaves of it.
+        far = jnp.min(shift, initial=jnp.inf) > 1e6 * jnp.trace(self.inverse)
+        return self.inverse @ jax.lax.cond(far, by_series, by_factor)
 
 
 def broyden_inverse(

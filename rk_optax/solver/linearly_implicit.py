@@ -212,9 +212,7 @@ class RosenbrockEuler(_Rosenbrock):
         # In this order no square of a gradient is formed, which in the loss's units may be out of range.
         left = (h * solution.size) * (solution.overlap * solution.size)
         fall = predicted_fall(field, k1, h, solution.x) + 0.5 * left
-        new = state._replace(
-            iterations=solution.iterations, residual=residual, negative_curvature=solution.negative, **estimate
-        )
+        new = LinearState(solution.iterations, residual, solution.negative, **estimate)
         return Step(
             solution.x,
             _total(cost, 1, solution),
@@ -294,8 +292,7 @@ class Ros2(_Rosenbrock):
             quantities["error"] = _tree.scale(h, jax.tree.map(lambda a, b: 0.5 * (a + b), first.x, second.x))
         residual = jnp.maximum(first.residual, second.residual).astype(_tree.default_float())
         negative = first.negative | second.negative
-        iterations = first.iterations + second.iterations
-        new = state._replace(iterations=iterations, residual=residual, negative_curvature=negative, **estimate)
+        new = LinearState(first.iterations + second.iterations, residual, negative, **estimate)
         return Step(
             direction,
             _total(cost, 2, first, second),
