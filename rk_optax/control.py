@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from rk_optax import _checks, _tree
 from rk_optax._loss_comparison import Losses, root_of_slope
 from rk_optax.field import Capability
-from rk_optax.solver import Cost, Quantity, Solver, saturating_sum
+from rk_optax.solver import Quantity, Solver, saturating_sum
 from rk_optax.step_size import Attempt, Proposal, Reason, StepSizeRule, Verdict
 
 PyTree = Any
