@@ -72,7 +72,8 @@ class PathControl(StepSizeRule):
       corrections: evaluations of the residuals for each trial beyond the first, static; least squares alone has them.
 
     Raises:
-      ValueError: an argument out of its range; at construction of the optimizer, a solver without a path.
+      ValueError: an argument out of its range; at construction of the optimizer, a solver without a path; where an
+        update is differentiated.
 
     Cost: probes·(corrections + 1) + 2 losses a step, evaluated one after the other, which took 0.4 of the time of all
     at once on a CPU; with new data 3.
@@ -142,6 +143,7 @@ class PathControl(StepSizeRule):
         direction = jax.tree.map(lambda leaf: leaf[0], path.direction(h[None], coordinates[None]))
         state = state._replace(changing=changing, before=before, predicted=predicted.astype(before.dtype))
         trials = jnp.where(changing == 0, self.probes * (self._corrections(path) + 1), 0)
+        h, direction = _underivable((h, direction))
         return Choice(h, step._replace(direction=direction), state, Cost(losses=trials + field.losses_at(params)))
 
     def _corrections(self, path: Path) -> int:
@@ -198,6 +200,22 @@ class PathControl(StepSizeRule):
 
 
 path_control = PathControl
+
+
+@jax.custom_jvp
+def _underivable(chosen: PyTree) -> PyTree:
+    """What was chosen. Derivatives would be those of eigenvectors, which are NaN where two eigenvalues agree."""
+    return chosen
+
+
+@_underivable.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    del primals, tangents
+    raise ValueError(
+        "An update of path_control cannot be differentiated: which trial step is the best jumps with what it depends "
+        "on, and the eigenvectors of its factorisation have no derivative where eigenvalues agree. Differentiate "
+        "through an explicit method, or rosenbrock_euler(curvature='diagonal'), with another rule."
+    )
 
 
 def _bounded(h: jax.Array) -> jax.Array:

@@ -31,6 +31,10 @@ def trace(tx, params=W, **data):
     return jax.eval_shape(lambda g, p: tx.update(g, tx.init(p), p, **data), grads, params)
 
 
+def stability_of_rk4(z):
+    return 1 + z + z**2 / 2 + z**3 / 6 + z**4 / 24
+
+
 def message(error):
     """What a user reads: the message and its notes."""
     return "\n".join([str(error.value), *getattr(error.value, "__notes__", ())])
@@ -145,8 +149,7 @@ def test_the_way_it_says_integrates_the_flow_with_those_rates(x64):
     params = {name: jnp.array(1.0) for name in rates}
     updates, _ = tx.update(jax.grad(loss)(params), tx.init(params), params)
     for name, rate in rates.items():
-        z = -0.5 * rate
-        np.testing.assert_allclose(1 + updates[name], 1 + z + z**2 / 2 + z**3 / 6 + z**4 / 24, rtol=1e-12)
+        np.testing.assert_allclose(1 + updates[name], stability_of_rk4(-0.5 * rate), rtol=1e-12)
 
 
 # --- Errors inside the loss ------------------------------------------------------------------------------------------
@@ -206,9 +209,14 @@ def convolved(w, x):
     return jnp.sum(jax.lax.conv(image, w.reshape(1, 1, 1, 3), (1, 1), "SAME").astype(jnp.float32)) + jnp.sum(x)
 
 
-@pytest.mark.parametrize("loss", [scanned, convolved])
+def attended(w, x):
+    keys = jnp.ones((1, 2, 1, 3), jnp.bfloat16)
+    return jnp.sum(jax.nn.dot_product_attention(keys * w, keys, keys).astype(jnp.float32)) + jnp.sum(x)
+
+
+@pytest.mark.parametrize("loss", [scanned, convolved, attended])
 def test_a_loss_that_insists_on_the_dtype_of_the_parameters(loss):
-    with pytest.raises(TypeError) as error:
+    with pytest.raises((TypeError, ValueError)) as error:
         trace(rk_optax.rk4(loss, 0.1), W.astype(jnp.bfloat16), x=X)
     assert "Parameters of bfloat16 are float32 at a stage; stage_dtype=None" in message(error)
     trace(rk_optax.rk4(loss, 0.1, stage_dtype=None), W.astype(jnp.bfloat16), x=X)
@@ -228,6 +236,44 @@ def test_parameters_that_optax_flatten_has_joined():
     with pytest.raises(TypeError) as error:
         trace(tx, params, x=X)
     assert "one flat array of length 4, as under optax.flatten; leave that out" in message(error)
+
+
+def one_step(tx, loss, params):
+    updates, _ = tx.update(jax.grad(loss)(params), tx.init(params), params)
+    return jax.tree.map(jnp.add, params, updates)
+
+
+def test_joined_tuples_are_silently_another_method_and_the_tree_itself_is_right(x64):
+    """Of the joined array the loss reads other numbers: the gradient of b is 0 in all stages but the first."""
+
+    def loss(params):
+        w, b = params[0], params[1]
+        return 0.5 * jnp.sum(w**2) + 0.5 * jnp.sum(b**2)
+
+    params, h = (jnp.array([1.0, -2.0]), jnp.array(3.0)), 0.5
+    joined = one_step(optax.flatten(rk_optax.rk4(loss, h)), loss, params)
+    np.testing.assert_allclose(joined[1], 3 * (1 - h / 6), rtol=1e-12)
+    right = one_step(rk_optax.rk4(loss, h), loss, params)
+    for found, start in zip(right, params, strict=True):
+        np.testing.assert_allclose(found, start * stability_of_rk4(-h), rtol=1e-12)
+
+
+@pytest.mark.skipif(not hasattr(optax, "freeze"), reason="needs optax.freeze")
+def test_frozen_after_the_solver_is_silently_another_method_and_a_mask_is_right(x64):
+    """The flow of a beside a fixed b = 1 is a' = −(2a − 1); stages that move b see another one."""
+
+    def loss(params):
+        return 0.5 * params["a"] ** 2 + 0.5 * (params["a"] - params["b"]) ** 2
+
+    params, h = {"a": jnp.array(2.0), "b": jnp.array(1.0)}, 0.3
+    expected = 0.5 + 1.5 * stability_of_rk4(-2 * h)
+    frozen = optax.chain(rk_optax.rk4(loss, h), optax.freeze({"a": False, "b": True}))
+    frozen, masked = (
+        one_step(tx, loss, params) for tx in (frozen, rk_optax.rk4(loss, h, mask={"a": True, "b": False}))
+    )
+    assert float(frozen["b"]) == float(masked["b"]) == 1
+    np.testing.assert_allclose(masked["a"], expected, rtol=1e-12)
+    assert abs(float(frozen["a"]) - expected) > 1e-2
 
 
 @jax.custom_vjp

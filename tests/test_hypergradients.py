@@ -103,7 +103,9 @@ def test_reverse_mode_is_right_and_finite(solver, preconditioner, rule, x64):
 
 
 @pytest.mark.parametrize(
-    "make", [rk_optax.backward_euler, rk_optax.rosenbrock_euler, rk_optax.rkc], ids=lambda m: m.__name__
+    "make",
+    [rk_optax.backward_euler, rk_optax.rosenbrock_euler, rk_optax.residual_euler, rk_optax.rkc],
+    ids=lambda m: m.__name__,
 )
 def test_what_iterates_until_it_has_converged_has_jaxs_own_message(make):
     loss = rk_optax.LeastSquares(lambda w, x: jnp.tanh(w) - x)
@@ -113,7 +115,19 @@ def test_what_iterates_until_it_has_converged_has_jaxs_own_message(make):
         return jnp.sum(tx.update(jax.grad(loss)(w, DATA), tx.init(w), w, x=jnp.asarray(DATA, w.dtype))[0])
 
     with pytest.raises(ValueError, match=r"Reverse-mode differentiation does not work for lax\.while_loop"):
-        jax.jit(jax.grad(moved))(jnp.ones(3))
+        jax.eval_shape(jax.grad(moved), jnp.ones(3))
+
+
+@pytest.mark.parametrize("derivative", [jax.grad, jax.jacfwd])
+def test_what_chooses_among_trial_steps_says_that_it_has_no_derivative(derivative):
+    loss = rk_optax.LeastSquares(lambda w, x: jnp.tanh(w) - x)
+
+    def moved(x):
+        tx, w = rk_optax.residual_euler(loss, rk_optax.path_control()), jnp.ones(3)
+        return jnp.sum(tx.update(jax.grad(loss)(w, x), tx.init(w), w, x=x)[0])
+
+    with pytest.raises(ValueError, match=r"path_control cannot be differentiated.*explicit method"):
+        jax.eval_shape(derivative(moved), jnp.asarray(DATA, jnp.float32))
 
 
 # --- Refused steps ---------------------------------------------------------------------------------------------------
