@@ -39,18 +39,19 @@ class PathControl(StepSizeRule):
     least loss counts; of all h the largest is taken whose fall of the loss is at least `boldness` of the best. A step
     is taken only if the loss does not rise.
 
-    Use it for high accuracy, in either precision: its steps cost more than those of `trust_ratio_control` (two to three
-    times as much in float64, four in float32) and lead further. Relative errors of one seed, on a 2-D Poisson network
-    of 2,241 weights and 1,020 residuals, after so many processor seconds: in float64 4e-5 (10 s), 4e-7 (18 s) and 5e-8
-    (23 s), and of the trust ratio 3e-4 (11 s), 1e-4 (19 s) and 6e-5 (25 s); in float32 6e-5 (11 s) and 8e-6 (25 s), and
-    of the trust ratio 7e-5 (25 s), which is ahead for the first nine seconds. A smaller `boldness` goes on with longer
-    steps while their loss is not yet the least: it falls later and may end lower (in float32, with 0.1: 2e-3 at 14 s,
-    and 4e-6 at 25 s).
+    Use it for high accuracy, in either precision: its steps cost more than those of `trust_ratio_control` (in float64
+    up to twice as much, in float32 some four times) and lead further. Relative errors of one seed in float64, on a 2-D
+    Poisson network of 2,241 weights and 1,020 residuals, after so many processor seconds on a busy machine: 8e-5 (5 s)
+    and 6e-6 (8 s), and of the trust ratio 2e-3 (8 s), 3e-4 (11 s) and 6e-5 (25 s); in float32 2e-3 (10 s) and 2e-5
+    (18 s), and of the trust ratio 7e-5 (25 s). After the first steps the best of the trials is nearly always within a
+    factor of six of the latest h, with all its corrections. Where the factor takes most of a step, as in float32, more
+    trials cost little: with 16 probes and a width of 30 the error was 6e-5 at 11 s. A smaller `boldness` goes on with
+    longer steps while their loss is not yet the least: it falls later and may end lower.
 
     Where the loss at params is not the one that the previous update left there, the data have changed and falls on them
     say little: then h follows the quality of the quadratic model, as under `rk_optax.trust_ratio_control`, with one
     uncorrected trial, until the data have stayed for three updates. (If they change in every update, that rule is
-    cheaper: it needs no eigendecomposition.)
+    cheaper: a Cholesky factor takes a quarter of the time.)
 
     >>> import jax, jax.numpy as jnp, rk_optax
     >>> loss_fn = rk_optax.LeastSquares(lambda w: jnp.array([w[0] - 1, 10 * (w[1] - w[0] ** 2)]))
@@ -74,6 +75,7 @@ class PathControl(StepSizeRule):
     Raises:
       ValueError: an argument out of its range; at construction of the optimizer, a solver without a path; where an
         update is differentiated.
+      NotImplementedError: least squares in float64 on a TPU, for which JAX has no reduction to tridiagonal form.
 
     Cost: probes·(corrections + 1) + 2 losses a step, evaluated one after the other, which took 0.4 of the time of all
     at once on a CPU; with new data 3.

@@ -28,7 +28,7 @@ class ResidualEulerState(NamedTuple):
     """State of `ResidualEuler`: what the latest linear solve looked like."""
 
     form: jax.Array  # shape=(), int32: 0 for the N×N matrix of the residuals, 1 for the P×P one, 2 for CG without any
-    iterations: jax.Array  # shape=(), int32: of CG; 0 where an eigendecomposition served all step sizes
+    iterations: jax.Array  # shape=(), int32: of CG; 0 where one factor served all step sizes
     residual: jax.Array  # shape=(), float: ‖(I + hPB) g* − P∇L‖/‖P∇L‖, of g* itself; 0 likewise
     moved: PyTree = ()  # like params, with inertia: the latest step, 0 after a refused one
 
@@ -43,7 +43,7 @@ class ResidualEuler(Solver):
     The same step as `RosenbrockEuler("gauss_newton")` with CG run to the end. Costs N Jacobian rows; the gradient that
     comes in is used for the predicted fall alone, and `value_and_update` makes it of the rows.
 
-    Under `rk_optax.path_control` the matrix is decomposed into eigenvectors, once for all h; in float32, where the
+    Under `rk_optax.path_control` the matrix is reduced to tridiagonal form, once for all h; in float32, where the
     matrix keeps too few digits for that, R itself into singular vectors. Under any other rule a Cholesky factor of the
     matrix preconditions the few iterations of CG that make good its rounding (`state.solver.iterations`; one while h is
     small).
