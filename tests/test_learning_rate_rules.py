@@ -297,7 +297,7 @@ def test_r_is_of_the_preconditioned_field(name, estimate, x64):
     assert abs(exact_ratio(network_loss, params, data) / r - 1) > 0.05
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("estimate", ESTIMATES)
 @pytest.mark.parametrize("adapted", [optax.clip_by_global_norm(0.1), optax.scale_by_rss(1.0)], ids=["clip", "rss"])
 def test_r_is_of_the_field_that_an_adapted_transformation_makes(adapted, estimate, x64):

@@ -116,6 +116,7 @@ def test_a_constant_slope_is_descended_at_h_over_one_minus_beta(x64):
     np.testing.assert_allclose(np.diff(path)[[0, -1]], [-2 * H, -2 * H / (1 - 0.9)], rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_after_sees_params_and_the_keywords_of_update(x64):
     def update(updates, state, params, *, gain, **_):
         return jax.tree.map(lambda u, p: gain * u + p, updates, params), state

@@ -167,6 +167,7 @@ def test_stages_on_the_live_model_are_no_method_of_order_four(x64):
     assert 0.5 <= observed_order(lambda h, live: live_rk4(live, data, h), model, exact) <= 1.5
 
 
+@pytest.mark.slow
 def test_a_snapshot_taken_after_the_gradient_is_no_method_of_order_four(x64):
     """The second silent mistake: stages 2 to 4 share a mask, but it is not the one of stage 1."""
     data, model = make_data(np.float64), Net(dtype=jnp.float64)
@@ -196,6 +197,7 @@ def test_statistics_and_random_counts_move_once_per_step_as_in_one_plain_forward
         assert mask_count(model) == i + 1
 
 
+@pytest.mark.slow
 def test_stages_on_the_live_model_move_statistics_and_random_counts_once_per_stage():
     """What take_step is for: the same step by hand moves them four times."""
     data = make_data()
@@ -418,6 +420,7 @@ def test_fields_and_state_are_the_stock_ones():
         ours.update(model)
 
 
+@pytest.mark.slow
 def test_a_restored_state_continues_the_training():
     data = make_data()
     both = make(RK4_MOMENTUM)

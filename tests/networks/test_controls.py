@@ -137,6 +137,7 @@ def _halves(params):
     return jax.grad(lambda p: p["head"].sum() + _mean(p["block"]))(params)
 
 
+@pytest.mark.slow
 def test_controls_are_a_pytree_whose_leaves_are_theirs():
     controls = some("linear")
     doubled = jax.jit(lambda c: jax.tree.map(lambda x: 2 * x, c))(controls)

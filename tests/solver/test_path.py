@@ -175,6 +175,7 @@ def test_a_matrix_beyond_max_rows_is_replaced_by_a_krylov_space_and_the_state_sa
     np.testing.assert_allclose(a, b, rtol=1e-7)
 
 
+@pytest.mark.slow
 def test_an_invariant_krylov_space_ends_early():
     step, *_ = path_of(lambda params: 3.0 * params["a"], RosenbrockEuler(), params={"a": np.ones(5, np.float32)})
     path, h = step.quantities["path"], jnp.array([0.0, 2.0])
