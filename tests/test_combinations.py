@@ -184,6 +184,7 @@ QUICK = [COVER[place] for place in cover(COVER)]
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_pairwise_cover_keeps_structure_and_dtypes():
     keep_structure_and_dtypes(COVER)
 

@@ -89,6 +89,7 @@ def test_h_is_the_formula_of_the_true_curvature_and_the_step_is_the_solvers(form
         assert_close(after, optax.apply_updates(theta, constant(state.step_size, theta)), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_both_sides_of_the_clip_are_met(x64):
     def rate(c):
         tx = rk_optax.euler(lambda w: 2.0 * w**2, dal(c, form="clipped"))  # r = 4, 2/r = 0.5
@@ -336,7 +337,7 @@ COUNTED = [
 ]
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(("rule", "solver", "jit"), COUNTED)
 def test_what_is_charged_is_what_is_evaluated(rule, solver, jit):
     rate, gradients, products = RULES[rule]
