@@ -183,6 +183,8 @@ COVER = pairwise_cover((KINDS, *FACTORS[1:]))
 QUICK = [COVER[place] for place in cover(COVER)]
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_a_pairwise_cover_keeps_structure_and_dtypes():
     keep_structure_and_dtypes(COVER)
 

@@ -55,6 +55,7 @@ def test_one_product_a_step_follows_the_sharpness_of_a_network():
     assert state.time > 0
 
 
+@pytest.mark.slow
 def test_the_corridor_is_polyaks_step():
     w = jnp.array([3.0])
     _, state = one_update(lambda w: 2 * jnp.sum(w**2), rk_optax.corridor(10.0), w)

@@ -25,6 +25,8 @@ def page():
     return names
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_each_extension_of_the_page_is_short(page):
     assert len(BLOCKS) >= 6
     assert max(len(block.splitlines()) for block in BLOCKS) <= 25

@@ -327,6 +327,7 @@ def rotation(z, strength=1.0):
     return {"x": strength * z["y"], "y": -strength * z["x"]}
 
 
+@pytest.mark.slow
 def test_a_smooth_field_that_is_no_gradient_has_products_and_rk4_turns_it_as_it_should(x64):
     z = {"x": jnp.array(1.0), "y": jnp.array(0.0)}
     tx = rk_optax.rk4(None, rk_optax.dal(2.0), grad_fn=rk_optax.SmoothField(rotation))
@@ -345,6 +346,7 @@ def test_solvers_of_symmetric_systems_refuse_it_unless_it_says_that_it_is_symmet
     trace(tx, x=X)
 
 
+@pytest.mark.slow
 def test_a_smooth_field_is_read_for_its_data_and_its_jacobian_is_taken_at_its_data():
     field = rk_optax.SmoothField(rotation)
     tx = rk_optax.rk4(None, rk_optax.dal(2.0), grad_fn=field)

@@ -188,6 +188,7 @@ def test_what_would_take_the_noise_for_something_else_refuses_it(rule, solver):
         tx.update(w, tx.init(w), w, grad_fn=FIELD, key=KEY)
 
 
+@pytest.mark.slow
 def test_constant_and_scheduled_steps_and_an_exact_product_take_it():
     for rate in (0.1, lambda count: 0.1 / (1 + count), rk_optax.dal(0.1)):
         tx = rk_optax.rk4(quadratic, rate, grad_fn=FIELD, momentum=0.9)

@@ -98,6 +98,8 @@ def test_quadratics_against_the_matrix_exponential(solver, matrix, options, erro
     np.testing.assert_array_equal(flow.params, flow.values[-1])
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_backward_in_time_undoes_forward():
     there = rk_optax.gradient_flow(quadratic, START, [1.0, 3.0], rtol=1e-9, atol=1e-9, data={"matrix": MATRIX})
@@ -184,6 +186,8 @@ def test_micro_batches_change_rounding_alone(tmp_path):
         rk_optax.HostRows([1.0, 2.0])
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted():
     params, data = network()
     arguments = (network_loss, params, np.linspace(0, 10, 6))
@@ -288,6 +292,8 @@ def test_what_ends_a_flow_is_named_and_located():
     assert fixed.result == end.REFUSED
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_masks_preconditioners_and_dtypes():
     params = {"a": jnp.array([1.0, 1.0]), "b": jnp.array(2.0, jnp.bfloat16), "fixed": jnp.array(3)}
 

@@ -89,6 +89,7 @@ def test_h_is_the_formula_of_the_true_curvature_and_the_step_is_the_solvers(form
         assert_close(after, optax.apply_updates(theta, constant(state.step_size, theta)), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_both_sides_of_the_clip_are_met(x64):
     def rate(c):
         tx = rk_optax.euler(lambda w: 2.0 * w**2, dal(c, form="clipped"))  # r = 4, 2/r = 0.5
@@ -297,7 +298,7 @@ def test_r_is_of_the_preconditioned_field(name, estimate, x64):
     assert abs(exact_ratio(network_loss, params, data) / r - 1) > 0.05
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("estimate", ESTIMATES)
 @pytest.mark.parametrize("adapted", [optax.clip_by_global_norm(0.1), optax.scale_by_rss(1.0)], ids=["clip", "rss"])
 def test_r_is_of_the_field_that_an_adapted_transformation_makes(adapted, estimate, x64):
@@ -336,7 +337,7 @@ COUNTED = [
 ]
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(("rule", "solver", "jit"), COUNTED)
 def test_what_is_charged_is_what_is_evaluated(rule, solver, jit):
     rate, gradients, products = RULES[rule]

@@ -235,6 +235,8 @@ def test_training_lowers_the_loss():
     assert last < 0.7 * first
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_the_state_can_be_donated():
     data = make_data()
     tx = make_rk4(momentum=0.9)

@@ -116,6 +116,8 @@ def test_a_constant_slope_is_descended_at_h_over_one_minus_beta(x64):
     np.testing.assert_allclose(np.diff(path)[[0, -1]], [-2 * H, -2 * H / (1 - 0.9)], rtol=1e-9)
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_after_sees_params_and_the_keywords_of_update(x64):
     def update(updates, state, params, *, gain, **_):
         return jax.tree.map(lambda u, p: gain * u + p, updates, params), state
@@ -283,6 +285,7 @@ def test_l2_under_a_stage_batch_policy_is_in_every_stage_whole(x64):
     assert_close(mine, expected)
 
 
+@pytest.mark.slow
 def test_the_two_decays_agree_for_gradient_descent_and_part_for_everything_else(x64):
     params, data = network64()
 

@@ -167,6 +167,8 @@ def test_stages_on_the_live_model_are_no_method_of_order_four(x64):
     assert 0.5 <= observed_order(lambda h, live: live_rk4(live, data, h), model, exact) <= 1.5
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_a_snapshot_taken_after_the_gradient_is_no_method_of_order_four(x64):
     """The second silent mistake: stages 2 to 4 share a mask, but it is not the one of stage 1."""
     data, model = make_data(np.float64), Net(dtype=jnp.float64)
@@ -196,6 +198,8 @@ def test_statistics_and_random_counts_move_once_per_step_as_in_one_plain_forward
         assert mask_count(model) == i + 1
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_stages_on_the_live_model_move_statistics_and_random_counts_once_per_stage():
     """What take_step is for: the same step by hand moves them four times."""
     data = make_data()
@@ -207,6 +211,7 @@ def test_stages_on_the_live_model_move_statistics_and_random_counts_once_per_sta
     assert_close(numbers(nnx.state(model, nnx.BatchStat)), numbers(nnx.state(plain, nnx.BatchStat)), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_gradient_of_ones_own_with_a_snapshot_from_before_it_is_take_step():
     data = make_data()
     model, optimizer = make(RK4_MOMENTUM)
@@ -233,6 +238,7 @@ def test_a_snapshot_does_not_move_with_the_model():
     assert mask_count(model) == 1
 
 
+@pytest.mark.slow
 def test_take_step_returns_loss_and_aux_of_before_the_step():
     def with_aux(model, x, y):
         predicted = model(x)
@@ -259,6 +265,7 @@ def test_only_the_parameters_of_wrt_move():
     assert optimizer.opt_state.cost.gradients[...] == 20
 
 
+@pytest.mark.slow
 def test_random_keys_are_data_like_any_other(x64):
     """One key for all stages: the step of the textbook."""
 
@@ -281,6 +288,7 @@ def test_random_keys_are_data_like_any_other(x64):
 # --- Compiled, donated, vmapped, sharded -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_step_traces_the_loss_twice_and_200_steps_never_again():
     """Once for the model's own gradient and once for all stages together."""
     traces = []
@@ -328,6 +336,7 @@ def test_eager_and_jitted_by_nnx_and_by_jax_with_split_and_merge_agree():
     assert_close(numbers(nnx.merge(graphdef, state)), expected)
 
 
+@pytest.mark.slow
 def test_model_and_optimizer_can_be_donated():
     data = make_data()
     expected = train(*make(RK4_MOMENTUM), **data)
@@ -418,6 +427,8 @@ def test_fields_and_state_are_the_stock_ones():
         ours.update(model)
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_a_restored_state_continues_the_training():
     data = make_data()
     both = make(RK4_MOMENTUM)

@@ -166,7 +166,7 @@ def local_errors(solver, preconditioner, steps):
     return errors
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(
     ("name", "solver", "order"),
     [*((name, "rk4", 4) for name in (*EQUATIONS, "hutchinson")), ("adagrad", "heun", 2), ("adagrad", "dopri5", 5)],
@@ -314,6 +314,8 @@ def hutchinson_scale(state_before, matrix, params, **settings):
     return -np.asarray(updates), state
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_hutchinson_is_exact_on_a_diagonal_quadratic_whatever_the_signs(x64):
     state, params = None, jnp.array([1.0, -2.0, 0.3, 0.7])
     for _ in range(5):

@@ -134,6 +134,8 @@ def traced_update(method, theta, rates, h):
     return tx.update(gradient, tx.init(theta), theta, rates=rates)[0]
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 @properties()
 @hypothesis.given(tableaus(), st.lists(fractions(2), min_size=3, max_size=3), RATES, STEPS)
 def test_a_step_with_coefficients_that_are_inputs_is_that_of_the_textbook(x64, tableau, start, rates, h):
@@ -206,7 +208,7 @@ COMBINATIONS = [("rk4", "descent"), ("rkc", "descent"), ("rosenbrock_euler", "tr
 EXPONENTS = st.floats(-25, 25)
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(("optimizer", "rule"), COMBINATIONS)
 @properties()
 @hypothesis.given(EXPONENTS, EXPONENTS, st.floats(-30, 30))
@@ -290,6 +292,8 @@ DATA = ("x", "labels", "rng")
 OTHERS = ("value", "grad", "value_fn", "step", "loss", "lables", "X", "rgn", "epoch", "teacher")
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 @properties()
 @hypothesis.given(st.sets(st.sampled_from(DATA)), st.sets(st.sampled_from(OTHERS)), st.sets(st.sampled_from(DATA)))
 def test_data_that_are_missing_or_misspelt_are_named_and_others_are_ignored(names, others, given):

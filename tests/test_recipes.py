@@ -114,6 +114,8 @@ def test_the_statistics_of_an_equinox_module_move_once_per_step(x64):
     assert max(changes) > 1e-3
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_a_step_of_an_equinox_module_traces_the_loss_twice_and_never_again():
     traces = []
 

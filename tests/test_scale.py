@@ -162,6 +162,7 @@ def test_a_step_however_long_is_the_gauss_newton_step_or_refused(count):
     assert not np.any(found)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(("size", "inert"), [(1.0, 1e6), (1e-6, 1.0), (1.0, 0.0)])
 def test_the_spectral_radius_does_not_depend_on_what_the_loss_does_not_see(size, inert):
     rates = jnp.array([1.0, 30.0, 191.25])

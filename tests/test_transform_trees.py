@@ -31,6 +31,7 @@ class Layer(NamedTuple):
     bias: jax.Array | None
 
 
+@pytest.mark.slow
 def test_none_leaves_and_scalar_leaves_in_any_containers_work(x64):
     def tree(w, b):
         return [Layer(w, None), {"scalars": (b[0], b[1])}, ()]

@@ -147,6 +147,7 @@ def test_a_used_run_folder_is_refused(command, smoke_file, tmp_path):
     assert err == f"rk-optax: {tmp_path} is not empty: {remedy}\n"
 
 
+@pytest.mark.slow
 def test_interrupt_keeps_what_was_finished(command, run_file, tmp_path, monkeypatch):
     log = RunFolder.log
 

@@ -68,6 +68,7 @@ def test_conjugate_gradients_are_scipy_s_and_end_where_the_factorisation_does():
     np.testing.assert_allclose(path[-1], solution, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_alternating_least_squares_solves_each_half_and_a_whole_matrix_at_once():
     problem = PROBLEMS["factorisation"](0, rows=8, columns=7, rank=2, condition=10.0, observed=0.7)
     (first, *_), state = run(alternating_least_squares(None), problem, 2)

@@ -130,6 +130,8 @@ def test_somax_and_optimistix_solve_a_linear_problem_exactly():
     np.testing.assert_allclose(found["w"], best, rtol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_rivals_are_entrants_of_a_race():
     loss_fn, params, data = problem()
     for config in (

@@ -109,6 +109,7 @@ def _refined(n):
     return np.concatenate([np.linspace(a, b, n + 1)[:-1] for a, b in itertools.pairwise(NODES)] + [[2.0]])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_double_sym_is_stable_exactly_up_to_the_method_s_interval_and_beyond_it_with_rkc():
     kernel = jnp.asarray(np.random.default_rng(0).normal(size=(4, 4)))

@@ -94,6 +94,7 @@ def test_gradients_and_their_squares_refine_as_densities():
     np.testing.assert_allclose(square.refine(finer, power=2).theta, expected**2, atol=1e-15)
 
 
+@pytest.mark.slow
 def test_an_optimizer_goes_on_with_refined_controls():
     params = {"head": jnp.ones(2), "block": Controls(jnp.array([0.0, 1.0]), (0, 1))}
     gradient = jax.tree.map(jnp.ones_like, params)
@@ -137,6 +138,8 @@ def _halves(params):
     return jax.grad(lambda p: p["head"].sum() + _mean(p["block"]))(params)
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_controls_are_a_pytree_whose_leaves_are_theirs():
     controls = some("linear")
     doubled = jax.jit(lambda c: jax.tree.map(lambda x: 2 * x, c))(controls)

@@ -198,6 +198,7 @@ def test_the_order_is_kept_on_a_game_that_is_not_linear(name, x64):
     assert np.log2(errors[0] / errors[1]) > ORDERS[name] + 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rosenbrock_euler", pytest.param("radau3", marks=pytest.mark.slow)])
 def test_on_the_gradient_of_a_loss_both_linear_solvers_make_the_same_step(name, x64):
     def loss(w):

@@ -155,6 +155,8 @@ def test_a_very_long_step_is_gauss_newtons(h, x64):
     np.testing.assert_allclose(h * found, np.linalg.solve(gauss_newton, gradient), rtol=1e-3 if h < 1e9 else 1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_more_residuals_than_rows_allowed_are_solved_by_cg(x64):
     loss = LOSSES["least squares"]
     direct, state = effective_gradient(loss, 2.0, ResidualEuler(max_rows=4))  # of the four parameters
@@ -436,6 +438,7 @@ def test_costs_are_gradients_and_a_product_for_each_iteration(solver, gradients,
     assert float(state.solver.residual) <= solver.tolerance
 
 
+@pytest.mark.slow
 def test_a_bad_residual_is_refused_and_leaves_everything_as_it_was():
     loss = LeastSquares(lambda theta, x: theta - x)
     for factory in (rk_optax.residual_euler, rk_optax.rosenbrock_euler):
@@ -449,6 +452,8 @@ def test_a_bad_residual_is_refused_and_leaves_everything_as_it_was():
         assert bool(state.accepted)
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_a_solver_is_vectorised_over_the_step_size(x64):
     loss = LOSSES["least squares"]
     for solver in (ResidualEuler(), RosenbrockEuler(**exact())):
@@ -507,6 +512,8 @@ def test_cg_under_a_preconditioner_works_on_the_symmetric_form(x64):
     np.testing.assert_allclose(found.x, expected, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_cg_of_nothing_is_nothing_and_of_nan_is_nan():
     def solve(b, product=lambda v: v):
         return conjugate_gradients(product, 1.0, b, None, tolerance=1e-3, max_iterations=9)

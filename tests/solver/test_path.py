@@ -166,6 +166,7 @@ def test_a_krylov_space_of_full_dimension_has_the_exact_steps_with_absolute_eige
     assert int(step.cost.products) == 4
 
 
+@pytest.mark.slow
 def test_a_matrix_beyond_max_rows_is_replaced_by_a_krylov_space_and_the_state_says_so(x64):
     direct, *_ = path_of(many)
     products, *_ = path_of(many, ResidualEuler(max_rows=3, max_iterations=4))
@@ -176,6 +177,8 @@ def test_a_matrix_beyond_max_rows_is_replaced_by_a_krylov_space_and_the_state_sa
     np.testing.assert_allclose(a, b, rtol=1e-7)
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_an_invariant_krylov_space_ends_early():
     step, *_ = path_of(lambda params: 3.0 * params["a"], RosenbrockEuler(), params={"a": np.ones(5, np.float32)})
     path, h = step.quantities["path"], jnp.array([0.0, 2.0])

@@ -358,6 +358,7 @@ def test_the_estimate_of_the_spectral_radius_is_close_and_with_its_safety_factor
     assert radii.max() <= 1.2 * largest * 1.01
 
 
+@pytest.mark.slow
 def test_the_estimate_on_a_network_is_its_hessians_largest_eigenvalue():
     params, data = network()
     theta, unravel = ravel_pytree(params)
@@ -462,6 +463,7 @@ def test_a_step_beyond_the_most_stages_is_refused_without_evaluating_any(evaluat
     assert second - first == 1  # no stages, no estimate: the one that came in
 
 
+@pytest.mark.slow
 def test_a_refusal_for_too_long_a_step_shortens_it_at_once_to_what_the_stages_can_do():
     loss, theta = quadratic(np.linspace(0.5, 10, 20))
     solver = Stabilized("rkc1", max_stages=10)

@@ -175,6 +175,7 @@ def test_a_budget_in_updates(small):
     assert [result.runs.gradients[0, -1] for result in small.results] == [12, 24]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_results(small, tmp_path):
     """As if stopped in the middle of the last training: half of its metrics are there, and nothing of the timing."""
     shutil.copytree(small.path, tmp_path / "run")

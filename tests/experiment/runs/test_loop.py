@@ -62,6 +62,8 @@ def test_chunks_do_not_matter(task):
     assert_close(final_params(one, 6), final_params(three, 6), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_a_grid_is_its_runs(task):
     grid = final_params(Trainer(task, make("heun"), seeds=(3, 4), rates=(0.1, 0.4), chunk=4), 4)
     for row, column, seed, rate in [(0, 1, 3, 0.4), (1, 0, 4, 0.1)]:

@@ -8,6 +8,8 @@ from rk_optax.experiment.show.figures import plot_comparison, plot_curves
 from rk_optax.experiment.show.race_summary import on_grid
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_figure_is_drawn(smoke, tmp_path):
     plot_comparison([*smoke.results, *smoke.results[:2]], tmp_path / "comparison.png")
     image = matplotlib.image.imread(tmp_path / "comparison.png")
@@ -36,6 +38,7 @@ def test_perfect_accuracy_has_a_place_on_the_logarithmic_axis(smoke, tmp_path):
     assert (tmp_path / "comparison.png").exists()
 
 
+@pytest.mark.slow
 def test_more_entrants_than_colours(smoke, tmp_path):
     plot_comparison(smoke.results * 3, tmp_path / "comparison.png")
     assert (tmp_path / "comparison.png").exists()

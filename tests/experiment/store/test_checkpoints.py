@@ -49,6 +49,8 @@ def restore(path, own):
     return restored and Point(*restored[:2], own.restored(restored[2]))
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_a_checkpoint_holds_the_whole_state(saved, path):
     point = restore(path, saved[1])
     assert point.steps == 4
@@ -128,6 +130,8 @@ def test_a_checkpoint_counts_once_it_is_described(saved, path):
     assert restore(path, saved[1]).steps == 4
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_one_line(run):
     for file in (run / "checkpoints" / "24").rglob("*"):
         if file.is_file():

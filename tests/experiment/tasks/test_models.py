@@ -38,6 +38,8 @@ def test_activations_differ():
     assert not jnp.allclose(outputs[1], outputs[2])
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_dropout_and_statistics_are_for_training_alone():
     images = jnp.linspace(-1, 1, 4 * 49).reshape(4, 7, 7, 1)
     for name, dropout in [("mlp", 0.5), ("cnn", 0.5)]:
@@ -52,6 +54,8 @@ def test_dropout_and_statistics_are_for_training_alone():
         assert not jnp.allclose(first, other)
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_cnn_is_convolutions_and_batch_norm():
     """The oracle: XLA's convolution and the two moments."""
     images = jax.random.normal(jax.random.key(1), (5, 7, 7, 1))
