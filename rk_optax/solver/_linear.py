@@ -243,14 +243,8 @@ def gmres(
         return unsolved & (i < max_iterations) & ~ended
 
     first = jnp.where(jnp.isfinite(size), jnp.where(size == 0, 0, 1), jnp.nan).astype(dtype)
-    start = (
-        jax.tree.map(jnp.zeros_like, b),
-        b,
-        first,
-        jnp.zeros([], jnp.int32),
-        first > tolerance,
-        jnp.zeros([], bool),
-    )
+    zero, count, no = jax.tree.map(jnp.zeros_like, b), jnp.zeros([], jnp.int32), jnp.zeros([], bool)
+    start = zero, b, first, count, first > tolerance, no
     x, residual, left, iterations, unsolved, _ = jax.lax.while_loop(go_on, cycle, start)
     # NaN ends the loops at once: it must not pass for a solution.
     finite = jnp.isfinite(left)
