@@ -60,7 +60,7 @@ def steps(tx, loss, w, count=3):
 
 
 def loss_of(name):
-    return LeastSquares(residuals) if name == "trust_ratio" else quadratic
+    return LeastSquares(residuals) if name in ("trust_ratio", "search") else quadratic
 
 
 # --- scale ---
