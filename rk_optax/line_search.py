@@ -47,7 +47,7 @@ class LineSearch(StepSizeRule):
     >>> w = jnp.array([-1.0, 1.0])
     >>> _, state = jax.jit(tx.update)(jax.grad(loss_fn)(w), tx.init(w), w)
     >>> float(state.rule.part), bool(state.rule.least < state.rule.before)
-    (0.25, True)
+    (0.125, True)
 
     Args:
       step_size: h > 0 of the whole step, in the units of θ²/L.
