@@ -42,11 +42,10 @@ class PathControl(StepSizeRule):
     Use it for high accuracy, in either precision: its steps cost more than those of `trust_ratio_control` (in float64
     up to twice as much, in float32 some four times) and lead further. Relative errors of one seed in float64, on a 2-D
     Poisson network of 2,241 weights and 1,020 residuals, after so many processor seconds on a busy machine: 8e-5 (5 s)
-    and 6e-6 (8 s), and of the trust ratio 2e-3 (8 s), 3e-4 (11 s) and 6e-5 (25 s); in float32 2e-3 (10 s) and 2e-5
-    (18 s), and of the trust ratio 7e-5 (25 s). After the first steps the best of the trials is nearly always within a
-    factor of six of the latest h, with all its corrections. Where the factor takes most of a step, as in float32, more
-    trials cost little: with 16 probes and a width of 30 the error was 6e-5 at 11 s. A smaller `boldness` goes on with
-    longer steps while their loss is not yet the least: it falls later and may end lower.
+    and 6e-6 (8 s), and of the trust ratio 2e-3 (8 s), 3e-4 (11 s) and 6e-5 (25 s); in float32 6e-5 (11 s), and of the
+    trust ratio 7e-5 (25 s). After the first steps the best of the trials is nearly always within a factor of six of the
+    latest h, with all its corrections. A smaller `boldness` goes on with longer steps while their loss is not yet the
+    least: it falls later and may end lower.
 
     Where the loss at params is not the one that the previous update left there, the data have changed and falls on them
     say little: then h follows the quality of the quadratic model, as under `rk_optax.trust_ratio_control`, with one
@@ -67,8 +66,9 @@ class PathControl(StepSizeRule):
     Args:
       initial_step_size: about which the first trial steps lie, as a learning rate; None: the reciprocal of the mean
         eigenvalue of the first matrix (of the largest, in a Krylov space), so that units do not matter.
-      probes: the number of trial steps, static.
-      width: the largest factor by which h changes in one update, above 1.
+      probes: the number of trial steps, static; None for 6 in float64 and 16 in float32, where the factor takes most of
+        a step.
+      width: the largest factor by which h changes in one update, above 1; None for 6 in float64 and 30 in float32.
       boldness: β in (0, 1]; 1 takes the least loss.
       corrections: evaluations of the residuals for each trial beyond the first, static; least squares alone has them.
 
@@ -83,8 +83,8 @@ class PathControl(StepSizeRule):
 
     initial_step_size: Number | None = None
     _: dataclasses.KW_ONLY
-    probes: int = 6
-    width: Number = 6.0
+    probes: int | None = None
+    width: Number | None = None
     boldness: Number = 1.0
     corrections: int = 4
     needs: ClassVar[frozenset[Capability]] = frozenset({"loss", "deterministic"})
@@ -93,8 +93,10 @@ class PathControl(StepSizeRule):
     def __post_init__(self):
         if self.initial_step_size is not None:
             _checks.numbers(self, initial_step_size="positive")
-        _checks.count(self.probes, "probes")
-        _checks.numbers(self, width="growth")
+        if self.probes is not None:
+            _checks.count(self.probes, "probes")
+        if self.width is not None:
+            _checks.numbers(self, width="growth")
         _checks.numbers(self, boldness="fraction")
         if self.corrections != 0 or isinstance(self.corrections, bool):
             _checks.count(self.corrections, "corrections")
@@ -127,14 +129,15 @@ class PathControl(StepSizeRule):
         # The same data give the same loss at the same params, to rounding.
         stayed = (state.loss < 0) | (jnp.abs(before - state.loss) <= 1e-3 * jnp.abs(state.loss))
         changing = jnp.where(stayed, jnp.maximum(state.changing - 1, 0), 2)
+        probes, width = self._trial_steps(dtype)
 
         def best() -> tuple[jax.Array, jax.Array]:
-            exponents = jnp.linspace(-1.0, 1.0, self.probes, dtype=dtype)
-            sizes = _bounded(h * jnp.asarray(self.width, dtype) ** exponents)
+            exponents = jnp.linspace(-1.0, 1.0, probes, dtype=dtype)
+            sizes = _bounded(h * jnp.asarray(width, dtype) ** exponents)
             losses, coordinates = self._try(path, params, sizes)
             falls = jnp.where(jnp.isfinite(losses), before.astype(dtype) - losses.astype(dtype), -jnp.inf)
             enough = (falls > 0) & (falls >= self.boldness * jnp.max(falls))
-            index = jnp.max(jnp.where(enough, jnp.arange(self.probes), 0))
+            index = jnp.max(jnp.where(enough, jnp.arange(probes), 0))
             return sizes[index], coordinates[index]
 
         def only() -> tuple[jax.Array, jax.Array]:
@@ -144,9 +147,14 @@ class PathControl(StepSizeRule):
         predicted = path.predicted_fall(h[None], path.start(h[None]))[0]
         direction = jax.tree.map(lambda leaf: leaf[0], path.direction(h[None], coordinates[None]))
         state = state._replace(changing=changing, before=before, predicted=predicted.astype(before.dtype))
-        trials = jnp.where(changing == 0, self.probes * (self._corrections(path) + 1), 0)
+        trials = jnp.where(changing == 0, probes * (self._corrections(path) + 1), 0)
         h, direction = _underivable((h, direction))
         return Choice(h, step._replace(direction=direction), state, Cost(losses=trials + field.losses_at(params)))
+
+    def _trial_steps(self, dtype: Any) -> tuple[int, Number]:
+        """How many, and how far from h the outermost. In float32 the factor takes most of a step: more cost little."""
+        probes, width = (6, 6.0) if jnp.finfo(dtype).bits >= 64 else (16, 30.0)
+        return probes if self.probes is None else self.probes, width if self.width is None else self.width
 
     def _corrections(self, path: Path) -> int:
         return self.corrections if path.correctable else 0
