@@ -6,7 +6,7 @@ done
 python benchmarks/image_studies.py mnist --runs runs    # writes benchmarks/results/mnist_*.json
 python benchmarks/image_studies.py mnist                # prints the tables from the JSON
 
-The other study is fashion, with batches of 16, 64 and 1024.
+The other studies are fashion, with batches of 16, 64 and 1024, and fashion_cnn with 64.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
 # The batch sizes of every study.
-STUDIES = {"mnist": (16, 64, 1024, 8192), "fashion": (16, 64, 1024)}
+STUDIES = {"mnist": (16, 64, 1024, 8192), "fashion": (16, 64, 1024), "fashion_cnn": (64,)}
 NAMES = {
     "sgd": "SGD",
     "momentum": "momentum",
