@@ -13,7 +13,7 @@ gradient             one value_and_grad, which a caller of `update` takes beside
                      does not.
 update               value_and_grad and `update`, under trust_ratio_control.
 in one               `value_and_update`, likewise; and over the floor.
-path                 `value_and_update` under path_control, with its 16 trials and 4 corrections of each.
+path                 `value_and_update` under path_control, with its trials and the corrections of each.
 """
 
 from __future__ import annotations

@@ -71,8 +71,9 @@ _SHARED_DOC = """
         `stage_batches` and `batch_argnames` as for `rk_optax.scale_by_rk`.
 
     Returns:
-      A transformation whose `update(updates, state, params, **data)` takes the gradient at params and emits the
-      update to add, in the structure, shapes and dtypes of params.
+      A `rk_optax.RungeKutta`: an Optax transformation whose `update(updates, state, params, **data)` takes the
+      gradient at params and emits the update to add, in the structure, shapes and dtypes of params, and whose
+      `value_and_update(state, params, **data)` needs no gradient and returns the loss too.
 
     Raises:
       TypeError, ValueError: as `rk_optax.runge_kutta` and `rk_optax.scale_by_rk` say.

@@ -224,7 +224,7 @@ class DescentControlState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DescentControl(ControlledRule):
-    """The step size that makes the loss fall most per gradient; a step that would raise the loss is refused.
+    """The step size that makes the loss fall most per gradient; a step that raises the loss is refused.
 
     h climbs: it keeps growing, or shrinking, by `growth` as long as the fall per ‖k1‖² and per gradient (or product)
     does not decline, and turns round where it does. A refused step multiplies h by `shrinkage`. A step too short
@@ -234,10 +234,11 @@ class DescentControl(ControlledRule):
     step's own batch: made for large batches and deterministic losses. With a diagonal preconditioner P, ‖k1‖² stands
     for ⟨∇L, P∇L⟩.
 
-    Where rounding hides what the losses do (no fall above 2e-6 of the loss, no rise above 2e-4 of it, in float32), the
-    slopes at both ends of the step decide in their place. Near the minimum of a loss whose terms are larger than itself
-    they go on to show falls: on an ill-conditioned Gaussian-process dual, `rkc` ends at errors of 5e-5 to 7e-5, and at
-    3e-4 to 6e-3 by the losses alone.
+    Where rounding may hide what the loss L does (no fall above 16 eps |L|, no rise above 2000 eps |L|, which are 2e-6
+    and 2.4e-4 of it in float32), the slopes at both ends of the step decide in their place, by the approximate Wolfe
+    condition of Hager and Zhang (2005). Near the minimum of a loss whose terms are larger than itself they go on to
+    show falls: on an ill-conditioned Gaussian-process dual, `rkc` ends at errors of 5e-5 to 7e-5, and at 3e-4 to 6e-3
+    by the losses alone.
 
     >>> import jax, jax.numpy as jnp, rk_optax
     >>> def loss_fn(w): return jnp.sum(w ** 2)
@@ -280,7 +281,7 @@ class DescentControl(ControlledRule):
         return DescentControlState(self.first_step_size(), fall, tried, uphill, gain, growing, worth, ties)
 
     def judge(self, state: DescentControlState, attempt: Attempt) -> Verdict:
-        """Accepts where the loss does not rise.
+        """Accepts where the loss does not rise or, where rounding may hide that, where the slopes show a fall.
 
         Costs two losses, or one where that at params is known, and two gradients where the losses show nothing.
         """
@@ -327,9 +328,9 @@ class TrustRatioControl(ControlledRule):
 
     With ρ = (L(θ) − L(θ_next))/(predicted fall), an accepted step multiplies h by 1/max(1/growth, 1 − (2ρ − 1)³): by
     `growth` where the model is right, by 1 at ρ = 1/2, by 1/2 at ρ = 0. Refusals in a row divide it by 2, 4, 8, ...,
-    1024; a step whose fall is below all rounding doubles it. A step is taken only if the loss of its batch does not
-    rise; what rounding hides is decided as in `descent_control`. (A fixed factor of 3 at ρ > 3/4 and ρ < 1/4 refuses a
-    third of the steps on a PINN and needs more of them.)
+    1024; a step whose fall is below all rounding doubles it. A step that raises the loss of its batch is refused; where
+    rounding may hide that, the slopes decide, as in `descent_control`. (A fixed factor of 3 at ρ > 3/4 and ρ < 1/4
+    refuses a third of the steps on a PINN and needs more of them.)
 
     >>> import jax, jax.numpy as jnp, rk_optax
     >>> loss_fn = rk_optax.LeastSquares(lambda w: jnp.array([w[0] - 1, 10 * (w[1] - w[0] ** 2)]))
@@ -381,7 +382,7 @@ class TrustRatioControl(ControlledRule):
         return TrustRatioState(self.first_step_size(), ratio, divisor, fall, tried, jnp.zeros([], bool))
 
     def judge(self, state: TrustRatioState, attempt: Attempt) -> Verdict:
-        """Accepts where the loss does not rise.
+        """Accepts where the loss does not rise or, where rounding may hide that, where the slopes show a fall.
 
         Costs two losses, or one where that at params is known, and two gradients where the losses show nothing.
         """

@@ -57,8 +57,9 @@ _MESSAGES = {
     Reason.ERROR_TOO_LARGE: f"the error estimate exceeds the tolerance; {_KEPT}, the next step is shorter",
     Reason.SMALLEST_STEP: "refused at min_step_size, where the curvature asks for less: lower min_step_size or leave "
     f"it out, or loosen the tolerance of error_control; {_KEPT}",
-    Reason.UNRESOLVED: "the loss rose, but by no more than its rounding: converged, as far as this precision can tell; "
-    f"{_KEPT}",
+    Reason.UNRESOLVED: "rounding may hide what the loss L did (no fall above 16 eps |L|, no rise above 2000 eps |L|), "
+    "and what else the rule looks at, slopes or model, shows no fall worth the step: converged, as far as this "
+    f"precision can tell; {_KEPT}",
     Reason.BAD_STEP_SIZE: "the learning rate, or its schedule, gave a step size that is negative or not finite; "
     f"{_KEPT}",
     Reason.NOT_DOWNHILL: "the loss rises in proportion to the step size, however short: the gradient is not that of "

@@ -391,9 +391,11 @@ PAGE_MESSAGES = [
     "pass a loss_fn whose structure is known",
     "symmetric only with a diagonal",
     "not of one changed by momentum",
+    "parts of the solver's own step",
     "itself, which makes a rule: call it",
     "needs an embedded error estimate",
     "which the tableau 'rk4' does not offer",
+    "needs a solver for very long steps",
     "needs a 'loss'",
     "the solver's own mask= instead",
 ]

@@ -184,18 +184,22 @@ def test_any_pytree_with_a_dropout_key_steps_as_the_textbook_does(container, x64
     assert len(traces) == 1
 
 
-# --- The page, and what its physics-informed networks have learnt ----------------------------------------------------
+# --- The pages, and what the physics-informed networks have learnt ----------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """The names that the page leaves behind, all of its blocks run in order."""
-    text = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    """The names that the page of physics leaves behind, all blocks of it and of the other recipes run in order."""
+    return [names_of(name, tmp_path_factory) for name in ("recipes.md", "physics.md")][-1]
+
+
+def names_of(name, tmp_path_factory):
+    text = (Path(__file__).parents[1] / "docs" / name).read_text(encoding="utf-8")
     names = {"__name__": "__main__"}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("recipes"))
         for block in re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL):
-            exec(compile(block, "recipes.md", "exec"), names)
+            exec(compile(block, name, "exec"), names)
     return names
 
 
