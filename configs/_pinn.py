@@ -38,8 +38,8 @@ def race(
         further: more entrants, or others in the place of these.
         **options: arguments of the problem.
     """
-    dampings = (1e-10, 1e-8) if x64 else (1e-5, 1e-4)
-    more = (1e-8, 1e-5) if x64 else (1e-4, 1e-3)  # with momentum: with less, SPRING diverges
+    dampings = (1e-10, 1e-8) if x64 else (1e-3, 1e-1)
+    more = (1e-8, 1e-5) if x64 else (1e-3, 1e-1)  # with momentum: with less, SPRING diverges
 
     def entrant(factory: str, steps: int = chunk, **arguments) -> EntrantConfig:
         return EntrantConfig(factory, seconds=seconds, chunk=steps, **arguments)
