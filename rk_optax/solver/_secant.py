@@ -6,6 +6,7 @@ The self-scaled Broyden method with Al-Baali's parameters, as `SSBroyden2` of Ur
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +35,9 @@ class SecantState(NamedTuple):
     def updated(self, params: jax.Array, gradient: jax.Array) -> SecantState:
         """With the step that has led to `params`.
 
+        H begins as the identity, or larger where a step along the gradient would be lost in the rounding of the
+        parameters that have one: no secant would ever come of it.
+
         Along a step without positive curvature B = H⁻¹ is quartered, so that the steps grow until they have left such a
         place: nothing else would, without a line search that lengthens them.
         """
@@ -51,11 +55,16 @@ class SecantState(NamedTuple):
         grown = self.inverse + jnp.outer(s, _tree.ratio(3 * s, length))
         new = jnp.where(curved, new, jnp.where(moved, grown, self.inverse))
         new = jnp.where(jnp.all(jnp.isfinite(new)), new, self.inverse)
-        return SecantState(new, params, gradient, jnp.ones_like(self.seen), self.fresh & ~moved)
+        moving = _tree.norm(jnp.where(gradient == 0, 0, params))
+        least = math.sqrt(float(jnp.finfo(params.dtype).eps)) * _tree.ratio(moving, _tree.norm(gradient))
+        begins = ~self.seen & jnp.isfinite(least)
+        new = jnp.where(begins, jnp.maximum(least, 1) * self.inverse, new)
+        return SecantState(new, params, gradient, self.seen | jnp.isfinite(least), self.fresh & ~moved)
 
     def solve(self, c: Any, scale: jax.Array, b: jax.Array) -> jax.Array:
         """X of (I + c·PH⁻¹) x = b: H (H + cP)⁻¹ b, for a diagonal P > 0 (`scale`)."""
         shift = jnp.asarray(c, b.dtype) * scale
+        b, size = _tree.unit(b)  # which over a long step may be below all numbers
 
         def by_factor() -> jax.Array:
             factor = jax.scipy.linalg.cho_factor(self.inverse + jnp.diag(shift), lower=True)
@@ -69,7 +78,7 @@ class SecantState(NamedTuple):
 
         # Then three terms of the series in H/(cP) are all that rounding leaves of it.
         far = jnp.min(shift, initial=jnp.inf) > 1e6 * jnp.trace(self.inverse)
-        return self.inverse @ jax.lax.cond(far, by_series, by_factor)
+        return size * (self.inverse @ jax.lax.cond(far, by_series, by_factor))
 
 
 def broyden_inverse(
@@ -96,7 +105,10 @@ def broyden_inverse(
     positive = rho * jnp.minimum(root, 1 / jnp.where(theta > 0, theta, 1))
     tau = jnp.where(theta > 0, positive, jnp.minimum(rho * root, sigma))
     tau = jnp.where(fresh, h / sigma, tau)
-    v = s / sy - pushed / square
+    # Divided before they are multiplied: squares of what has the units of the loss may be out of range.
+    root, s = jnp.sqrt(square), s / jnp.sqrt(sy)
+    pushed = pushed / root
+    v = jnp.sqrt(h) * s - pushed
     phi = (1 - theta) / sigma
-    kept = inverse - jnp.outer(pushed, pushed) / square + (phi * square) * jnp.outer(v, v)
-    return kept / tau + jnp.outer(s, s) / sy
+    kept = inverse - jnp.outer(pushed, pushed) + phi * jnp.outer(v, v)
+    return kept / tau + jnp.outer(s, s)

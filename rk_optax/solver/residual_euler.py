@@ -94,7 +94,7 @@ class ResidualEuler(Solver):
     def init(self, params: PyTree) -> ResidualEulerState:
         """Nothing has been solved yet."""
         state = _state(_ROWS, jnp.zeros([], jnp.int32), jnp.zeros([]))
-        return state._replace(moved=jax.tree.map(jnp.zeros_like, params)) if self.inertia else state
+        return state._replace(moved=jax.tree.map(_nothing_moved, params)) if self.inertia else state
 
     def start(self, field: VectorField, params: PyTree) -> tuple[PyTree, VectorField]:
         """Stage 1 and the loss at params from the rows, which the step needs anyway."""
@@ -152,8 +152,8 @@ class ResidualEuler(Solver):
         new = _state(solution.form, solution.iterations, _tree.ratio(wrong, right))
         refused = new
         if self.inertia:
-            refused = new._replace(moved=jax.tree.map(jnp.zeros_like, direction))
-            new = new._replace(moved=_tree.scale(-h, direction))
+            refused = new._replace(moved=jax.tree.map(jnp.zeros_like, state.moved))
+            new = new._replace(moved=_tree.cast_like(_tree.scale(-h, direction), state.moved))
         # An h so large that numbers of g* are below the smallest one would otherwise be a step without them, or of 0.
         before, after = _tree.norm(k1), _tree.norm(direction)
         least = float(jnp.finfo(after.dtype).tiny) * 1e4
@@ -174,6 +174,10 @@ class ResidualEuler(Solver):
 
 def _state(form: int, iterations: jax.Array, residual: jax.Array) -> ResidualEulerState:
     return ResidualEulerState(jnp.full([], form, jnp.int32), iterations, residual.astype(_tree.default_float()))
+
+
+def _nothing_moved(leaf: jax.Array) -> jax.Array:
+    return jnp.zeros_like(leaf, _tree.common_dtype(leaf.dtype, jnp.float32))
 
 
 def _real_size(params: PyTree) -> int:
