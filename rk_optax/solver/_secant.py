@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rk_optax import _tree
+from rk_optax.solver._linear import real_matmul
 
 PyTree = Any
 
@@ -42,11 +43,11 @@ class SecantState(NamedTuple):
         place: nothing else would, without a line search that lengthens them.
         """
         s, y = params - self.params, gradient - self.gradient
-        pushed = self.inverse @ y
+        pushed = real_matmul(self.inverse, y)
         # H⁻¹s for the step s = −αH∇L, exact where nothing stands between the direction and the step.
-        direction = self.inverse @ self.gradient
-        length = -_tree.ratio(_tree.norm(s), _tree.norm(direction)) * (s @ self.gradient)
-        sy, square = s @ y, y @ pushed
+        direction = real_matmul(self.inverse, self.gradient)
+        length = -_tree.ratio(_tree.norm(s), _tree.norm(direction)) * real_matmul(s, self.gradient)
+        sy, square = real_matmul(s, y), real_matmul(y, pushed)
         moved = self.seen & (length > 0) & jnp.isfinite(sy + square + length)
         curved = moved & (sy > 0) & (square > 0)
         # Where it is not usable the numbers may be anything, but no 0/0.
@@ -73,12 +74,12 @@ class SecantState(NamedTuple):
         def by_series() -> jax.Array:
             x = _tree.ratio(b, shift)
             for _ in range(2):
-                x = _tree.ratio(b - self.inverse @ x, shift)
+                x = _tree.ratio(b - real_matmul(self.inverse, x), shift)
             return x
 
         # Then three terms of the series in H/(cP) are all that rounding leaves of it.
         far = jnp.min(shift, initial=jnp.inf) > 1e6 * jnp.trace(self.inverse)
-        return size * (self.inverse @ jax.lax.cond(far, by_series, by_factor))
+        return size * real_matmul(self.inverse, jax.lax.cond(far, by_series, by_factor))
 
 
 def broyden_inverse(
@@ -94,7 +95,7 @@ def broyden_inverse(
       length: s·H⁻¹s.
       fresh: whether H is the identity, and takes its scale from this step.
     """
-    size, sy, square = len(s), s @ y, y @ pushed
+    size, sy, square = len(s), real_matmul(s, y), real_matmul(y, pushed)
     b, h = length / sy, square / sy
     a = jnp.maximum(h * b - 1, jnp.finfo(s.dtype).eps)  # not negative, by Cauchy and Schwarz
     least = jnp.minimum(1, h * (1 - jnp.sqrt(a / (1 + a))))
