@@ -61,8 +61,9 @@ class ResidualEuler(Solver):
       max_iterations: cap on either CG.
       inertia: μ in [0, 1): the step d minimises the model, ½‖r + Rd‖² + (λ/2)‖θ + d‖², plus ‖d − μd₋₁‖²/(2h), the
         square in the metric of P⁻¹, with d₋₁ the step before, which is made 0 where one is refused: the whole step, of
-        which `rk_optax.line_search` or `after` may have taken a part. At a constant h that is SPRING with damping 1/h, whose learning rate then goes into `after=optax.scale(...)`. For random points:
-        it averages over them. There is no path then, nor CG alone, which raises at the first update.
+        which `rk_optax.line_search` or `after` may have taken a part. At a constant h that is SPRING with damping 1/h,
+        whose learning rate then goes into `after=optax.scale(...)`. For random points: it averages over them. There is
+        no path then, nor CG alone, which raises at the first update.
 
     Raises:
       ValueError: an argument out of its range; at construction of the optimizer, a loss that is no
