@@ -34,17 +34,21 @@ class Losses(NamedTuple):
         may be hundreds of its units in the last place. Where the losses show no fall, and no rise beyond that, the fall
         is the mean of the slopes at both ends of the step, which is exact for a quadratic, and the step is taken under
         the approximate Wolfe condition of Hager and Zhang (2005), doi 10.1137/030601880, with their δ = 0.1. Where the
-        slopes tell nothing either, all has converged, or h is far too short.
+        slopes tell nothing either, all has converged, or h is far too short. Slopes that foretell a fall which the
+        losses would then show are those of no quadratic, and the losses decide. A step that rounding has made 0 is a
+        tie.
         """
         before, after = attempt.field.loss(attempt.params), attempt.field.loss(attempt.candidate)
         dtype = foretold.dtype
         eps = float(jnp.finfo(before.dtype).eps)
         rounding = (2 * eps * jnp.abs(before)).astype(dtype)
         fall = (before - after).astype(dtype)  # ∞ − ∞ is no fall
-        hidden = attempt.usable & (fall <= 8 * rounding) & (-fall <= 1000 * rounding)
+        most = min(1000.0, max(8.0, 1e-3 / (2 * eps))) * rounding  # of a loss in half precision less: no rise is small
+        hidden = attempt.usable & (fall <= 8 * rounding) & (-fall <= most)
         nothing = jnp.zeros(2, dtype)
         start, end = jax.lax.cond(hidden, lambda: _slopes(attempt, dtype), lambda: nothing)
-        by_slopes, tiny = 0.5 * (start + end), foretold <= rounding
+        by_slopes, tiny = 0.5 * (start + end), (foretold <= rounding) | _unmoved(attempt)
+        spent, hidden = hidden, hidden & ~(by_slopes - fall > most)
         rounding = jnp.where(hidden, eps * (jnp.abs(start) + jnp.abs(end)), rounding)
         fall = jnp.where(hidden, by_slopes, fall)
         accepted = attempt.usable & (fall >= 0) & (~hidden | (by_slopes >= 0.1 * start))
@@ -52,7 +56,7 @@ class Losses(NamedTuple):
         refused = attempt.usable & ~accepted & ~tie
         clear, shows_fall = refused & (-fall > 100 * rounding), accepted & (fall > 8 * rounding)
         h = attempt.step_size.astype(dtype)
-        cost = Cost(losses=1 + attempt.field.losses_at(attempt.params), gradients=jnp.where(hidden, 2, 0))
+        cost = Cost(losses=1 + attempt.field.losses_at(attempt.params), gradients=jnp.where(spent, 2, 0))
         return cls(fall, accepted, tie, refused, clear, shows_fall, hidden, attempt.usable, h, cost)
 
     def seen(self, state: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -75,6 +79,12 @@ class Losses(NamedTuple):
             at_smallest | self.hidden, jnp.where(uphill, Reason.NOT_DOWNHILL, shortest), Reason.LOSS_ROSE
         )
         return jnp.where(self.accepted, Reason.ACCEPTED, refused)
+
+
+def _unmoved(attempt: Attempt) -> jax.Array:
+    """Whether the step is below the rounding of the parameters."""
+    same = jax.tree.map(lambda a, b: jnp.all(a == b), attempt.params, attempt.candidate)
+    return jnp.stack([jnp.array(True), *jax.tree.leaves(same)]).all()
 
 
 def _slopes(attempt: Attempt, dtype: Any) -> jax.Array:

@@ -133,6 +133,7 @@ class VectorField:
       symmetric: whether the field's Jacobian is symmetric before preconditioning.
       decay: `decay(params) -> D`, real and like params, of a field D(θ)θ + N(θ) that knows its linear part; or None.
       value_and_gradient: the loss and the field of stage 1 in one pass, never preconditioned; None without a loss.
+      losses_beside: losses that `value_and_gradient` costs beside the gradient: 1 where a `grad_fn` makes that.
       known: what has been evaluated at the params of the update.
       plain: `evaluate` as it was before preconditioning, or None where there was none.
     """
@@ -148,6 +149,7 @@ class VectorField:
     symmetric: bool = True
     decay: Callable[[PyTree], PyTree] | None = None
     value_and_gradient: Callable[[PyTree], tuple[jax.Array, PyTree]] | None = None
+    losses_beside: int = 0
     known: Known | None = None
     plain: Callable[[PyTree, Any], PyTree] | None = None
 

@@ -126,7 +126,9 @@ class Objective:
         known = VectorField(field)
         if of_loss is not None:
             loss = of_loss.loss
-            known = dataclasses.replace(of_loss, evaluate=field, value_and_gradient=lambda p: (loss(p), field(p)))
+            known = dataclasses.replace(
+                of_loss, evaluate=field, value_and_gradient=lambda p: (loss(p), field(p)), losses_beside=1
+            )
         if not isinstance(gradient.function, SmoothField):
             return known
         return dataclasses.replace(known, smooth_field=field, gradient=field, symmetric=gradient.function.symmetric)

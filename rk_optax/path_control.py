@@ -21,7 +21,7 @@ class PathControlState(NamedTuple):
     """State of `PathControl`."""
 
     next_step_size: jax.Array  # shape=(), float: about which the next trial steps lie; 0 before the first
-    loss: jax.Array  # shape=(), float: at the params that the latest update left, on its data; −1 before the first
+    loss: jax.Array  # shape=(), float: at the params that the latest update left, on its data; ∞ before the first
     fall: jax.Array  # shape=(), float: of the loss, by the latest step; negative where it would have risen
     changing: jax.Array  # shape=(), int32: 0 while the data stay; 2 at an update whose data are new, then less by one
     divisor: jax.Array  # shape=(), float: of h at the next refusal where the data change; doubles with each in a row
@@ -106,7 +106,7 @@ class PathControl(StepSizeRule):
         del params
         first = 0.0 if self.initial_step_size is None else self.initial_step_size
         # Separate buffers: one shared by several fields could not be donated.
-        values = {"next_step_size": first, "loss": -1.0, "fall": 0, "divisor": 2, "before": 0, "predicted": 0}
+        values = {"next_step_size": first, "loss": jnp.inf, "fall": 0, "divisor": 2, "before": 0, "predicted": 0}
         scalars = {name: jnp.full([], value, _tree.default_float()) for name, value in values.items()}
         return PathControlState(**scalars, changing=jnp.zeros([], jnp.int32))
 
@@ -126,8 +126,8 @@ class PathControl(StepSizeRule):
         dtype = path.typical.dtype
         h = jnp.where(h > 0, h, path.typical).astype(dtype)
         before = path.evaluate(params).loss.astype(state.before.dtype)
-        # The same data give the same loss at the same params, to rounding.
-        stayed = (state.loss < 0) | (jnp.abs(before - state.loss) <= 1e-3 * jnp.abs(state.loss))
+        # The same data give the same loss at the same params, to rounding; there are none before the first.
+        stayed = jnp.isinf(state.loss) | (jnp.abs(before - state.loss) <= 1e-3 * jnp.abs(state.loss))
         changing = jnp.where(stayed, jnp.maximum(state.changing - 1, 0), 2)
         probes, width = self._trial_steps(dtype)
 

@@ -137,7 +137,7 @@ class Update:
         self, updates: PyTree | None, state: RungeKuttaState, view: ParameterView, extra_args: Any
     ) -> _Prepared:
         """Binds the field to this update's data, and freezes its preconditioner with what stage 1 shows."""
-        incoming = loss = None
+        incoming, loss, beside = None, None, Cost()
         if updates is not None:
             refuse_masked_nodes(updates)
             incoming = view.taken_in(updates, "updates")
@@ -145,12 +145,14 @@ class Update:
         if updates is None:
             k1, field = self.solver.start(field, view.theta)
             loss = field.loss(view.theta)
+            beside = Cost(losses=0 if field.knows_rows(view.theta) else field.losses_beside)
         elif self.reuse_updates:
             k1 = field.with_l2(incoming, view.theta)
             field = dataclasses.replace(field, rounding=_tree.unit_roundoff(view.moving(updates)))
         else:
             k1 = field(view.theta)
         frozen, new, cost = self.preconditioner.update(k1, state.preconditioner, view.theta, field)
+        cost = beside.plus(cost)
         field = field.preconditioned(
             lambda gradient: self.preconditioner.apply(gradient, frozen), self.preconditioner.diagonal(frozen)
         )

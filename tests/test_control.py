@@ -221,6 +221,48 @@ def test_trust_ratio_control_lengthens_a_step_whose_fall_the_losses_do_not_show(
     assert float(state.rule.next_step_size) == then
 
 
+# --- what the losses do not show ---
+
+
+def descended(tx, loss, theta, steps):
+    def step(carry, _):
+        theta, state = carry
+        _, change, state = tx.value_and_update(state, theta)
+        return (theta + change, state), None
+
+    theta, state = jax.jit(lambda start: jax.lax.scan(step, start, None, length=steps)[0])((theta, tx.init(theta)))
+    return theta, float(loss(theta)), state
+
+
+def test_a_step_below_the_rounding_of_the_parameters_is_made_longer():
+    """It foretells a fall that does not come: that is no fault of the model."""
+    loss = LeastSquares(lambda theta: theta - 999)
+    theta, _, _ = descended(rk_optax.residual_euler(loss, trust_ratio_control(1e-6)), loss, jnp.array([1e3]), 60)
+    assert float(theta[0]) == 999
+
+
+def test_slopes_do_not_hide_that_the_loss_does_not_fall():
+    """Of waves on a floor a long step finds both slopes as it likes, and no fall."""
+
+    def loss(theta):
+        return 1 + 1e-4 * jnp.mean(jnp.cos(theta))
+
+    tx = rk_optax.euler(loss, descent_control(1e8))
+    _, value, _ = descended(tx, loss, jnp.linspace(0.5, 5.5, 20), 150)
+    assert value < 1 - 0.9e-4
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_loss_of_half_precision_does_not_hide_a_tenfold_rise(dtype):
+    def loss(theta):
+        return (0.1 - 0.01 * theta[0] + 0.9 * jax.nn.sigmoid(40 * (theta[0] - 3))).astype(dtype)
+
+    tx = rk_optax.euler(loss, descent_control(600.0))
+    _, _, state = jax.jit(tx.value_and_update)(tx.init(jnp.zeros(1)), jnp.zeros(1))
+    assert not bool(state.accepted)
+    assert int(state.reason) == Reason.LOSS_ROSE
+
+
 # --- what a refusal leaves alone ---
 
 

@@ -176,6 +176,18 @@ def test_the_trust_ratio_knows_of_inertia(count, x64):
     assert 0 < refused < 9
 
 
+@pytest.mark.parametrize("given", [{}, {"stage_dtype": None}, {"stage_dtype": "float64"}], ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_inertia_keeps_the_types_of_its_state(dtype, given, x64):
+    loss = rk_optax.LeastSquares(lambda w: w - 1)
+    tx = rk_optax.residual_euler(loss, 1.0, inertia=0.5, **given)
+    w = jnp.zeros(3, dtype)
+    state = tx.init(w)
+    new = jax.eval_shape(tx.value_and_update, state, w)[2]
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert state.solver.moved.dtype == jnp.float32
+
+
 def test_inertia_without_a_path_or_rows_is_told():
     with pytest.raises(ValueError, match="needs the steps of all h"):
         rk_optax.residual_euler(LOSS, rk_optax.path_control(), inertia=0.9)

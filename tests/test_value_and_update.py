@@ -78,9 +78,16 @@ def test_nothing_is_evaluated_twice(solver, rule, passes, losses, gradients, eva
 def test_a_gradient_of_your_own_serves_beside_the_loss():
     params, data = network()
     tx = rk_optax.rk4(network_loss, 0.1, grad_fn=lambda p, x, y: jax.tree.map(jnp.zeros_like, p))
-    value, updates, _ = tx.value_and_update(tx.init(params), params, **data)
+    value, updates, state = tx.value_and_update(tx.init(params), params, **data)
     assert float(value) == pytest.approx(float(network_loss(params, **data)), rel=1e-6)
+    assert (int(state.cost.losses), int(state.cost.gradients)) == (1, 4)
     assert all(not leaf.any() for leaf in jax.tree.leaves(updates))
+
+
+def test_a_second_attempt_counts_no_gradient_where_the_first_had_none():
+    tx = rk_optax.residual_euler(rk_optax.LeastSquares(lambda w: w - 1), 0.1, finite_derivatives=True)
+    _, _, state = jax.jit(tx.value_and_update)(tx.init(jnp.ones(2)), jnp.ones(2))
+    assert int(state.cost.gradients) == 0
 
 
 def test_without_a_loss_there_is_none_to_return():

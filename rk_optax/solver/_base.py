@@ -44,8 +44,8 @@ class Cost(NamedTuple):
         return Cost(*(saturating_sum(x, y) for x, y in zip(self, other, strict=True)))
 
     def beyond_k1(self) -> Cost:
-        """The cost of a step where k1 has been counted."""
-        return self._replace(gradients=self.gradients - 1)
+        """The cost of a step where k1 has been counted, if it was a gradient."""
+        return self._replace(gradients=jnp.maximum(self.gradients - 1, 0))
 
 
 def saturating_sum(x: Any, y: Any) -> jax.Array:

@@ -139,7 +139,7 @@ class LeastSquaresPath(Path):
     def predicted_fall(self, h: jax.Array, coordinates: jax.Array) -> jax.Array:
         """See `Path.predicted_fall`: h(⟨∇L, g*⟩ + ⟨g*, P⁻¹g*⟩)/2."""
         direction = self._vectors(h, coordinates)
-        gradient = self.residual @ self.rows + self.l2 * self.theta
+        gradient = real_matmul(self.residual, self.rows) + self.l2 * self.theta
         return 0.5 * h * jnp.sum(direction * (gradient[None] + _tree.ratio(direction, self.scale[None])), axis=1)
 
     @abc.abstractmethod
@@ -174,13 +174,13 @@ class ParameterPath(LeastSquaresPath):
 
     def start(self, h: jax.Array) -> jax.Array:
         """See `Path.start`."""
-        pulled = (self.residual @ self.rows + self.l2 * self.theta) * jnp.sqrt(self.scale)
+        pulled = (real_matmul(self.residual, self.rows) + self.l2 * self.theta) * jnp.sqrt(self.scale)
         return self.factor.solve(h, self.factor.coordinates(pulled[None]))
 
     def corrected(self, h: jax.Array, coordinates: jax.Array, response: jax.Array) -> jax.Array:
         """See `Path.corrected`."""
         moved = self.theta[None] - h[:, None] * self._vectors(h, coordinates)
-        pulled = (response @ self.rows + self.l2 * moved) * jnp.sqrt(self.scale)[None]
+        pulled = (real_matmul(response, self.rows) + self.l2 * moved) * jnp.sqrt(self.scale)[None]
         return coordinates - self.factor.solve(h, coordinates - self.factor.coordinates(pulled))
 
     def _vectors(self, h: jax.Array, coordinates: jax.Array) -> jax.Array:
@@ -199,7 +199,7 @@ class RowPath(LeastSquaresPath):
 
     def start(self, h: jax.Array) -> jax.Array:
         """See `Path.start`."""
-        wanted = self.residual[None] - (self._short(h) * self.l2)[:, None] * (self.rows @ self.theta)[None]
+        wanted = self.residual[None] - (self._short(h) * self.l2)[:, None] * real_matmul(self.rows, self.theta)[None]
         return self.factor.solve(self._short(h), self.factor.coordinates(wanted))
 
     def corrected(self, h: jax.Array, coordinates: jax.Array, response: jax.Array) -> jax.Array:
@@ -211,7 +211,7 @@ class RowPath(LeastSquaresPath):
 
     def _pulled(self, coordinates: jax.Array) -> jax.Array:
         """PRᵀWz."""
-        return (self.factor.vectors(coordinates) @ self.rows) * self.scale[None]
+        return real_matmul(self.factor.vectors(coordinates), self.rows) * self.scale[None]
 
     def _short(self, h: jax.Array) -> jax.Array:
         return h / (1 + h * self.l2)
@@ -246,7 +246,7 @@ class SingularPath(RowPath):
         return jnp.concatenate([rows, jnp.sqrt(l2) * further])
 
     def _pulled(self, coordinates: jax.Array) -> jax.Array:
-        return ((coordinates * self.singular[None]) @ self.right.T) * jnp.sqrt(self.scale)[None]
+        return real_matmul(coordinates * self.singular[None], self.right.T) * jnp.sqrt(self.scale)[None]
 
 
 def least_squares_path(field: VectorField, params: PyTree, *, parameters: bool) -> LeastSquaresPath:
@@ -315,7 +315,7 @@ class KrylovPath(Path):
     def direction(self, h: jax.Array, coordinates: jax.Array) -> PyTree:
         """See `Path.direction`."""
         del h
-        return self.vectors.unflatten(((coordinates @ self.basis.T) @ self.space) * self.root[None])
+        return self.vectors.unflatten(real_matmul(real_matmul(coordinates, self.basis.T), self.space) * self.root[None])
 
     def predicted_fall(self, h: jax.Array, coordinates: jax.Array) -> jax.Array:
         """See `Path.predicted_fall`."""
@@ -342,10 +342,10 @@ def krylov_path(field: VectorField, params: PyTree, k1: PyTree, product: Linear,
     def extend(i: Any, carry: Any) -> Any:
         space, diagonal, below = carry
         w = operate(space[i])
-        diagonal = diagonal.at[i].set(space[i] @ w)
+        diagonal = diagonal.at[i].set(real_matmul(space[i], w))
         norm = length(w)
         for _ in range(2):  # full orthogonalisation, twice: rounding would bring found directions back
-            w = w - (space @ w) @ space
+            w = w - real_matmul(real_matmul(space, w), space)
         new = length(w)
         new = jnp.where(new > 10 * jnp.finfo(real).eps * norm, new, 0)
         space = space.at[i + 1].set(_tree.ratio(w, new), mode="drop")

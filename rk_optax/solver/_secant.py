@@ -6,12 +6,14 @@ The self-scaled Broyden method with Al-Baali's parameters, as `SSBroyden2` of Ur
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from rk_optax import _tree
+from rk_optax.solver._linear import real_matmul
 
 PyTree = Any
 
@@ -34,15 +36,18 @@ class SecantState(NamedTuple):
     def updated(self, params: jax.Array, gradient: jax.Array) -> SecantState:
         """With the step that has led to `params`.
 
+        H begins as the identity, or larger where a step along the gradient would be lost in the rounding of the
+        parameters that have one: no secant would ever come of it.
+
         Along a step without positive curvature B = H⁻¹ is quartered, so that the steps grow until they have left such a
         place: nothing else would, without a line search that lengthens them.
         """
         s, y = params - self.params, gradient - self.gradient
-        pushed = self.inverse @ y
+        pushed = real_matmul(self.inverse, y)
         # H⁻¹s for the step s = −αH∇L, exact where nothing stands between the direction and the step.
-        direction = self.inverse @ self.gradient
-        length = -_tree.ratio(_tree.norm(s), _tree.norm(direction)) * (s @ self.gradient)
-        sy, square = s @ y, y @ pushed
+        direction = real_matmul(self.inverse, self.gradient)
+        length = -_tree.ratio(_tree.norm(s), _tree.norm(direction)) * real_matmul(s, self.gradient)
+        sy, square = real_matmul(s, y), real_matmul(y, pushed)
         moved = self.seen & (length > 0) & jnp.isfinite(sy + square + length)
         curved = moved & (sy > 0) & (square > 0)
         # Where it is not usable the numbers may be anything, but no 0/0.
@@ -51,11 +56,16 @@ class SecantState(NamedTuple):
         grown = self.inverse + jnp.outer(s, _tree.ratio(3 * s, length))
         new = jnp.where(curved, new, jnp.where(moved, grown, self.inverse))
         new = jnp.where(jnp.all(jnp.isfinite(new)), new, self.inverse)
-        return SecantState(new, params, gradient, jnp.ones_like(self.seen), self.fresh & ~moved)
+        moving = _tree.norm(jnp.where(gradient == 0, 0, params))
+        least = math.sqrt(float(jnp.finfo(params.dtype).eps)) * _tree.ratio(moving, _tree.norm(gradient))
+        begins = ~self.seen & jnp.isfinite(least)
+        new = jnp.where(begins, jnp.maximum(least, 1) * self.inverse, new)
+        return SecantState(new, params, gradient, self.seen | jnp.isfinite(least), self.fresh & ~moved)
 
     def solve(self, c: Any, scale: jax.Array, b: jax.Array) -> jax.Array:
         """X of (I + c·PH⁻¹) x = b: H (H + cP)⁻¹ b, for a diagonal P > 0 (`scale`)."""
         shift = jnp.asarray(c, b.dtype) * scale
+        b, size = _tree.unit(b)  # which over a long step may be below all numbers
 
         def by_factor() -> jax.Array:
             factor = jax.scipy.linalg.cho_factor(self.inverse + jnp.diag(shift), lower=True)
@@ -64,12 +74,12 @@ class SecantState(NamedTuple):
         def by_series() -> jax.Array:
             x = _tree.ratio(b, shift)
             for _ in range(2):
-                x = _tree.ratio(b - self.inverse @ x, shift)
+                x = _tree.ratio(b - real_matmul(self.inverse, x), shift)
             return x
 
         # Then three terms of the series in H/(cP) are all that rounding leaves of it.
         far = jnp.min(shift, initial=jnp.inf) > 1e6 * jnp.trace(self.inverse)
-        return self.inverse @ jax.lax.cond(far, by_series, by_factor)
+        return size * real_matmul(self.inverse, jax.lax.cond(far, by_series, by_factor))
 
 
 def broyden_inverse(
@@ -85,7 +95,7 @@ def broyden_inverse(
       length: s·H⁻¹s.
       fresh: whether H is the identity, and takes its scale from this step.
     """
-    size, sy, square = len(s), s @ y, y @ pushed
+    size, sy, square = len(s), real_matmul(s, y), real_matmul(y, pushed)
     b, h = length / sy, square / sy
     a = jnp.maximum(h * b - 1, jnp.finfo(s.dtype).eps)  # not negative, by Cauchy and Schwarz
     least = jnp.minimum(1, h * (1 - jnp.sqrt(a / (1 + a))))
@@ -96,7 +106,10 @@ def broyden_inverse(
     positive = rho * jnp.minimum(root, 1 / jnp.where(theta > 0, theta, 1))
     tau = jnp.where(theta > 0, positive, jnp.minimum(rho * root, sigma))
     tau = jnp.where(fresh, h / sigma, tau)
-    v = s / sy - pushed / square
+    # Divided before they are multiplied: squares of what has the units of the loss may be out of range.
+    root, s = jnp.sqrt(square), s / jnp.sqrt(sy)
+    pushed = pushed / root
+    v = jnp.sqrt(h) * s - pushed
     phi = (1 - theta) / sigma
-    kept = inverse - jnp.outer(pushed, pushed) / square + (phi * square) * jnp.outer(v, v)
-    return kept / tau + jnp.outer(s, s) / sy
+    kept = inverse - jnp.outer(pushed, pushed) + phi * jnp.outer(v, v)
+    return kept / tau + jnp.outer(s, s)

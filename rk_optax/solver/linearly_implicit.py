@@ -111,7 +111,7 @@ class _Rosenbrock(Solver):
         if self.curvature == "zero":
             return functools.partial(_divide, None), {}, Cost()
         if self.curvature == "secant":
-            vectors = RealVectors(params, _real_dtype(params))
+            vectors = RealVectors(params, state.secant.inverse.dtype)  # which stage_dtype may exceed
             scale = vectors.diagonal(field.scale)
             secant = state.secant.updated(vectors.flatten(params), vectors.flatten(k1) / scale)
 

@@ -60,9 +60,10 @@ class ResidualEuler(Solver):
         residual.
       max_iterations: cap on either CG.
       inertia: μ in [0, 1): the step d minimises the model, ½‖r + Rd‖² + (λ/2)‖θ + d‖², plus ‖d − μd₋₁‖²/(2h), the
-        square in the metric of P⁻¹, with d₋₁ the step before, which is made 0 where one is refused. At a constant h
-        that is SPRING with damping 1/h, whose learning rate then goes into `after=optax.scale(...)`. For random points:
-        it averages over them. There is no path then, nor CG alone, which raises at the first update.
+        square in the metric of P⁻¹, with d₋₁ the step before, which is made 0 where one is refused: the whole step, of
+        which `rk_optax.line_search` or `after` may have taken a part. At a constant h that is SPRING with damping 1/h,
+        whose learning rate then goes into `after=optax.scale(...)`. For random points: it averages over them. There is
+        no path then, nor CG alone, which raises at the first update.
 
     Raises:
       ValueError: an argument out of its range; at construction of the optimizer, a loss that is no
@@ -94,7 +95,7 @@ class ResidualEuler(Solver):
     def init(self, params: PyTree) -> ResidualEulerState:
         """Nothing has been solved yet."""
         state = _state(_ROWS, jnp.zeros([], jnp.int32), jnp.zeros([]))
-        return state._replace(moved=jax.tree.map(jnp.zeros_like, params)) if self.inertia else state
+        return state._replace(moved=jax.tree.map(_nothing_moved, params)) if self.inertia else state
 
     def start(self, field: VectorField, params: PyTree) -> tuple[PyTree, VectorField]:
         """Stage 1 and the loss at params from the rows, which the step needs anyway."""
@@ -152,8 +153,8 @@ class ResidualEuler(Solver):
         new = _state(solution.form, solution.iterations, _tree.ratio(wrong, right))
         refused = new
         if self.inertia:
-            refused = new._replace(moved=jax.tree.map(jnp.zeros_like, direction))
-            new = new._replace(moved=_tree.scale(-h, direction))
+            refused = new._replace(moved=jax.tree.map(jnp.zeros_like, state.moved))
+            new = new._replace(moved=_tree.cast_like(_tree.scale(-h, direction), state.moved))
         # An h so large that numbers of g* are below the smallest one would otherwise be a step without them, or of 0.
         before, after = _tree.norm(k1), _tree.norm(direction)
         least = float(jnp.finfo(after.dtype).tiny) * 1e4
@@ -174,6 +175,10 @@ class ResidualEuler(Solver):
 
 def _state(form: int, iterations: jax.Array, residual: jax.Array) -> ResidualEulerState:
     return ResidualEulerState(jnp.full([], form, jnp.int32), iterations, residual.astype(_tree.default_float()))
+
+
+def _nothing_moved(leaf: jax.Array) -> jax.Array:
+    return jnp.zeros_like(leaf, _tree.common_dtype(leaf.dtype, jnp.float32))
 
 
 def _real_size(params: PyTree) -> int:

@@ -77,6 +77,28 @@ def test_it_works_in_float32_and_for_complex_parameters():
     np.testing.assert_allclose(z, np.full(3, 1 + 2j), atol=3e-2)
 
 
+@pytest.mark.parametrize("scale", [1e-10, 1e8])
+def test_the_units_of_the_loss_are_found_from_where_a_step_along_the_gradient_is_rounded_away(scale):
+    def loss(w):
+        return scale * jnp.sum(jnp.array([1.0, 10.0]) * (w[:2] - 1) ** 2)
+
+    tx = rk_optax.rosenbrock_euler(loss, rk_optax.line_search(1e18, first=True, parts=24), curvature="secant")
+    w = jnp.array([2.0, 2.0, 1e20])  # the last one does nothing
+    state, step = tx.init(w), jax.jit(tx.value_and_update)
+    for _ in range(30):
+        _, updates, state = step(state, w)
+        w = w + updates
+    np.testing.assert_allclose(w, [1, 1, 1e20], rtol=1e-5)
+
+
+def test_its_state_keeps_its_types_in_a_wider_stage_dtype(x64):
+    tx = rk_optax.rosenbrock_euler(lambda w: jnp.sum(w**2), curvature="secant", stage_dtype="float64")
+    w = jnp.zeros(3, jnp.float32)
+    state = tx.init(w)
+    new = jax.eval_shape(tx.value_and_update, state, w)[2]
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+
+
 def test_ros2_takes_it_too(x64):
     """Any matrix will do: halving h divides the error of one second-order step by eight."""
 

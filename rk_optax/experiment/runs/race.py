@@ -46,15 +46,16 @@ class RaceRun(NamedTuple):
     def shortfall(self, targets: Sequence[float]) -> float:
         """How far the run is from doing well by the targets: less is better, NaN where it diverged.
 
-        Of two runs the one that reaches more targets is better; then the one that reaches its last one in less of its
-        seconds; where no target is reached, the one of lower loss.
+        Of two runs the one that reaches more targets is better; then the one that reaches its last one sooner; where no
+        target is reached, the one of lower loss.
         """
         if not np.isfinite(self.loss[-1]):
             return np.nan
         reached = [i for i in map(self.first_below, targets) if i is not None]
         if not reached:
             return len(targets) + 1 + float(self.loss[-1] / (1 + abs(self.loss[-1])))
-        return len(targets) - len(reached) + float(self.seconds[max(reached)] / self.seconds[-1])
+        seconds = float(self.seconds[max(reached)])
+        return len(targets) - len(reached) + seconds / (1 + seconds)
 
 
 class Raced(NamedTuple):

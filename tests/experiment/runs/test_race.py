@@ -92,6 +92,7 @@ def test_tuning_prefers_more_targets_then_less_time_then_a_lower_loss():
         run([1, 0.09, 0.009], time, (1, 1, 0.9)),  # both targets
         run([1, 0.09, 0.02], time),  # one of them, early
         run([1, 0.2, 0.02], time, (1, 0.5, 0.1)),  # one of them, late, though with a lower loss
+        run([1, 0.09, 0.02], [0.0, 3.0, 100.0]),  # one of them, later, of a longer run
         run([1, 0.5, 0.3], time, (1, 0.5, 0.2)),
         run([1, 0.4, 0.2], time, (1, 0.5, 0.4)),  # none: the loss decides
     ]
