@@ -139,7 +139,7 @@ class LineSearch(StepSizeRule):
 
     def judge(self, state: LineSearchState, attempt: Attempt) -> Verdict:
         """Accepts where the least loss is not above that before the step. Costs nothing."""
-        accepted = attempt.usable & (state.least <= state.before)
+        accepted = attempt.usable & (state.least <= state.before) & jnp.isfinite(state.least)
         first = jnp.asarray(self.step_size, state.next_step_size.dtype)
         info = jnp.finfo(first.dtype)
         h = state.next_step_size * jnp.where(accepted, 4, 1 / 16)

@@ -40,7 +40,8 @@ class SecantState(NamedTuple):
         parameters that have one: no secant would ever come of it.
 
         Along a step without positive curvature B = H⁻¹ is quartered, so that the steps grow until they have left such a
-        place: nothing else would, without a line search that lengthens them.
+        place: nothing else would, without a line search that lengthens them. Where rounding has made H indefinite, as
+        a direction uphill shows, H begins again.
         """
         s, y = params - self.params, gradient - self.gradient
         pushed = real_matmul(self.inverse, y)
@@ -58,9 +59,13 @@ class SecantState(NamedTuple):
         new = jnp.where(jnp.all(jnp.isfinite(new)), new, self.inverse)
         moving = _tree.norm(jnp.where(gradient == 0, 0, params))
         least = math.sqrt(float(jnp.finfo(params.dtype).eps)) * _tree.ratio(moving, _tree.norm(gradient))
-        begins = ~self.seen & jnp.isfinite(least)
-        new = jnp.where(begins, jnp.maximum(least, 1) * self.inverse, new)
-        return SecantState(new, params, gradient, self.seen | jnp.isfinite(least), self.fresh & ~moved)
+        uphill = jnp.min(jnp.diagonal(new), initial=jnp.inf) <= 0
+        uphill = uphill | (real_matmul(gradient, real_matmul(new, gradient)) < 0)
+        begins = (~self.seen | uphill) & jnp.isfinite(least)
+        first = jnp.maximum(least, 1) * jnp.eye(len(params), dtype=params.dtype)
+        new = jnp.where(begins, first, new)
+        fresh = (self.fresh & ~moved) | begins
+        return SecantState(new, params, gradient, self.seen | jnp.isfinite(least), fresh)
 
     def solve(self, c: Any, scale: jax.Array, b: jax.Array) -> jax.Array:
         """X of (I + c·PH⁻¹) x = b: H (H + cP)⁻¹ b, for a diagonal P > 0 (`scale`)."""

@@ -91,6 +91,17 @@ def test_the_units_of_the_loss_are_found_from_where_a_step_along_the_gradient_is
     np.testing.assert_allclose(w, [1, 1, 1e20], rtol=1e-5)
 
 
+def test_a_matrix_that_is_indefinite_by_rounding_begins_again(x64):
+    tx = rk_optax.rosenbrock_euler(rosenbrock, curvature="secant")
+    state, w = tx.init(start()), start()
+    spoilt = state.solver.secant._replace(inverse=jnp.diag(jnp.array([1.0, -1.0, 1.0])), seen=jnp.array(True))
+    state = state._replace(solver=state.solver._replace(secant=spoilt))
+    _, updates, state = jax.jit(tx.value_and_update)(state, w)
+    np.testing.assert_array_equal(state.solver.secant.inverse, np.eye(3))
+    assert state.accepted
+    assert flat(updates) @ gradient(flat(w)) < 0
+
+
 def test_its_state_keeps_its_types_in_a_wider_stage_dtype(x64):
     tx = rk_optax.rosenbrock_euler(lambda w: jnp.sum(w**2), curvature="secant", stage_dtype="float64")
     w = jnp.zeros(3, jnp.float32)
