@@ -65,7 +65,7 @@ def test_a_task_reports_the_gap_and_another_network_has_none():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "rk5"}, "must be one of euler"),
+        ({"method": "rk5"}, "must be 'euler'"),
         ({"steps": 6}, "steps = 6 must be a multiple of depth = 4"),
         ({"name": "rk_conv_net", "depth": 3, "steps": 3}, "multiple of depth = 4"),
         ({"name": "mlp", "refine_at": (0.5,)}, "refine_at = .* is for rk_net and rk_conv_net, not mlp"),
