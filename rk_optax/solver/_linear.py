@@ -425,8 +425,7 @@ def lower_gram(
     blocks: int = 3,
 ) -> Float[Array, "n n"]:
     """The lower triangle of Re(R Q Rᴴ)/size², block by block: two thirds of the products of the whole."""
-    if size is not None:
-        scale = (1 if scale is None else scale) / size
+    scale = scale if size is None else (1 if scale is None else scale) / size
     cuts = [len(rows) * i // blocks for i in range(blocks + 1)]
     strips = []
     for start, end in itertools.pairwise(cuts):
