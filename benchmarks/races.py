@@ -35,11 +35,12 @@ def _row(entrant: dict[str, Any]) -> list[str]:
         "–" if price["v"] is None else f"{price['gradients']:.0f} / {price['v']:.0f} / {price['seconds']:.3g}"
         for price in entrant["targets"]
     ]
-    low, high = entrant["final_error_range"]
+    low, high = ("diverged" if error is None else f"{error:.2g}" for error in entrant["final_error_range"])
+    middle = "diverged" if entrant["final_error"] is None else f"{entrant['final_error']:.2g}"
     return [
         entrant["entrant"] + tuned,
         *prices,
-        f"{entrant['final_error']:.2g} [{low:.2g}, {high:.2g}]",
+        f"{middle} [{low}, {high}]",
         f"{entrant['seconds']:.3g}",
     ]
 

@@ -16,7 +16,8 @@ def race_summary(results: Sequence[Raced], targets: Sequence[float]) -> list[dic
     rows = []
     for result in results:
         last = {
-            field: [float(getattr(run, field)[-1]) for run in result.runs] for field in ("error", "loss", "seconds")
+            field: [_or_infinite(float(getattr(run, field)[-1])) for run in result.runs]
+            for field in ("error", "loss", "seconds")
         }
         rows.append(
             {
@@ -24,7 +25,7 @@ def race_summary(results: Sequence[Raced], targets: Sequence[float]) -> list[dic
                 "tuned": result.value,
                 "seeds": len(result.runs),
                 "final_error": _median(last["error"]),
-                "final_error_range": [min(last["error"]), max(last["error"])],
+                "final_error_range": [_median([end(last["error"])]) for end in (min, max)],
                 "final_loss": _median(last["loss"]),
                 "seconds": _median(last["seconds"]),
                 "v_ms": _median([1e3 * run.v_seconds for run in result.runs]),
@@ -36,13 +37,18 @@ def race_summary(results: Sequence[Raced], targets: Sequence[float]) -> list[dic
 
 
 def on_grid(runs: Sequence[RaceRun], field: str) -> tuple[np.ndarray, np.ndarray]:
-    """Errors (seed, point) on a common logarithmic grid of the cost: at each, that of the last point reached."""
+    """Errors (seed, point) on a common logarithmic grid of the cost: at each, that of the last point reached.
+
+    A run that diverged has an infinite error from there on.
+    """
     costs = [getattr(run, field) for run in runs]
-    start, end = max(cost[:2][-1] for cost in costs), min(cost[-1] for cost in costs)
+    ends = [cost[-1] for run, cost in zip(runs, costs, strict=True) if np.isfinite(run.error[-1])]
+    start, end = max(cost[:2][-1] for cost in costs), min(ends or [cost[-1] for cost in costs])
     low = max(start, 1e-9)  # a method of products alone counts no gradient
     grid = np.geomspace(low, max(end, low * (1 + 1e-9)), 80)
     at = [np.searchsorted(cost, grid, side="right") - 1 for cost in costs]
-    return grid, np.stack([run.error[index] for run, index in zip(runs, at, strict=True)])
+    errors = np.stack([run.error[index] for run, index in zip(runs, at, strict=True)])
+    return grid, np.where(np.isfinite(errors), errors, np.inf)
 
 
 def _price(runs: Sequence[RaceRun], target: float) -> dict[str, Any]:
@@ -62,8 +68,16 @@ def _curve(runs: Sequence[RaceRun]) -> dict[str, list[float]]:
     if min(len(run.steps) for run in runs) < 2:
         return {"seconds": [], "error": []}
     grid, errors = on_grid(runs, "seconds")
-    columns = {"seconds": grid, "error": np.median(errors, axis=0)}
-    return {name: [float(f"{value:.4g}") for value in column[::4]] for name, column in columns.items()}
+    columns = np.stack([grid, np.median(errors, axis=0)])[:, ::4]
+    shown = columns[:, np.isfinite(columns[1])]
+    return {
+        name: [float(f"{value:.4g}") for value in column]
+        for name, column in zip(("seconds", "error"), shown, strict=True)
+    }
+
+
+def _or_infinite(value: float) -> float:
+    return value if np.isfinite(value) else np.inf
 
 
 def _median(values: Sequence[float]) -> float | None:

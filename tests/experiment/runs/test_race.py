@@ -100,3 +100,20 @@ def test_tuning_prefers_more_targets_then_less_time_then_a_lower_loss():
     assert shortfalls == sorted(shortfalls)
     assert len(set(shortfalls)) == len(shortfalls)
     assert np.isnan(run([1, 0.01, np.nan], time, (1, 1, np.nan)).shortfall([0.1]))
+
+
+def test_one_run_that_diverged_is_the_worst_of_its_entrant_and_does_not_hide_the_others():
+    def run(errors):
+        n = len(errors)
+        nothing, time = np.zeros(n), np.arange(n, dtype=float)
+        return RaceRun(time, time, nothing, nothing, nothing, nothing, np.array(errors), np.array(errors), 1.0)
+
+    runs = [run([1, 0.1, 0.01, 0.002]), run([1, np.nan]), run([1, 0.2, 0.02, 0.001])]
+    (row,) = race_summary([Raced("a", None, runs)], [0.05])
+    assert row["final_error"] == 0.002
+    assert row["final_error_range"] == [0.001, None]
+    assert row["targets"][0]["reached"] == 2
+    assert row["curve"]["seconds"][-1] > 2.5
+    assert row["curve"]["error"][-1] == 0.02
+    (row,) = race_summary([Raced("a", None, [run([1, np.nan])] * 2)], [0.05])
+    assert row["final_error"] is None
