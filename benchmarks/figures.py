@@ -175,7 +175,7 @@ def curves(ax: Axes, against: str) -> None:
 
 
 Panel = Callable[[Axes], None]
-# Of the race on Poisson's problem: what everybody uses, the best of what is published for it, and our methods.
+# Of the races on Poisson's problem: what everybody uses, the best of what is published for it, and our methods.
 SHORT_LIST = ("adam", "lbfgs", "adam, lbfgs", "ssbroyden", "engd_w", "residual_euler", "residual_euler, path")
 COST_METHODS = ("sgd", "momentum", "adam", "heun", "rk4", "rk4_adagrad", "rk4_momentum", "rk4_all")
 ALL_METHODS = (*COST_METHODS, "rk4_dal", "rk4_split")
@@ -194,7 +194,7 @@ def _races() -> dict[str, tuple[list[Panel], tuple[float, float]]]:
 FIGURES_TO_DRAW: dict[str, tuple[list[Panel], tuple[float, float]]] = {
     "home": (
         [
-            lambda ax: race_seconds(ax, "poisson", SHORT_LIST),
+            lambda ax: race_seconds(ax, "poisson_float64", SHORT_LIST),
             lambda ax: mnist(ax, "gradients", ("sgd", "momentum", "adam", "rk4", "rk4_all")),
         ],
         (9.5, 4.0),
