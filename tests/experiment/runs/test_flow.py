@@ -194,6 +194,7 @@ def hovers(summary):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_edge_of_stability(tmp_path):
     config = load(CONFIG, FlowConfig)
     with RunFolder(tmp_path / "run") as folder:
