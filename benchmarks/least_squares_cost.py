@@ -19,7 +19,6 @@ path                 `value_and_update` under path_control, with its trials and 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import pathlib
@@ -29,65 +28,29 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
+# Before JAX and NumPy load what reads these.
 os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false " + os.environ.get("XLA_FLAGS", "")
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[name] = "1"
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
 
 import rk_optax  # noqa: E402
+from rk_optax.experiment.tasks.pinn import poisson  # noqa: E402
 
 SIZES = (1020, 3500, 8000)
-WIDTHS = (2, 32, 32, 32, 1)
 
 
-def network(params: Any, x: jax.Array) -> jax.Array:
-    *hidden, (w, b) = params
-    for v, c in hidden:
-        x = jnp.tanh(x @ v + c)
-    return (x @ w + b)[0]
-
-
-def equation(params: Any, x: jax.Array) -> jax.Array:
-    def second(unit: jax.Array) -> jax.Array:
-        def first(y: jax.Array) -> jax.Array:
-            return jax.jvp(lambda z: network(params, z), (y,), (unit,))[1]
-
-        return jax.jvp(first, (x,), (unit,))[1]
-
-    force = 5 * jnp.pi**2 * jnp.sin(jnp.pi * x[0]) * jnp.sin(2 * jnp.pi * x[1])
-    return jnp.sum(jax.vmap(second)(jnp.eye(2, dtype=x.dtype))) + force
-
-
-LOSS = rk_optax.LeastSquares(
-    {"equation": equation, "boundary": lambda params, edge: network(params, edge)},
-    weights={"equation": 1.0, "boundary": 100.0},
-    pointwise=["x", "edge"],
-    reduction="mean",
-)
-
-
-def problem(count: int, dtype: Any) -> tuple[Any, dict[str, jax.Array]]:
-    """Parameters and data, an eighth of the points on the boundary."""
-    rng = np.random.default_rng(0)
-    params = [
-        (jnp.asarray(rng.normal(size=(i, o)) / np.sqrt(i), dtype), jnp.zeros(o, dtype))
-        for i, o in itertools.pairwise(WIDTHS)
-    ]
-    edge = rng.uniform(size=(count // 8, 2))
-    edge[np.arange(len(edge)), rng.integers(2, size=len(edge))] = rng.integers(2, size=len(edge))
-    inside = rng.uniform(size=(count - len(edge), 2))
-    return params, {"x": jnp.asarray(inside, dtype), "edge": jnp.asarray(edge, dtype)}
-
-
-def programs(count: int, dtype: Any, with_path: bool) -> dict[str, Callable[[], Any]]:
+def programs(count: int, with_path: bool) -> dict[str, Callable[[], Any]]:
     """From the name of a column to what is timed."""
-    params, data = problem(count, dtype)
+    side = count // 34  # as many of all points as in the race
+    problem = poisson(0, inside=count - 4 * side, side=side)
+    loss, params, data = problem.loss_fn, problem.params, problem.source
+    assert isinstance(loss, rk_optax.LeastSquares)  # for the type checker
 
     def matrix(params: Any) -> jax.Array:
-        jacobian = jax.tree.leaves(LOSS.rows(params, data).jacobian)
+        jacobian = jax.tree.leaves(loss.rows(params, data).jacobian)
         return jnp.concatenate([leaf.reshape(count, -1) for leaf in jacobian], axis=1)
 
     def smaller(rows: jax.Array) -> jax.Array:
@@ -95,15 +58,15 @@ def programs(count: int, dtype: Any, with_path: bool) -> dict[str, Callable[[], 
 
     rows = jax.jit(matrix)(params)
     gram = jax.jit(smaller)(rows)
-    shifted = gram + 1e-3 * jnp.trace(gram) / len(gram) * jnp.eye(len(gram), dtype=dtype)
-    of_rows, of_gram = jax.jit(LOSS.rows), jax.jit(smaller)
-    gradient, factor = jax.jit(jax.value_and_grad(LOSS)), jax.jit(jnp.linalg.cholesky)
-    trust = rk_optax.residual_euler(LOSS)
-    path = rk_optax.residual_euler(LOSS, rk_optax.path_control())
+    shifted = gram + 1e-3 * jnp.trace(gram) / len(gram) * jnp.eye(len(gram))
+    of_rows, of_gram = jax.jit(loss.rows), jax.jit(smaller)
+    gradient, factor = jax.jit(jax.value_and_grad(loss)), jax.jit(jnp.linalg.cholesky)
+    trust = rk_optax.residual_euler(loss)
+    path = rk_optax.residual_euler(loss, rk_optax.path_control())
 
     @jax.jit
     def update(params: Any, state: Any) -> Any:
-        value, grads = jax.value_and_grad(LOSS)(params, **data)
+        value, grads = jax.value_and_grad(loss)(params, **data)
         return value, trust.update(grads, state, params, **data)
 
     def settled(tx: Any) -> tuple[Callable[[], Any], Any, Any]:
@@ -157,7 +120,7 @@ def main() -> None:
     for precision in options.precision:
         jax.config.update("jax_enable_x64", precision == "float64")
         for count in options.only:
-            found = measured(programs(count, precision, not options.no_path), options.rounds)
+            found = measured(programs(count, not options.no_path), options.rounds)
             floor = found["rows"] + found["Gram"] + found["factor"]
             key = f"{precision}, N = {count}"
             stored[key] = {name: round(value, 1) for name, value in found.items()} | {"floor": round(floor, 1)}

@@ -90,3 +90,39 @@ def libraries(*, x64: bool, seconds: float, iterations: bool) -> dict[str, Entra
     if iterations:
         found["optimistix"] = EntrantConfig("optimistix_lm", seconds=seconds, chunk=1)
     return found
+
+
+def poisson_small(*, x64: bool) -> RaceConfig:
+    """2-D Poisson by one hidden layer of 64, which has fewer weights than there are residuals."""
+    return race(
+        "poisson",
+        seconds=12.0,
+        adam_steps=20_000 if x64 else 30_000,
+        targets=(1e-4, 1e-6, 1e-8),
+        x64=x64,
+        chunk=10,
+        further=libraries(x64=x64, seconds=12.0, iterations=True),
+        width=64,
+        layers=1,
+    )
+
+
+def periodic(problem: str, targets: tuple[float, ...], *, x64: bool) -> RaceConfig:
+    """Burgers' equation with ν = 0.01 or that of Allen and Cahn."""
+    return race(problem, seconds=30.0, adam_steps=2_400 if x64 else 4_000, targets=targets, x64=x64)
+
+
+def poisson_5d(*, new_points: bool) -> RaceConfig:
+    """Poisson in five dimensions in float64, at points that stay or are new in each step."""
+    return race(
+        "poisson_5d",
+        seconds=45.0,
+        adam_steps=800,
+        targets=(1e-1, 1e-2, 3e-3),
+        x64=True,
+        constant=not new_points,
+        small=False,
+        new_points=new_points,
+        inside=1100,
+        boundary=200,
+    )

@@ -7,11 +7,6 @@ from rk_optax.experiment.config import RaceConfig
 
 
 def get_config() -> RaceConfig:
-    pinn = runpy.run_path(str(Path(__file__).with_name("_pinn.py")))
-    return pinn["race"](
-        "burgers_mild",
-        seconds=30.0,
-        adam_steps=2400,
-        targets=(1e-2, 1e-4, 1e-6),
-        x64=True,
+    return runpy.run_path(str(Path(__file__).with_name("_pinn.py")))["periodic"](
+        "burgers_mild", (1e-2, 1e-4, 1e-6), x64=True
     )

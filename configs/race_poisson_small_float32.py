@@ -7,15 +7,4 @@ from rk_optax.experiment.config import RaceConfig
 
 
 def get_config() -> RaceConfig:
-    pinn = runpy.run_path(str(Path(__file__).with_name("_pinn.py")))
-    return pinn["race"](
-        "poisson",
-        seconds=12.0,
-        adam_steps=30_000,
-        targets=(1e-4, 1e-6, 1e-8),
-        x64=False,
-        chunk=10,
-        further=pinn["libraries"](x64=False, seconds=12.0, iterations=True),
-        width=64,
-        layers=1,
-    )
+    return runpy.run_path(str(Path(__file__).with_name("_pinn.py")))["poisson_small"](x64=False)

@@ -18,16 +18,16 @@ from rk_optax import _checks, _tree
 from rk_optax._loss_comparison import Losses, root_of_slope
 from rk_optax.field import Capability
 from rk_optax.solver import Quantity, Solver, saturating_sum
-from rk_optax.step_size import Attempt, Proposal, Reason, StepSizeRule, Verdict
+from rk_optax.step_size import Attempt, KeptStepSize, Reason, Verdict
 
 PyTree = Any
 Number = float | jax.Array
 
 
-class ControlledRule(StepSizeRule):
+class ControlledRule(KeptStepSize):
     """A rule that keeps the next h in its state, between bounds.
 
-    Subclasses are dataclasses with the three fields below, and a state with a field `next_step_size`.
+    Subclasses are dataclasses with the three fields below.
     """
 
     initial_step_size: Number
@@ -48,11 +48,6 @@ class ControlledRule(StepSizeRule):
                 f"initial_step_size must lie between min_step_size and max_step_size, got {first!r} outside "
                 f"[{self.min_step_size!r}, {self.max_step_size!r}]."
             )
-
-    def propose(self, count: jax.Array, state: Any, field: Any, params: PyTree, k1: PyTree) -> Proposal:
-        """The step size in the state."""
-        del count, field, params, k1
-        return Proposal(state.next_step_size, state)
 
     def bounded(self, h: jax.Array, attempt: Attempt) -> jax.Array:
         """The step size within the bounds and, with some room, within what the solver can take."""

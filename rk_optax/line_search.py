@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from rk_optax import _checks, _tree
 from rk_optax.field import Capability, VectorField
 from rk_optax.solver import Cost, Solver, Step, name_of
-from rk_optax.step_size import Attempt, Choice, Proposal, Reason, StepSizeRule, Verdict
+from rk_optax.step_size import Attempt, Choice, KeptStepSize, Reason, Verdict
 
 PyTree = Any
 Number = float | jax.Array
@@ -27,7 +27,7 @@ class LineSearchState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class LineSearch(StepSizeRule):
+class LineSearch(KeptStepSize):
     """Makes a very long linearly implicit step, and takes of 1, 1/2, 1/4 ... of it the part with the least loss.
 
     At h = 1e8 the direction is all but Gauss–Newton's: with `rk_optax.residual_euler` this is the natural-gradient
@@ -93,13 +93,6 @@ class LineSearch(StepSizeRule):
         del params
         part, before, least = (jnp.zeros([], _tree.default_float()) for _ in range(3))
         return LineSearchState(jnp.full([], self.step_size, part.dtype), part, before, least)
-
-    def propose(
-        self, count: jax.Array, state: LineSearchState, field: VectorField, params: PyTree, k1: PyTree
-    ) -> Proposal:
-        """The step size of the whole step."""
-        del count, field, params, k1
-        return Proposal(state.next_step_size, state)
 
     def choose(
         self, state: LineSearchState, field: VectorField, params: PyTree, k1: PyTree, h: Any, step: Step

@@ -157,6 +157,15 @@ class StepSizeRule(abc.ABC):
         return Verdict(True, Reason.ACCEPTED, state)
 
 
+class KeptStepSize(StepSizeRule):
+    """A rule that keeps the next h in its state, which has a field `next_step_size`."""
+
+    def propose(self, count: jax.Array, state: Any, field: VectorField, params: PyTree, k1: PyTree) -> Proposal:
+        """The step size in the state. Costs nothing."""
+        del count, field, params, k1
+        return Proposal(state.next_step_size, state)
+
+
 def judged(
     rule: StepSizeRule, state: PyTree, attempt: Attempt, finite: jax.Array
 ) -> tuple[Verdict, jax.Array, jax.Array]:

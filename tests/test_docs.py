@@ -96,7 +96,7 @@ def rows_of(text, header):
 
 def test_the_table_of_tableaus_is_that_of_the_tableaus():
     assert "{{ tableaus }}" in CHOOSE
-    table = load(ROOT / "docs" / "tools" / "hooks.py").tableau_table()
+    table = load(ROOT / "docs" / "tools" / "tableau_table.py").tableau_table()
     rows = rows_of(f"{table}\n\n", "| name | order | stages")
     assert [row[0] for row in rows] == list(rk_optax.TABLEAUS)
     rk4, dopri5, heun3 = (next(row for row in rows if row[0] == name) for name in ("rk4", "dopri5", "heun3"))

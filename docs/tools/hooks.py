@@ -27,9 +27,9 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-import rk_optax
+from tableau_table import tableau_table
 
 ROOMS = ("rk_optax", "rk_optax.networks", "rk_optax.spectrum", "rk_optax.linen", "rk_optax.nnx")  # what users import
 _NAMES = re.compile(r"\{\{ names ([\w. ]+) \}\}")
@@ -139,23 +139,6 @@ def _rest() -> list[str]:
         module for page in pages for match in _NAMES.findall(page.read_text("utf-8")) for module in match.split()
     ]
     return sorted(set(public_names()) - set(names_of(modules)), key=str.lower)
-
-
-def tableau_table() -> str:
-    """Every named explicit method: its order and that of its embedded pair, its cost, how far it is stable."""
-    lines = [
-        "| name | order | stages | gradients | real interval | interval per gradient | ready as |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, tableau in rk_optax.TABLEAUS.items():
-        order = f"{tableau.order}" if tableau.order_hat is None else f"{tableau.order}({tableau.order_hat})"
-        gradients, interval = tableau.effective_stages, tableau.real_stability_interval
-        ready = f"rk_optax.{name}" if hasattr(rk_optax, name) else f'runge_kutta(…, "{name}")'
-        lines.append(
-            f"| {name} | {order} | {tableau.stages} | {gradients} | {interval:.3f} | {interval / gradients:.2f} "
-            f"| `{ready}` |"
-        )
-    return "\n".join(lines)
 
 
 def _include(name: str) -> str:

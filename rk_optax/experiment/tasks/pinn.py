@@ -57,16 +57,17 @@ def _pinn(
     return FullBatch(loss_fn, initial_network(key, widths), data, error, "relative L2 error")
 
 
-def poisson(seed: int, width: int = 32, layers: int = 3) -> FullBatch:
+def poisson(seed: int, width: int = 32, layers: int = 3, inside: int = 900, side: int = 30) -> FullBatch:
     """−Δu = f on the unit square with u = sin(πx) sin(2πy): 900 points inside, 30 on each side, tanh 2-32-32-32-1.
 
-    Another network has so many hidden `layers` of that `width`; one of 64 has fewer weights than there are points.
+    Or as many points `inside` and on each `side` as asked for, and a network of so many hidden `layers` of that
+    `width`; one of 64 has fewer weights than there are points.
 
     The loss is ½(mean r² inside + 100 mean r² on the boundary); the error is relative in L2, on 2,000 other points.
     """
-    inside, sides, elsewhere, start = jax.random.split(jax.random.key(seed), 4)
-    x, t = jax.random.uniform(inside, (900, 2)), jax.random.uniform(sides, (4, 30))
-    zero, one = jnp.zeros(30), jnp.ones(30)
+    within, sides, elsewhere, start = jax.random.split(jax.random.key(seed), 4)
+    x, t = jax.random.uniform(within, (inside, 2)), jax.random.uniform(sides, (4, side))
+    zero, one = jnp.zeros(side), jnp.ones(side)
     edges = [(t[0], zero), (t[1], one), (zero, t[2]), (one, t[3])]
     boundary = jnp.concatenate([jnp.stack(edge, axis=1) for edge in edges])
 
