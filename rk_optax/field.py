@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from rk_optax import _tree
 from rk_optax._explanations import linearized
-from rk_optax.structured_loss import Rows
+from rk_optax._rows import Rows
 
 PyTree = Any
 Linear = Callable[[PyTree], PyTree]
@@ -183,13 +183,9 @@ class VectorField:
         if not by_rows:
             loss, gradient = self.value_and_gradient(params)
             return gradient, dataclasses.replace(self, known=Known(params, loss, None))
-        residual, jacobian = rows = jax.lax.optimization_barrier(self.rows(params))
-        pulled = jax.tree.map(
-            lambda leaf: jnp.tensordot(residual.astype(leaf.dtype), leaf, 1, precision="highest"), jacobian
-        )
-        loss = self._loss_of(residual, params)
-        gradient = _tree.placed_like(self.with_l2(pulled, params), params)
-        return gradient, dataclasses.replace(self, known=Known(params, loss, Rows(*rows)))
+        rows = self.rows(params)
+        gradient = self.with_l2(rows.gradient, params)
+        return gradient, dataclasses.replace(self, known=Known(params, self._loss_of(rows.residual, params), rows))
 
     def _loss_of(self, residual: jax.Array, params: PyTree) -> jax.Array:
         loss = 0.5 * _tree.inner(residual, residual)
@@ -231,7 +227,10 @@ class VectorField:
         return product
 
     def rows(self, params: PyTree) -> Rows:
-        """Residuals and their Jacobian, without preconditioner and without the L2 term. Costs N rows, unless known."""
+        """Residuals and their Jacobian, without preconditioner and without the L2 term. Costs N rows, unless known.
+
+        In which form they stand, whole or split over devices, is behind the products that `rk_optax.Rows` has.
+        """
         if self._known_rows(params) is not None:
             return self._known_rows(params)
         structure = self._structured("rows")

@@ -10,7 +10,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.core
@@ -19,15 +19,9 @@ import numpy as np
 
 from rk_optax import _checks, _tree
 from rk_optax._arguments import DataFunction, read_data_function
+from rk_optax._rows import Rows, rows_of
 
 PyTree = Any
-
-
-class Rows(NamedTuple):
-    """Residuals and their Jacobian R, one row per residual: ½‖residual‖² is the loss, Rᵀ residual its gradient."""
-
-    residual: jax.Array  # shape=(N,), weights folded in
-    jacobian: PyTree  # like params, each leaf with a leading axis of length N; conjugated for complex leaves
 
 
 class ModelLoss:
@@ -163,8 +157,8 @@ class LeastSquares(ModelLoss):
     def rows(self, params: PyTree, data: Mapping[str, Any], whole: Callable[[PyTree], PyTree] = lambda p: p) -> Rows:
         """All residuals and the rows of their Jacobian with respect to `params`, of which `whole` makes the model's."""
         weights = self._row_weights(whole(params), data)
-        residuals, jacobians = [], []
-        for name, term in self._terms.items():
+        found = []
+        for term in self._terms.values():
             mapped, rest = self._split(term, data)
 
             def flat(p: PyTree, points: Mapping[str, Any], term: DataFunction = term, rest: Any = rest) -> jax.Array:
@@ -172,20 +166,9 @@ class LeastSquares(ModelLoss):
                 return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
 
             of_point = functools.partial(_rows_of, flat, params)
-            # Whole on every device: rows of several terms are put together and cut into blocks.
-            residual, jacobian = _tree.replicated(jax.vmap(of_point)(mapped) if mapped else of_point({}))
-            weight = weights[name].reshape(residual.shape)
-            residuals.append(jnp.ravel(weight * residual))
-            jacobians.append(
-                jax.tree.map(
-                    lambda row, p, w=weight: jnp.conj(w.reshape(w.shape + (1,) * jnp.ndim(p)) * row).reshape(
-                        (w.size, *jnp.shape(p))
-                    ),
-                    jacobian,
-                    params,
-                )
-            )
-        return Rows(jnp.concatenate(residuals), jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *jacobians))
+            found.append(jax.vmap(of_point)(mapped) if mapped else of_point({}))
+        residuals, jacobians = zip(*found, strict=True)
+        return rows_of(params, residuals, jacobians, [weights[name] for name in self._terms])
 
     def residual(self, params: PyTree, data: Mapping[str, Any]) -> jax.Array:
         """The residuals alone, flat, weights folded in, in the order of `rows`; shape (N,)."""

@@ -194,9 +194,8 @@ RIVALS: dict[str, Callable[..., Transformation]] = {
 
 def _matrix(loss_fn: rk_optax.LeastSquares, params: Any, data: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
     """The residuals, shape (N,), and their Jacobian, shape (N, P)."""
-    # Without the barrier XLA fuses the rows into their product, which then costs twice as much.
-    residual, rows = jax.lax.optimization_barrier(loss_fn.rows(params, data))
-    return residual, jax.vmap(lambda row: ravel_pytree(row)[0])(rows)
+    rows = loss_fn.rows(params, data)
+    return rows.residual, rows.matrix()
 
 
 def _damped(rows: jax.Array, right: jax.Array, damping: float) -> jax.Array:

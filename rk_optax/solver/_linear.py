@@ -6,7 +6,6 @@ And those of least squares in the space of the residuals, (I + hRQRᵀ) y = c, b
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rk_optax import _tree
+from rk_optax._rows import Rows
+from rk_optax._vectors import real_matmul
 from rk_optax.field import Linear
 
 if TYPE_CHECKING:
@@ -304,14 +305,14 @@ def preconditioned_gradients(
 class RowSolution(NamedTuple):
     """What `solve_in_row_space` found."""
 
-    x: Inexact[Array, " p"]  # Rᵀy
+    x: Float[Array, " p"]  # Rᵀy
     left: Float[Array, " n"]  # c − (I + hRQRᵀ) y
     iterations: Int[Array, ""]
     error: Float[Array, ""]  # a bound on the relative error of x, in the metric of Q
 
 
 def solve_in_row_space(
-    rows: Inexact[Array, "n p"],
+    rows: Rows,
     scale: Float[Array, " p"] | None,
     h: Float[Array, ""],
     c: Float[Array, " n"],
@@ -319,24 +320,23 @@ def solve_in_row_space(
     tolerance: float,
     max_iterations: int,
 ) -> RowSolution:
-    """Rᵀy for (I + hRQRᵀ) y = c, of R with N `rows`, diagonal Q ≥ 0 (`scale`; None: I), h ≥ 0.
+    """Rᵀy for (I + hRQRᵀ) y = c, of R with N rows, diagonal Q ≥ 0 (`scale`; None: I), h ≥ 0.
 
     The rounding of K = RQRᵀ, of the size δ = ε·trace, swallows the identity where hδ > 1: in float32 a plain
     factorisation then fails, or its y lacks what makes large steps worth taking. So the factor is one of
     (1/h + δ) I + K, and preconditions CG on the system itself, whose operator goes through R and Rᵀ and keeps the
     digits that their product lost. One iteration where δ does not matter, some √(hδ) where it does. The sum of the
-    Rᵀp is carried instead of y, as in CGLS: Rᵀy of the final y would bring the rounding back. All in one real dtype,
-    but for complex rows.
+    Rᵀp is carried instead of y, as in CGLS: Rᵀy of the final y would bring the rounding back. All in one real dtype.
     """
     # In units in which the largest number of R, of Q and of c is about 1; powers of two, so nothing is rounded.
-    of_rows, of_scale, of_c = (_tree.magnitude(x).astype(c.dtype) for x in (rows, scale, c))
+    of_rows, of_scale, of_c = (x.astype(c.dtype) for x in (rows.magnitude(), *map(_tree.magnitude, (scale, c))))
     # Where no square of R leaves the range it stays as it is, which saves a copy.
     plain = (of_rows > 2.0**-32) & (of_rows < 2.0**32)
     of_rows = jnp.where(plain, 1, of_rows)
     scale, c = None if scale is None else scale / of_scale, c / of_c
     weights = 1 if scale is None else scale
     h = h * of_rows * of_scale * of_rows
-    gram = jax.lax.cond(plain, lambda: lower_gram(rows, scale), lambda: lower_gram(rows / of_rows, scale))
+    gram = jax.lax.cond(plain, lambda: rows.gram("residuals", scale), lambda: rows.gram("residuals", scale, of_rows))
     rounding = 0.5 * float(jnp.finfo(gram.dtype).eps)
     trace = jnp.maximum(jnp.trace(gram), jnp.finfo(gram.dtype).tiny)
     # With h = 0, or so small that hK is below rounding, y = c whatever h is.
@@ -346,11 +346,11 @@ def solve_in_row_space(
     precondition = solver_of_positive(gram + shift * jnp.eye(len(c), dtype=c.dtype))
 
     def size(pulled: jax.Array) -> jax.Array:  # squared, in the metric of Q
-        return jnp.sum(weights * jnp.real(pulled * jnp.conj(pulled)))
+        return jnp.sum(weights * (pulled * pulled))
 
-    def operate(p: Float[Array, " n"]) -> tuple[Float[Array, " n"], Float[Array, ""], Inexact[Array, " p"]]:
-        pulled = jnp.matmul(p.astype(rows.dtype), rows, precision="highest") / of_rows
-        return a * p + real_matmul(rows, weights * pulled) / of_rows, a * jnp.sum(p * p) + size(pulled), pulled
+    def operate(p: Float[Array, " n"]) -> tuple[Float[Array, " n"], Float[Array, ""], Float[Array, " p"]]:
+        pulled = rows.rmv(p) / of_rows
+        return a * p + rows.mv(weights * pulled) / of_rows, a * jnp.sum(p * p) + size(pulled), pulled
 
     def bounds(x: jax.Array, rz: jax.Array) -> tuple[jax.Array, jax.Array]:
         # ‖error of x‖² is at most that of y in the energy norm, r·A⁻¹r ≤ (shift/a) r·M⁻¹r: no pass over the rows.
@@ -361,7 +361,7 @@ def solve_in_row_space(
         # c may be orthogonal to all that R reaches: then x stays 0, and no error is small beside it.
         return (error > tolerance**2 * whole) & ((whole > 0) | (i == 0)) & (i < max_iterations)
 
-    zero = jnp.zeros(rows.shape[1:], rows.dtype)
+    zero = jnp.zeros(rows.shape[1], rows.dtype)
     x, r, rz, iterations = preconditioned_gradients(operate, precondition, c, zero, unsolved)
     error = jnp.sqrt(_tree.ratio(*bounds(x, rz)))
     # What is not finite ends the loop: with x = 0 it must not pass for a solution.
@@ -420,22 +420,6 @@ def _inverse_of_triangular(factor: Float[Array, "n n"]) -> Float[Array, "n n"]:
         inverse = jnp.block([[first, jnp.zeros_like(first)], [corner, second]])
         size *= 2
     return inverse[0]
-
-
-def lower_gram(rows: Inexact[Array, "n p"], scale: Float[Array, " p"] | None = None) -> Float[Array, "n n"]:
-    """The lower triangle of Re(R Q Rᴴ), block by block: two thirds of the products of the whole."""
-    blocks = 3 if len(rows) >= 512 else 1  # to copy the parts of fewer rows takes longer than the products it saves
-    cuts = [len(rows) * i // blocks for i in range(blocks + 1)]
-    strips = []
-    for start, end in itertools.pairwise(cuts):
-        strip = real_matmul(rows[start:end], (rows[:end] if scale is None else scale[None] * rows[:end]).T)
-        strips.append(jnp.pad(strip, ((0, 0), (0, len(rows) - end))))
-    return jnp.concatenate(strips)
-
-
-def real_matmul(a: Inexact[Array, ...], b: Inexact[Array, ...]) -> Float[Array, ...]:
-    """Re(a̅ b) in full precision: accelerators multiply in bfloat16 or TF32 unless told not to."""
-    return jnp.real(jnp.matmul(jnp.conj(a), b, precision="highest"))
 
 
 def _sum(*terms: tuple[Scalar, PyTree]) -> PyTree:

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from rk_optax import _tree
+from rk_optax._rows import DenseRows, Rows
+from rk_optax._vectors import RealVectors, real_matmul
 from rk_optax.field import Linear, VectorField
 from rk_optax.solver._factor import Eigenvectors, ShiftedFactor, Tridiagonal
-from rk_optax.solver._linear import lower_gram, real_matmul
 
 PyTree = Any
 
@@ -69,42 +70,6 @@ class Path(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class RealVectors:
-    """Trees like params as real vectors of one dtype: complex leaves are pairs, their real parts first."""
-
-    like: PyTree
-    dtype: Any
-
-    def flatten(self, tree: PyTree, lead: int = 0) -> jax.Array:
-        """The leaves side by side, after their `lead` leading axes."""
-        parts = []
-        for leaf in jax.tree.leaves(_tree.replicated(tree)):
-            for part in (jnp.real(leaf), jnp.imag(leaf)) if jnp.iscomplexobj(leaf) else (leaf,):
-                parts.append(part.reshape(*part.shape[:lead], -1).astype(self.dtype))
-        return jnp.concatenate(parts, axis=-1) if parts else jnp.zeros((0,), self.dtype)
-
-    def diagonal(self, tree: PyTree | None) -> jax.Array:
-        """A diagonal operator, one real number for each parameter, as a vector; None is the identity."""
-        if tree is None:
-            tree = jax.tree.map(lambda x: jnp.ones(x.shape, self.dtype), self.like)
-        return self.flatten(jax.tree.map(lambda d, x: d * (1 + 1j) if jnp.iscomplexobj(x) else d, tree, self.like))
-
-    def unflatten(self, vectors: jax.Array) -> PyTree:
-        """Trees like params, in their dtypes, from vectors of shape (k, n)."""
-        leaves, treedef = jax.tree.flatten(self.like)
-        sizes = [part for leaf in leaves for part in [leaf.size] * (2 if jnp.iscomplexobj(leaf) else 1)]
-        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-        parts = iter(jnp.split(vectors, ends[:-1], axis=1)) if leaves else iter(())
-        trees = []
-        for leaf in leaves:
-            part = next(parts)
-            if jnp.iscomplexobj(leaf):
-                part = jax.lax.complex(part, next(parts))
-            trees.append(part.reshape(len(vectors), *leaf.shape).astype(leaf.dtype))
-        return _tree.placed_like(treedef.unflatten(trees), self.like)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
 class LeastSquaresPath(Path):
     """By a factor WDWᵀ of a Gram matrix of R, the Jacobian of the residuals r.
 
@@ -113,9 +78,8 @@ class LeastSquaresPath(Path):
     """
 
     field: VectorField
-    vectors: RealVectors
     theta: jax.Array  # shape=(P,)
-    rows: jax.Array  # shape=(N, P)
+    rows: Rows
     scale: jax.Array  # shape=(P,): P, the preconditioner
     residual: jax.Array  # shape=(N,)
     factor: ShiftedFactor
@@ -134,12 +98,12 @@ class LeastSquaresPath(Path):
 
     def direction(self, h: jax.Array, coordinates: jax.Array) -> PyTree:
         """See `Path.direction`."""
-        return self.vectors.unflatten(self._vectors(h, coordinates))
+        return self.rows.vectors.unflatten(self._vectors(h, coordinates))
 
     def predicted_fall(self, h: jax.Array, coordinates: jax.Array) -> jax.Array:
         """See `Path.predicted_fall`: h(⟨∇L, g*⟩ + ⟨g*, P⁻¹g*⟩)/2."""
         direction = self._vectors(h, coordinates)
-        gradient = real_matmul(self.residual, self.rows) + self.l2 * self.theta
+        gradient = self.rows.rmv(self.residual) + self.l2 * self.theta
         return 0.5 * h * jnp.sum(direction * (gradient[None] + _tree.ratio(direction, self.scale[None])), axis=1)
 
     @abc.abstractmethod
@@ -159,28 +123,15 @@ class LeastSquaresPath(Path):
 class ParameterPath(LeastSquaresPath):
     """In the space of the P parameters: P^½(RᵀR + λI)P^½ = WDWᵀ, and g* = P^½Wz."""
 
-    @staticmethod
-    def matrix(rows: jax.Array, scale: jax.Array, l2: Any) -> jax.Array:
-        """The matrix to decompose."""
-        scaled = rows * jnp.sqrt(scale)[None]
-        return real_matmul(scaled.T, scaled) + jnp.diag(l2 * scale)
-
-    @staticmethod
-    def lower(rows: jax.Array, scale: jax.Array | None, l2: Any) -> jax.Array:
-        """Its lower triangle; a `scale` of None is the identity."""
-        if scale is None:
-            return lower_gram(rows.T) + l2 * jnp.eye(rows.shape[1], dtype=rows.dtype)
-        return lower_gram((rows * jnp.sqrt(scale)[None]).T) + jnp.diag(l2 * scale)
-
     def start(self, h: jax.Array) -> jax.Array:
         """See `Path.start`."""
-        pulled = (real_matmul(self.residual, self.rows) + self.l2 * self.theta) * jnp.sqrt(self.scale)
+        pulled = (self.rows.rmv(self.residual) + self.l2 * self.theta) * jnp.sqrt(self.scale)
         return self.factor.solve(h, self.factor.coordinates(pulled[None]))
 
     def corrected(self, h: jax.Array, coordinates: jax.Array, response: jax.Array) -> jax.Array:
         """See `Path.corrected`."""
         moved = self.theta[None] - h[:, None] * self._vectors(h, coordinates)
-        pulled = (real_matmul(response, self.rows) + self.l2 * moved) * jnp.sqrt(self.scale)[None]
+        pulled = (self.rows.rmv(response) + self.l2 * moved) * jnp.sqrt(self.scale)[None]
         return coordinates - self.factor.solve(h, coordinates - self.factor.coordinates(pulled))
 
     def _vectors(self, h: jax.Array, coordinates: jax.Array) -> jax.Array:
@@ -191,15 +142,9 @@ class ParameterPath(LeastSquaresPath):
 class RowPath(LeastSquaresPath):
     """In the space of the N residuals: RPRᵀ = WDWᵀ, and g* = (PRᵀWz + λθ)/(1 + hλ), with P = I where λ is not 0."""
 
-    @staticmethod
-    def lower(rows: jax.Array, scale: jax.Array | None, l2: Any) -> jax.Array:
-        """The lower triangle of the matrix to decompose; a `scale` of None is the identity."""
-        del l2
-        return lower_gram(rows, scale)
-
     def start(self, h: jax.Array) -> jax.Array:
         """See `Path.start`."""
-        wanted = self.residual[None] - (self._short(h) * self.l2)[:, None] * real_matmul(self.rows, self.theta)[None]
+        wanted = self.residual[None] - (self._short(h) * self.l2)[:, None] * self.rows.mv(self.theta)[None]
         return self.factor.solve(self._short(h), self.factor.coordinates(wanted))
 
     def corrected(self, h: jax.Array, coordinates: jax.Array, response: jax.Array) -> jax.Array:
@@ -211,7 +156,7 @@ class RowPath(LeastSquaresPath):
 
     def _pulled(self, coordinates: jax.Array) -> jax.Array:
         """PRᵀWz."""
-        return real_matmul(self.factor.vectors(coordinates), self.rows) * self.scale[None]
+        return self.rows.rmv(self.factor.vectors(coordinates)) * self.scale[None]
 
     def _short(self, h: jax.Array) -> jax.Array:
         return h / (1 + h * self.l2)
@@ -238,7 +183,7 @@ class SingularPath(RowPath):
         trial = super().evaluate(params)
         if not self.decayed:
             return trial
-        return trial._replace(response=self.with_decay(trial.response, self.vectors.flatten(params), super().l2))
+        return trial._replace(response=self.with_decay(trial.response, self.rows.vectors.flatten(params), super().l2))
 
     @staticmethod
     def with_decay(rows: jax.Array, further: jax.Array, l2: jax.Array) -> jax.Array:
@@ -251,28 +196,25 @@ class SingularPath(RowPath):
 
 def least_squares_path(field: VectorField, params: PyTree, *, parameters: bool) -> LeastSquaresPath:
     """The path at `params`, in the space of the `parameters` or of the residuals. Costs the rows."""
-    # Without the barrier XLA fuses the rows into their products, which then cost twice as much.
-    residual, rows = jax.lax.optimization_barrier(field.rows(params))
     real = _tree.default_float()
-    vectors = RealVectors(params, real)
+    rows = field.rows(params).astype(real)
+    vectors, residual = rows.vectors, rows.residual.astype(real)
     theta, scale = vectors.flatten(params), vectors.diagonal(field.scale)
-    matrix = vectors.flatten(rows, lead=1) if jax.tree.leaves(rows) else jnp.zeros((len(residual), 0), real)
-    residual = residual.astype(real)
     l2 = jnp.asarray(0.0 if field.l2 is None else field.l2, real)
-    if jnp.finfo(real).bits < 64 and min(matrix.shape) > 0:
-        decayed = parameters and field.l2 is not None
+    if jnp.finfo(real).bits < 64 and min(rows.shape) > 0:
+        matrix, decayed = rows.matrix(), parameters and field.l2 is not None
         if decayed:
             matrix = SingularPath.with_decay(matrix, jnp.eye(len(theta), dtype=real), l2)
             residual = SingularPath.with_decay(residual, theta, l2)
         singular, left, right = _singular(matrix * jnp.sqrt(scale)[None])
         factor = Eigenvectors(singular * singular, left)
-        return SingularPath(field, vectors, theta, matrix, scale, residual, factor, singular, right, decayed)
-    form = ParameterPath if parameters else RowPath
-    # Nor is it to put the rows together again for each of the products.
-    matrix = jax.lax.optimization_barrier(matrix)
-    lower = form.lower(matrix, None if field.scale is None else scale, l2)
+        rows = DenseRows(vectors, residual, matrix)
+        return SingularPath(field, theta, rows, scale, residual, factor, singular, right, decayed)
+    lower = rows.gram("parameters" if parameters else "residuals", None if field.scale is None else scale)
+    if parameters:
+        lower = lower + jnp.diag(l2 * scale)
     factor = Tridiagonal.of(lower) if lower.size else Eigenvectors(jnp.zeros(0, real), jnp.zeros((0, 0), real))
-    return form(field, vectors, theta, matrix, scale, residual, factor)
+    return (ParameterPath if parameters else RowPath)(field, theta, rows, scale, residual, factor)
 
 
 def _singular(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -336,8 +278,7 @@ def krylov_path(field: VectorField, params: PyTree, k1: PyTree, product: Linear,
     dimension = max(min(dimension, b.size), 1)
 
     def operate(v: jax.Array) -> jax.Array:
-        tree = jax.tree.map(lambda leaf: leaf[0], vectors.unflatten((root * v)[None]))
-        return root * vectors.flatten(product(tree))
+        return root * vectors.flatten(product(vectors.tree(root * v)))
 
     def extend(i: Any, carry: Any) -> Any:
         space, diagonal, below = carry

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rk_optax import _tree
-from rk_optax.solver._linear import real_matmul
+from rk_optax._vectors import real_matmul
 
 PyTree = Any
 

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from rk_optax import _checks, _tree
+from rk_optax._vectors import RealVectors
 from rk_optax.field import Capability, Linear, VectorField
 from rk_optax.solver._base import Cost, Quantity, Solver, Step, check_offers
 from rk_optax.solver._diagonal import DiagonalCurvature
 from rk_optax.solver._linear import Solution
-from rk_optax.solver._path import RealVectors, krylov_path
+from rk_optax.solver._path import krylov_path
 from rk_optax.solver._secant import SecantState
 from rk_optax.solver.linear_solvers import CONJUGATE_GRADIENTS, LinearSolver, check_linear_solver
 
@@ -117,7 +118,7 @@ class _Rosenbrock(Solver):
 
             def by_secants(c: Any, b: PyTree) -> Solution:
                 x = secant.solve(c, scale, vectors.flatten(b))
-                return _solved(jax.tree.map(lambda leaf: leaf[0], vectors.unflatten(x[None])))
+                return _solved(vectors.tree(x))
 
             return by_secants, {"secant": secant}, Cost()
         # Linearising runs the gradient once more; the iteration then calls its linear part alone.

@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from rk_optax import _checks, _tree
+from rk_optax._rows import Rows
 from rk_optax.field import Capability, VectorField
 from rk_optax.solver._base import Cost, Quantity, Solver, Step, check_offers
 from rk_optax.solver._linear import (
     preconditioned_gradients,
-    real_matmul,
     solve_in_row_space,
     solver_of_positive,
 )
-from rk_optax.solver._path import ParameterPath, RealVectors, least_squares_path
+from rk_optax.solver._path import least_squares_path
 from rk_optax.solver.linearly_implicit import RosenbrockEuler, predicted_fall
 
 PyTree = Any
@@ -139,16 +139,18 @@ class ResidualEuler(Solver):
         system = _System.at(field, params)
         shifted, more, right = system, jnp.zeros([], system.rows.dtype), _tree.norm(k1)
         if self.inertia:
-            shifted, more = system.shifted(jnp.asarray(self.inertia, more.dtype) * system.vectors.flatten(state.moved))
+            shifted, more = system.shifted(
+                jnp.asarray(self.inertia, more.dtype) * system.rows.vectors.flatten(state.moved)
+            )
             right = _tree.norm(shifted.scale * shifted.gradient(shifted.residual, shifted.theta))
         solve = _in_parameter_space if size <= count else _in_row_space
         solution = solve(shifted, h, tolerance=self.tolerance, max_iterations=self.max_iterations)
-        direction = _tree_of(system, solution.direction)
+        direction = system.rows.vectors.tree(solution.direction)
         fall = predicted_fall(field, k1, h, direction)
         if self.inertia:
             fall = shifted.fall(h, solution.direction)
             inverse = _tree.ratio(jnp.ones_like(more), jnp.asarray(h, more.dtype))
-            direction = _tree_of(system, solution.direction - inverse * (shifted.theta - system.theta))
+            direction = system.rows.vectors.tree(solution.direction - inverse * (shifted.theta - system.theta))
         wrong = _tree.norm(shifted.residual_of(solution.direction, h))
         new = _state(solution.form, solution.iterations, _tree.ratio(wrong, right))
         refused = new
@@ -188,10 +190,9 @@ def _real_size(params: PyTree) -> int:
 class _System(NamedTuple):
     """(I + hP(RᵀR + λI)) g* = P(Rᵀr + λθ), in vectors of one dtype."""
 
-    vectors: RealVectors
     theta: jax.Array  # shape=(P,)
     residual: jax.Array  # shape=(N,): r
-    rows: jax.Array  # shape=(N, P): R
+    rows: Rows  # R
     scale: jax.Array  # shape=(P,): P
     l2: jax.Array | None  # λ
     scaled: bool  # whether P is not I
@@ -199,26 +200,20 @@ class _System(NamedTuple):
     @classmethod
     def at(cls, field: VectorField, params: PyTree) -> _System:
         """The system at `params`. Costs the rows."""
-        # Without the barrier XLA fuses the rows into their products, which then cost twice as much.
-        residual, rows = jax.lax.optimization_barrier(field.rows(params))
-        leaves = [residual, *jax.tree.leaves(params)]
-        real = _tree.common_dtype(*(jnp.finfo(leaf.dtype).dtype for leaf in leaves), jnp.float32)
-        vectors = RealVectors(params, real)
-        matrix = vectors.flatten(rows, lead=1) if jax.tree.leaves(rows) else jnp.zeros((len(residual), 0), real)
-        # Nor is it to put the rows together again for each of the products.
-        matrix = jax.lax.optimization_barrier(matrix)
-        l2 = None if field.l2 is None else jnp.asarray(field.l2, real)
-        scale = vectors.diagonal(field.scale)
-        return cls(vectors, vectors.flatten(params), residual.astype(real), matrix, scale, l2, field.scale is not None)
+        rows = field.rows(params)
+        vectors, residual = rows.vectors, rows.residual.astype(rows.dtype)
+        l2 = None if field.l2 is None else jnp.asarray(field.l2, rows.dtype)
+        scaled = field.scale is not None
+        return cls(vectors.flatten(params), residual, rows, vectors.diagonal(field.scale), l2, scaled)
 
     def gradient(self, residual: jax.Array, theta: jax.Array) -> jax.Array:
         """Rᵀr + λθ."""
-        pulled = real_matmul(residual, self.rows)
+        pulled = self.rows.rmv(residual)
         return pulled if self.l2 is None else pulled + self.l2 * theta
 
     def shifted(self, move: jax.Array) -> tuple[_System, jax.Array]:
         """The same model from θ + move on, and by how much that move alone makes it fall."""
-        pushed = real_matmul(self.rows, move)
+        pushed = self.rows.mv(move)
         fall = -jnp.sum((self.residual + 0.5 * pushed) * pushed)
         if self.l2 is not None:
             fall = fall - self.l2 * jnp.sum((self.theta + 0.5 * move) * move)
@@ -233,11 +228,7 @@ class _System(NamedTuple):
     def residual_of(self, direction: jax.Array, h: Any) -> jax.Array:
         """(I + hPB) g* − P∇L, in which no product of R with itself is formed."""
         step = jnp.asarray(h, direction.dtype) * direction
-        return direction - self.scale * self.gradient(self.residual - real_matmul(self.rows, step), self.theta - step)
-
-
-def _tree_of(system: _System, vector: jax.Array) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf[0], system.vectors.unflatten(vector[None]))
+        return direction - self.scale * self.gradient(self.residual - self.rows.mv(step), self.theta - step)
 
 
 class _Solved(NamedTuple):
@@ -252,15 +243,15 @@ class _Solved(NamedTuple):
 
 def _in_row_space(system: _System, h: Any, *, tolerance: float, max_iterations: int) -> _Solved:
     """By the N×N matrix, see `ResidualEuler`."""
-    _, theta, residual, matrix, scale, l2, scaled = system
+    theta, residual, rows, scale, l2, scaled = system
     h, pull, wanted = jnp.asarray(h, residual.dtype), jnp.zeros_like(theta), residual
     of_rows = h
     if l2 is not None:
         scale, pull = scale / (1 + h * l2 * scale), l2 * theta
-        wanted = residual - h * real_matmul(matrix, scale * pull)
+        wanted = residual - h * rows.mv(scale * pull)
         of_rows = h if scaled else h / (1 + h * l2)
     weights = scale if scaled else None
-    solution = solve_in_row_space(matrix, weights, of_rows, wanted, tolerance=tolerance, max_iterations=max_iterations)
+    solution = solve_in_row_space(rows, weights, of_rows, wanted, tolerance=tolerance, max_iterations=max_iterations)
     left = 0.5 * jnp.sum((residual - solution.left) * solution.left)
     return _Solved(scale * (solution.x + pull), left, _ROWS, solution.iterations, solution.error <= 1)
 
@@ -270,11 +261,11 @@ def _in_parameter_space(system: _System, h: Any, *, tolerance: float, max_iterat
 
     As in the other, the factor is one of (1/h + δ)I + A, with δ the rounding of A, and CG makes good for δ.
     """
-    _, theta, residual, matrix, scale, *_ = system
+    theta, residual, rows, scale, *_ = system
     h, root = jnp.asarray(h, residual.dtype), jnp.sqrt(scale)
     l2 = jnp.zeros([], residual.dtype) if system.l2 is None else system.l2
     wanted = root * system.gradient(residual, theta)
-    a = ParameterPath.matrix(matrix, scale, l2)
+    a = rows.gram("parameters", scale if system.scaled else None) + jnp.diag(l2 * scale)
     # In units in which the largest numbers are about 1; powers of two, so nothing is rounded.
     of_a, of_b = (_tree.magnitude(x).astype(a.dtype) for x in (a, wanted))
     a, wanted, h = a / of_a, wanted / of_b, h * of_a
@@ -286,8 +277,8 @@ def _in_parameter_space(system: _System, h: Any, *, tolerance: float, max_iterat
     precondition = solver_of_positive(a + shift * jnp.eye(len(a), dtype=a.dtype))
 
     def operate(p: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        pushed = real_matmul(matrix, root * p)
-        moved = inverse_h * p + (root * real_matmul(pushed, matrix) + l2 * scale * p) / of_a
+        pulled = rows.rmv(rows.mv(root * p))
+        moved = inverse_h * p + (root * pulled + l2 * scale * p) / of_a
         return moved, jnp.sum(p * moved), p
 
     def unsolved(x: jax.Array, rz: jax.Array, i: jax.Array) -> jax.Array:

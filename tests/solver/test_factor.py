@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rk_optax._vectors import lower_gram
 from rk_optax.solver._factor import Eigenvectors, Tridiagonal
-from rk_optax.solver._linear import lower_gram
 
 SIZES = np.array([0.0, 1e-3, 0.7, 40.0, 1e5])
 

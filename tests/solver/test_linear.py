@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rk_optax._rows import DenseRows
 from rk_optax.solver._linear import conjugate_gradients, solve_in_row_space, solver_of_positive
 
 
@@ -22,7 +23,8 @@ def rows_of(count, width, smallest, seed=0):
 
 def solved(rows, scale, h, c, **options):
     options = {"tolerance": 1e-5, "max_iterations": 100} | options
-    return jax.jit(lambda *args: solve_in_row_space(*args, **options))(*map(jnp.asarray, (rows, scale, h, c)))
+    solve = jax.jit(lambda rows, *args: solve_in_row_space(DenseRows.of(rows), *args, **options))
+    return solve(*map(jnp.asarray, (rows, scale, h, c)))
 
 
 @pytest.mark.covering(most=2)
@@ -114,7 +116,9 @@ def test_a_batch_of_systems_is_solved_one_by_one(x64):
     rng = np.random.default_rng(2)
     rows, c, h = rng.normal(size=(3, 70, 80)), rng.normal(size=(3, 70)), np.array([0.1, 10.0, 1e6])
     together = jax.jit(
-        jax.vmap(lambda r, h, c: solve_in_row_space(r, jnp.ones(80), h, c, tolerance=1e-10, max_iterations=50))
+        jax.vmap(
+            lambda r, h, c: solve_in_row_space(DenseRows.of(r), jnp.ones(80), h, c, tolerance=1e-10, max_iterations=50)
+        )
     )
     np.testing.assert_allclose(
         together(rows, h, c).x,

@@ -1,0 +1,282 @@
+"""Residuals and the Jacobian of them, as an operator: in one array, or split over the devices of a mesh.
+
+A solver sees `Rows` alone, and not in which form they stand behind it.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rk_optax import _tree
+from rk_optax._vectors import RealVectors, lower_gram, real_matmul
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Inexact, PyTree
+
+Side = Literal["residuals", "parameters"]
+
+
+class Rows(abc.ABC):
+    """Residuals r and their Jacobian R, a row for each: ½‖r‖² is the loss, and Rᵀr its gradient.
+
+    R acts on real vectors, which `vectors` makes of trees like params and trees of them: complex parameters are pairs.
+
+    Attributes:
+      vectors: trees like params as vectors of length P, in the dtype of R: float32 at least.
+      residual: r, shape (N,), weights folded in, in its own dtype.
+    """
+
+    vectors: RealVectors
+    residual: Float[Array, " n"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N, the number of residuals, and P, of real parameters."""
+        return self.residual.size, self.vectors.size
+
+    @property
+    def dtype(self) -> Any:
+        """Of R and of what its products return."""
+        return self.vectors.dtype
+
+    @abc.abstractmethod
+    def mv(self, v: Float[Array, " p"]) -> Float[Array, " n"]:
+        """Rv."""
+
+    @abc.abstractmethod
+    def rmv(self, y: Float[Array, "*k n"]) -> Float[Array, "*k p"]:
+        """Rᵀy, of one vector or of several, one in a row."""
+
+    @abc.abstractmethod
+    def gram(
+        self, side: Side, scale: Float[Array, " p"] | None = None, unit: Float[Array, ""] | None = None
+    ) -> Float[Array, "m m"]:
+        """The lower triangle of RQRᵀ/unit², N×N, or of Q^½RᵀRQ^½/unit², P×P; what is above it is not defined.
+
+        Args:
+          side: whose space it is in.
+          scale: the diagonal of Q, not negative; None for the identity.
+          unit: a positive number by which R is divided before it is squared; None for 1.
+        """
+
+    @abc.abstractmethod
+    def magnitude(self) -> Float[Array, ""]:
+        """A power of two near the largest number of R; see `_tree.magnitude`."""
+
+    @abc.abstractmethod
+    def matrix(self) -> Float[Array, "n p"]:
+        """R in one array, whole on every device."""
+
+    @abc.abstractmethod
+    def astype(self, dtype: Any) -> Rows:
+        """The same in vectors of another dtype."""
+
+    @property
+    def gradient(self) -> PyTree[Inexact[Array, ...]]:
+        """Rᵀr, like params."""
+        return self.vectors.tree(self.rmv(self.residual.astype(self.dtype)))
+
+    @property
+    def jacobian(self) -> PyTree[Inexact[Array, "n ..."]]:
+        """R as a tree like params, each leaf with a leading axis of length N; conjugated for complex leaves."""
+        return self.vectors.unflatten(self.matrix())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DenseRows(Rows):
+    """R in one array."""
+
+    vectors: RealVectors
+    residual: Float[Array, " n"]
+    array: Float[Array, "n p"]
+
+    @classmethod
+    def of(cls, array: Float[Array, "n p"]) -> DenseRows:
+        """Of a Jacobian alone, with residuals of zero and one vector for parameters."""
+        return cls(RealVectors(array[0], array.dtype), jnp.zeros(len(array), array.dtype), array)
+
+    def mv(self, v: Float[Array, " p"]) -> Float[Array, " n"]:
+        """See `Rows.mv`."""
+        return real_matmul(self.array, v)
+
+    def rmv(self, y: Float[Array, "*k n"]) -> Float[Array, "*k p"]:
+        """See `Rows.rmv`."""
+        return real_matmul(y, self.array)
+
+    def gram(
+        self, side: Side, scale: Float[Array, " p"] | None = None, unit: Float[Array, ""] | None = None
+    ) -> Float[Array, "m m"]:
+        """See `Rows.gram`."""
+        if side == "residuals":
+            return lower_gram(self.array if unit is None else self.array / unit, scale)
+        return lower_gram(_scaled(self.array, scale, unit).T)
+
+    def magnitude(self) -> Float[Array, ""]:
+        """See `Rows.magnitude`."""
+        return _tree.magnitude(self.array)
+
+    def matrix(self) -> Float[Array, "n p"]:
+        """See `Rows.matrix`."""
+        return self.array
+
+    def astype(self, dtype: Any) -> DenseRows:
+        """See `Rows.astype`."""
+        array = jax.lax.optimization_barrier(self.array.astype(dtype))  # once, and not for each of the products
+        return DenseRows(RealVectors(self.vectors.like, dtype), self.residual, array)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SplitRows(Rows):
+    """R split over the points, each device of a mesh with the rows of its own: what is formed of them is added up.
+
+    The P×P matrix is a sum over the devices, one all-reduce of it. For the N×N one, first each device is sent its share
+    of the columns, for which the devices exchange the N×P numbers once (padded, where they do not divide P), and then
+    that is a sum too. Vectors and matrices come out whole on every device.
+    """
+
+    vectors: RealVectors
+    residual: Float[Array, " n"]
+    parts: tuple[Float[Array, "_ p"], ...]  # in the order of the residuals
+    mesh: Any
+
+    def mv(self, v: Float[Array, " p"]) -> Float[Array, " n"]:
+        """See `Rows.mv`."""
+        return self._whole(lambda parts, v: jnp.concatenate([real_matmul(part, v) for part in parts]), v)
+
+    def rmv(self, y: Float[Array, "*k n"]) -> Float[Array, "*k p"]:
+        """See `Rows.rmv`."""
+
+        def pulled(parts: tuple[jax.Array, ...], y: jax.Array) -> jax.Array:
+            ends = list(itertools.accumulate(map(len, parts)))
+            return sum(real_matmul(*pair) for pair in zip(jnp.split(y, ends[:-1], axis=-1), parts, strict=True))
+
+        return self._whole(pulled, y)
+
+    def gram(
+        self, side: Side, scale: Float[Array, " p"] | None = None, unit: Float[Array, ""] | None = None
+    ) -> Float[Array, "m m"]:
+        """See `Rows.gram`."""
+        form = self._of_residuals if side == "residuals" else self._of_parameters
+        return self._whole(lambda parts: form([_scaled(part, scale, unit) for part in parts]))
+
+    def _of_parameters(self, parts: Sequence[jax.Array]) -> jax.Array:
+        even = [part for part in parts if len(part) % self._devices == 0]
+        total = sum(real_matmul(part.T, part) for part in parts if len(part) % self._devices)
+        if not even:
+            return total
+        shares = (part.reshape(self._devices, -1, part.shape[1]) for part in even)
+        # Each device's share by itself: one sum over the devices in the end, and not one for each part.
+        share = sum(jnp.einsum("dnp,dnq->dpq", each, each, precision="highest") for each in shares)
+        return total + jnp.sum(self._split(share, 0), axis=0)
+
+    def _of_residuals(self, parts: Sequence[jax.Array]) -> jax.Array:
+        padding = -parts[0].shape[1] % self._devices
+        matrix = jnp.concatenate([self._split(jnp.pad(part, ((0, 0), (0, padding))), 1) for part in parts])
+        return real_matmul(matrix, matrix.T)
+
+    def magnitude(self) -> Float[Array, ""]:
+        """See `Rows.magnitude`."""
+        return self._whole(_tree.magnitude)
+
+    def matrix(self) -> Float[Array, "n p"]:
+        """See `Rows.matrix`."""
+        return self._whole(jnp.concatenate)
+
+    def astype(self, dtype: Any) -> SplitRows:
+        """See `Rows.astype`."""
+        parts = jax.lax.optimization_barrier(tuple(part.astype(dtype) for part in self.parts))
+        return SplitRows(RealVectors(self.vectors.like, dtype), self.residual, parts, self.mesh)
+
+    @property
+    def _devices(self) -> int:
+        return self.mesh.size
+
+    def _split(self, x: jax.Array, axis: int) -> jax.Array:
+        spec = PartitionSpec(*[None] * axis, self.mesh.axis_names)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+    def _whole(self, function: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
+        return _partitioned(function, self.mesh, PartitionSpec())(self.parts, *args)
+
+
+def rows_of(
+    params: PyTree,
+    residuals: Sequence[Float[Array, "*point m"]],
+    jacobians: Sequence[PyTree[Inexact[Array, "*point m ..."]]],
+    weights: Sequence[Float[Array, " _"]],
+) -> Rows:
+    """The rows of several functions, each with its factors, flat: split where the functions' results are on a mesh.
+
+    Args:
+      params: the parameters.
+      residuals: of each function, over its points first where it is mapped over some.
+      jacobians: of each, like params with the axes of its residuals before their own; of complex leaves the conjugate.
+      weights: a factor for each residual.
+    """
+    dtypes = [jnp.finfo(x.dtype).dtype for x in (*residuals, *jax.tree.leaves(params))]
+    vectors = RealVectors(params, _tree.common_dtype(*dtypes, jnp.float32))
+
+    def weighted(residual: jax.Array, jacobian: PyTree, weight: jax.Array) -> tuple[jax.Array, PyTree]:
+        weight, axes = weight.reshape(residual.shape), residual.ndim
+
+        def of_leaf(rows: jax.Array) -> jax.Array:
+            factor = weight.reshape(weight.shape + (1,) * (rows.ndim - axes))
+            return jnp.conj(factor * rows).reshape(weight.size, *rows.shape[axes:])
+
+        return jnp.ravel(weight * residual), jax.tree.map(of_leaf, jacobian)
+
+    def together(values: jax.Array, tree: PyTree) -> tuple[jax.Array, jax.Array]:
+        # Without the barriers XLA fuses the rows into their products, which then cost twice as much, and puts them
+        # together again for each of these.
+        values, tree = jax.lax.optimization_barrier((values, tree))
+        if not jax.tree.leaves(tree):
+            return values, jnp.zeros((values.size, 0), vectors.dtype)
+        return values, jax.lax.optimization_barrier(vectors.beside(tree, lead=1))
+
+    parts = list(zip(residuals, jacobians, weights, strict=True))
+    mesh = _mesh_of((residuals, jacobians))
+    if mesh is None:
+        values, trees = zip(*(weighted(*part) for part in parts), strict=True)
+        tree = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)
+        return DenseRows(vectors, *together(jnp.concatenate(values), tree))
+    found = []
+    for part in parts:
+        placed = PartitionSpec(), PartitionSpec(jax.typeof(part[0]).sharding.spec[0])
+        found.append(_partitioned(lambda *part: together(*weighted(*part)), mesh, placed)(*part))
+    values, arrays = zip(*found, strict=True)
+    return SplitRows(vectors, jnp.concatenate(values), arrays, mesh)
+
+
+def _mesh_of(tree: PyTree) -> Any:
+    """The mesh on whose devices leaves are, where it splits anything and is not the caller's own matter."""
+    for leaf in jax.tree.leaves(tree):
+        mesh = getattr(getattr(jax.typeof(leaf), "sharding", None), "mesh", None)
+        if mesh is None or mesh.empty or jax.sharding.AxisType.Manual in mesh.axis_types:
+            continue
+        if mesh.size > 1 or jax.sharding.AxisType.Explicit in mesh.axis_types:
+            return mesh
+    return None
+
+
+def _partitioned(function: Callable[..., Any], mesh: Any, specs: Any) -> Callable[..., Any]:
+    """`function`, partitioned by XLA also where the axes of the mesh are explicit, with results that lie as `specs`."""
+    if jax.sharding.AxisType.Explicit not in mesh.axis_types:
+        return function
+    placed = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    return jax.sharding.auto_axes(function, out_sharding=placed)
+
+
+def _scaled(array: jax.Array, scale: jax.Array | None, unit: jax.Array | None) -> jax.Array:
+    """RQ^½/unit."""
+    factor = None if scale is None else jnp.sqrt(scale)
+    if unit is not None:
+        factor = (1 if factor is None else factor) / unit
+    return array if factor is None else array * factor
