@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -149,14 +150,20 @@ class SplitRows(Rows):
 
     def mv(self, v: Float[Array, " p"]) -> Float[Array, " n"]:
         """See `Rows.mv`."""
-        return self._whole(lambda parts, v: jnp.concatenate([real_matmul(part, v) for part in parts]), v)
+
+        def pushed(parts: tuple[jax.Array, ...], v: jax.Array) -> jax.Array:
+            # Else XLA may send the rows around and not these.
+            return jnp.concatenate([self._split(real_matmul(part, v), 0) for part in parts])
+
+        return self._whole(pushed, v)
 
     def rmv(self, y: Float[Array, "*k n"]) -> Float[Array, "*k p"]:
         """See `Rows.rmv`."""
 
         def pulled(parts: tuple[jax.Array, ...], y: jax.Array) -> jax.Array:
             ends = list(itertools.accumulate(map(len, parts)))
-            return sum(real_matmul(*pair) for pair in zip(jnp.split(y, ends[:-1], axis=-1), parts, strict=True))
+            pairs = zip(jnp.split(y, ends[:-1], axis=-1), parts, strict=True)
+            return functools.reduce(jnp.add, (real_matmul(*pair) for pair in pairs))
 
         return self._whole(pulled, y)
 
@@ -168,14 +175,13 @@ class SplitRows(Rows):
         return self._whole(lambda parts: form([_scaled(part, scale, unit) for part in parts]))
 
     def _of_parameters(self, parts: Sequence[jax.Array]) -> jax.Array:
-        even = [part for part in parts if len(part) % self._devices == 0]
-        total = sum(real_matmul(part.T, part) for part in parts if len(part) % self._devices)
-        if not even:
-            return total
-        shares = (part.reshape(self._devices, -1, part.shape[1]) for part in even)
-        # Each device's share by itself: one sum over the devices in the end, and not one for each part.
-        share = sum(jnp.einsum("dnp,dnq->dpq", each, each, precision="highest") for each in shares)
-        return total + jnp.sum(self._split(share, 0), axis=0)
+        sums = [real_matmul(part.T, part) for part in parts if len(part) % self._devices]
+        shares = [part.reshape(self._devices, -1, part.shape[1]) for part in parts if len(part) % self._devices == 0]
+        if shares:
+            # Each device's share by itself: one sum over the devices in the end, and not one for each part.
+            products = (jnp.einsum("dnp,dnq->dpq", share, share, precision="highest") for share in shares)
+            sums.append(jnp.sum(self._split(functools.reduce(jnp.add, products), 0), axis=0))
+        return functools.reduce(jnp.add, sums)
 
     def _of_residuals(self, parts: Sequence[jax.Array]) -> jax.Array:
         padding = -parts[0].shape[1] % self._devices
@@ -200,8 +206,12 @@ class SplitRows(Rows):
         return self.mesh.size
 
     def _split(self, x: jax.Array, axis: int) -> jax.Array:
-        spec = PartitionSpec(*[None] * axis, self.mesh.axis_names)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+        if x.shape[axis] % self._devices:
+            return x
+        inside = jax.sharding.get_abstract_mesh()  # whose axes are automatic here, also where they are explicit outside
+        mesh = self.mesh if inside.empty else inside
+        spec = PartitionSpec(*[None] * axis, mesh.axis_names)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
     def _whole(self, function: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
         return _partitioned(function, self.mesh, PartitionSpec())(self.parts, *args)

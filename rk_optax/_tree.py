@@ -155,7 +155,7 @@ def replicated(tree: PyTree) -> PyTree:
     """`tree` whole on every device, where its leaves are split along explicit mesh axes; for what has to be cut up."""
 
     def whole(x: jax.Array) -> jax.Array:
-        return jax.sharding.reshard(x, jax.sharding.PartitionSpec()) if _explicit_spec(x) else x
+        return _resharded(x, jax.sharding.PartitionSpec(), x) if _explicit_spec(x) else x
 
     return jax.tree.map(whole, tree)
 
@@ -167,9 +167,16 @@ def placed_like(tree: PyTree, like: PyTree) -> PyTree:
         spec = _explicit_spec(y)
         if spec is not None:
             spec = jax.sharding.PartitionSpec(*[None] * (x.ndim - y.ndim), *spec)
-        return x if spec == _explicit_spec(x) else jax.sharding.reshard(x, spec or jax.sharding.PartitionSpec())
+        if spec == _explicit_spec(x):
+            return x
+        return _resharded(x, spec or jax.sharding.PartitionSpec(), x if spec is None else y)
 
     return jax.tree.map(place, tree, like)
+
+
+def _resharded(x: jax.Array, spec: jax.sharding.PartitionSpec, on: jax.Array) -> jax.Array:
+    """`x` split along the mesh that `on` is on, whether or not the caller has set one."""
+    return jax.sharding.reshard(x, jax.sharding.NamedSharding(jax.typeof(on).sharding.mesh, spec))
 
 
 def _explicit_spec(x: jax.Array) -> Any:

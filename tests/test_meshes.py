@@ -1,5 +1,9 @@
 """Every kind of solver on several devices, data or parameters split, is the step of one device."""
 
+import contextlib
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,6 +119,47 @@ def test_least_squares_with_points_on_eight_devices_is_that_of_one(axes, number,
     assert float(split_state.step_size) == pytest.approx(float(state.step_size), rel=1e-6)
     for key, leaf in found.items():
         np.testing.assert_allclose(leaf, expected[key], rtol=1e-6, atol=1e-9)
+
+
+def exchanged(program):
+    """What devices send each other: the shapes of what is summed, and the largest of what is moved, in numbers."""
+    operations = re.findall(r" = (.*?) (all-\w+|collective-\w+|reduce-scatter)\(", program)
+    shapes = [
+        (kind, tuple(map(int, filter(None, shape.split(",")))))
+        for result, kind in operations
+        for shape in re.findall(r"\w\d+\[([\d,]*)\]", result)
+    ]
+    moved = [math.prod(shape) for kind, shape in shapes if kind != "all-reduce"]
+    return [shape for kind, shape in shapes if kind == "all-reduce"], max(moved)
+
+
+@pytest.mark.parametrize(
+    ("axes", "number", "context"),
+    [("explicit", 1, True), ("explicit", 3, False), ("auto", 1, False), ("auto", 3, True)],
+)
+def test_the_rows_stay_on_the_devices_of_their_points(axes, number, context):
+    """Of 40 weights, and of 24 residuals or 40 of three functions: one sum over devices of the smaller matrix."""
+    params, data = jax.tree.map(jnp.asarray, (PARAMS, DATA | {"edge": -DATA["x"]}))
+    weights = jnp.asarray(np.r_[0.0, np.linspace(0.5, 2, 7)], np.float32)
+    scale, y = jnp.linspace(0.5, 2, 40), jnp.linspace(-1, 1, 24 if number == 1 else 40)
+
+    def products(weights, params, data):
+        rows = terms(weights, number).rows(params, data)
+        gram = rows.gram("residuals" if number == 1 else "parameters", scale, 2.0)
+        return jnp.tril(gram), rows.rmv(jnp.stack([y, rows.residual])), rows.mv(scale), rows.magnitude()
+
+    expected = jax.jit(products)(weights, params, data)
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit if axes == "explicit" else AxisType.Auto,))
+    along, whole = NamedSharding(mesh, PartitionSpec("d")), NamedSharding(mesh, PartitionSpec())
+    args = jax.device_put(weights, along), jax.device_put(params, whole), jax.device_put(data, along)
+    with jax.set_mesh(mesh) if context else contextlib.nullcontext():
+        program = jax.jit(products).lower(*args).compile()
+        found = program(*args)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+    summed, moved = exchanged(program.as_text())
+    assert summed.count((len(y), len(y))) == 1
+    assert sum(map(math.prod, summed)) < 2 * len(y) ** 2
+    assert moved <= 2 * len(y)  # vectors, and pieces of the rows with an eighth of the columns
 
 
 @pytest.mark.parametrize("kind", ["loss", "residuals"])
