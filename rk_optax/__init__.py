@@ -62,6 +62,7 @@ from rk_optax.preconditioner import (
     precondition_by_rms,
 )
 from rk_optax.projection import project, project_to_box
+from rk_optax.rows import Rows
 from rk_optax.solver import (
     ConjugateGradients,
     Cost,
@@ -131,6 +132,7 @@ __all__ = [
     "RmsPreconditioner",
     "Ros2",
     "RosenbrockEuler",
+    "Rows",
     "RungeKutta",
     "RungeKuttaState",
     "SgdG2",

@@ -5,11 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+if TYPE_CHECKING:
+    import jaxtyping
+
+    Tree = jaxtyping.PyTree[jaxtyping.Inexact[jaxtyping.Array, ...]]  # real and complex leaves, as params have them
 
 PyTree = Any
 Scalar = Any  # a Python or NumPy number, or a scalar jax.Array
@@ -240,7 +245,7 @@ def partition(mask: PyTree | Callable[[PyTree], PyTree] | None, params: PyTree) 
             f"params that returns one; it does not fit: {error}"
         ) from None
     moves = jax.tree.leaves(spread)
-    wrong = [m for m in moves if not isinstance(m, bool | np.bool_)]
-    if wrong:
-        raise ValueError(f"mask must hold Python booleans (True: the leaf moves, False: it stays), got {wrong[0]!r}.")
+    others = [m for m in moves if not isinstance(m, bool | np.bool_)]
+    if others:
+        raise ValueError(f"mask must hold Python booleans (True: the leaf moves, False: it stays), got {others[0]!r}.")
     return Partition(treedef, tuple(bool(m) for m in moves))

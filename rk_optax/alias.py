@@ -21,7 +21,7 @@ from rk_optax.solver import (
     Stabilized,
     as_solver,
 )
-from rk_optax.solver.exponential import Linear
+from rk_optax.solver.exponential import LinearPart
 from rk_optax.solver.linear_solvers import CONJUGATE_GRADIENTS
 from rk_optax.solver.linearly_implicit import Curvature
 from rk_optax.step_size import LearningRate
@@ -361,7 +361,7 @@ def etd1(
     loss_fn: Loss,
     learning_rate: LearningRate,
     *,
-    linear: Linear = "diagonal",
+    linear: LinearPart = "diagonal",
     momentum: Momentum = None,
     **options: Unpack[AliasOptions],
 ) -> Transformation:
@@ -378,7 +378,7 @@ def etdrk2(
     loss_fn: Loss,
     learning_rate: LearningRate,
     *,
-    linear: Linear = "diagonal",
+    linear: LinearPart = "diagonal",
     momentum: Momentum = None,
     **options: Unpack[AliasOptions],
 ) -> Transformation:

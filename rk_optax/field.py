@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from rk_optax import _tree
-from rk_optax._explanations import linearized
-from rk_optax._rows import Rows
+from rk_optax._explanations import Linear, linearized
+from rk_optax.rows import Rows
 
-PyTree = Any
-Linear = Callable[[PyTree], PyTree]
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+    from rk_optax._tree import Tree
+
 Capability = Literal["loss", "product", "symmetric", "diagonal_scale", "gauss_newton", "rows", "decay", "deterministic"]
 """What a solver, a rule or a preconditioner may need beside the values of a field:
 
@@ -90,7 +93,7 @@ class SmoothField:
             raise TypeError(f"grad_fn must be callable, got {type(self.grad_fn).__name__}.")
         object.__setattr__(self, "__wrapped__", self.grad_fn)  # its signature names the data
 
-    def __call__(self, params: PyTree, *args: Any, **data: Any) -> PyTree:
+    def __call__(self, params: Tree, *args: Any, **data: Any) -> Tree:
         """The field at `params`."""
         return self.grad_fn(params, *args, **data)
 
@@ -99,18 +102,18 @@ class SmoothField:
 class BoundStructure:
     """A `ModelLoss` on one update's data, as functions of the moving leaves."""
 
-    outputs: Callable[[PyTree], PyTree]
-    of_outputs: Callable[[PyTree], jax.Array]
-    rows: Callable[[PyTree], Rows] | None = None  # of least squares
-    count_rows: Callable[[PyTree], int] | None = None
-    residual: Callable[[PyTree], jax.Array] | None = None
+    outputs: Callable[[Tree], Tree]
+    of_outputs: Callable[[Tree], Float[Array, ""]]
+    rows: Callable[[Tree], Rows] | None = None  # of least squares
+    count_rows: Callable[[Tree], int] | None = None
+    residual: Callable[[Tree], Float[Array, " n"]] | None = None
 
 
 class Known(NamedTuple):
     """What has been evaluated where an update starts, so that nobody evaluates it there again."""
 
-    params: PyTree  # θ: the very object, since what is traced has no values to compare
-    loss: jax.Array  # shape=(): L(θ)
+    params: Tree  # θ: the very object, since what is traced has no values to compare
+    loss: Float[Array, ""]  # L(θ)
     rows: Rows | None  # of least squares, where they were formed
 
 
@@ -138,30 +141,30 @@ class VectorField:
       plain: `evaluate` as it was before preconditioning, or None where there was none.
     """
 
-    evaluate: Callable[[PyTree, Any], PyTree]
-    objective: Callable[[PyTree], jax.Array] | None = None
-    smooth_field: Callable[[PyTree], PyTree] | None = None
+    evaluate: Callable[[Tree, Any], Tree]
+    objective: Callable[[Tree], Float[Array, ""]] | None = None
+    smooth_field: Callable[[Tree], Tree] | None = None
     rounding: float = 0.0
-    gradient: Callable[[PyTree], PyTree] | None = None
+    gradient: Callable[[Tree], Tree] | None = None
     structure: BoundStructure | None = None
-    l2: Any = None
-    scale: PyTree | None = None
+    l2: float | Float[Array, ""] | None = None
+    scale: Tree | None = None
     symmetric: bool = True
-    decay: Callable[[PyTree], PyTree] | None = None
-    value_and_gradient: Callable[[PyTree], tuple[jax.Array, PyTree]] | None = None
+    decay: Callable[[Tree], Tree] | None = None
+    value_and_gradient: Callable[[Tree], tuple[Float[Array, ""], Tree]] | None = None
     losses_beside: int = 0
     known: Known | None = None
-    plain: Callable[[PyTree, Any], PyTree] | None = None
+    plain: Callable[[Tree, Any], Tree] | None = None
 
-    def __call__(self, params: PyTree, stage: int | jax.Array = 0) -> PyTree:
+    def __call__(self, params: Tree, stage: int | jax.Array = 0) -> Tree:
         """The gradient at `params`: what the flow follows downhill. `stage` may be traced. Costs one gradient."""
         return self.evaluate(params, stage)
 
-    def unpreconditioned(self, params: PyTree) -> PyTree:
+    def unpreconditioned(self, params: Tree) -> Tree:
         """The gradient at `params` without preconditioner, on the data of stage 1. Costs one gradient."""
         return (self.evaluate if self.plain is None else self.plain)(params, 0)
 
-    def loss(self, params: PyTree) -> jax.Array:
+    def loss(self, params: Tree) -> Float[Array, ""]:
         """The loss at `params`, a scalar, on the data of stage 1. Costs one loss, or nothing where it is known."""
         if self.known is not None and params is self.known.params:
             return self.known.loss
@@ -169,11 +172,11 @@ class VectorField:
             raise ValueError(f"This field has no loss: {_REMEDIES['loss']}.")
         return self.objective(params)
 
-    def losses_at(self, params: PyTree) -> int:
+    def losses_at(self, params: Tree) -> int:
         """What `loss` costs at `params`: 0 where it is known, else 1."""
         return int(self.known is None or params is not self.known.params)
 
-    def started(self, params: PyTree, *, by_rows: bool = False) -> tuple[PyTree, VectorField]:
+    def started(self, params: Tree, *, by_rows: bool = False) -> tuple[Tree, VectorField]:
         """The field at `params` and this field, which from then on knows the loss there.
 
         Costs one gradient, or `by_rows` the rows and no gradient: ½‖r‖² and Rᵀr.
@@ -187,74 +190,76 @@ class VectorField:
         gradient = self.with_l2(rows.gradient, params)
         return gradient, dataclasses.replace(self, known=Known(params, self._loss_of(rows.residual, params), rows))
 
-    def _loss_of(self, residual: jax.Array, params: PyTree) -> jax.Array:
+    def _loss_of(self, residual: Float[Array, " n"], params: Tree) -> Float[Array, ""]:
         loss = 0.5 * _tree.inner(residual, residual)
         if self.l2 is None:
             return loss
         square = _tree.inner(params, params)
         return loss + jnp.asarray(0.5 * self.l2, square.dtype) * square
 
-    def product(self, params: PyTree, vector: PyTree) -> PyTree:
+    def product(self, params: Tree, vector: Tree) -> Tree:
         """The field's Jacobian at `params` times `vector`, on the data of stage 1. Costs one product."""
         if self.smooth_field is None:
             raise ValueError(f"This field has no Hessian-vector product: {_REMEDIES['product']}.")
         return jax.jvp(self.smooth_field, (params,), (vector,))[1]
 
-    def hessian(self, params: PyTree) -> Linear:
+    def hessian(self, params: Tree) -> Linear:
         """V ↦ ∇²L v at `params`, without preconditioner, linearised once. Costs one gradient; each call one product."""
         if not self.symmetric:
             raise ValueError(f"This field has no Hessian: {_REMEDIES['symmetric']}.")
         return self.jacobian(params)
 
-    def jacobian(self, params: PyTree) -> Linear:
+    def jacobian(self, params: Tree) -> Linear:
         """Like `hessian`, of a field that need not be symmetric."""
         if self.gradient is None:
             raise ValueError(f"This field has no Jacobian: {_REMEDIES['product']}.")
         return linearized(self.gradient, params)[1]
 
-    def gauss_newton(self, params: PyTree) -> Linear:
+    def gauss_newton(self, params: Tree) -> Linear:
         """V ↦ (Jᵀ(∇²output_loss)J + λI) v, without preconditioner, linearised once. Each call costs one product."""
         structure = self._structured("gauss_newton")
         outputs, push = linearized(structure.outputs, params)
         pull = jax.linear_transpose(push, params)
         curve = jax.linearize(jax.grad(structure.of_outputs), outputs)[1]
 
-        def product(v: PyTree) -> PyTree:
+        def product(v: Tree) -> Tree:
             # The transpose of a complex linear map is not its adjoint.
             result = jax.tree.map(jnp.conj, pull(curve(push(v)))[0])
             return self.with_l2(result, v)
 
         return product
 
-    def rows(self, params: PyTree) -> Rows:
+    def rows(self, params: Tree) -> Rows:
         """Residuals and their Jacobian, without preconditioner and without the L2 term. Costs N rows, unless known.
 
         In which form they stand, whole or split over devices, is behind the products that `rk_optax.Rows` has.
         """
-        if self._known_rows(params) is not None:
-            return self._known_rows(params)
+        known = self._known_rows(params)
+        if known is not None:
+            return known
         structure = self._structured("rows")
         if structure.rows is None:
             raise ValueError(f"This field has no residuals: {_REMEDIES['rows']}.")
         return structure.rows(params)
 
-    def residual(self, params: PyTree) -> jax.Array:
+    def residual(self, params: Tree) -> Float[Array, " n"]:
         """The residuals alone, flat, in the order of `rows`. Costs one loss, unless known."""
-        if self._known_rows(params) is not None:
-            return self._known_rows(params).residual
+        known = self._known_rows(params)
+        if known is not None:
+            return known.residual
         structure = self._structured("rows")
         if structure.residual is None:
             raise ValueError(f"This field has no residuals: {_REMEDIES['rows']}.")
         return structure.residual(params)
 
-    def knows_rows(self, params: PyTree) -> bool:
+    def knows_rows(self, params: Tree) -> bool:
         """Whether the rows at `params` have been formed already."""
         return self._known_rows(params) is not None
 
-    def _known_rows(self, params: PyTree) -> Any:
+    def _known_rows(self, params: Tree) -> Rows | None:
         return self.known.rows if self.known is not None and params is self.known.params else None
 
-    def count_rows(self, params: PyTree) -> int:
+    def count_rows(self, params: Tree) -> int:
         """N, the number of residuals, an integer also under jit. Costs nothing."""
         structure = self._structured("rows")
         return 0 if structure.count_rows is None else structure.count_rows(params)
@@ -264,27 +269,27 @@ class VectorField:
             raise ValueError(f"This field has no {capability!r}: {_REMEDIES[capability]}.")
         return self.structure
 
-    def with_l2(self, gradient: PyTree, params: PyTree) -> PyTree:
+    def with_l2(self, gradient: Tree, params: Tree) -> Tree:
         """The gradient of the whole objective from one of the loss without its term (λ/2)‖θ‖²."""
         return gradient if self.l2 is None else _tree.add_scaled(gradient, self.l2, params)
 
-    def decayed(self, l2: Any) -> VectorField:
+    def decayed(self, l2: float | Float[Array, ""] | None) -> VectorField:
         """This field, of a loss without such a term, with (λ/2)‖θ‖² added: everything but `rows` sees it."""
         if l2 is None:
             return self
         whole = dataclasses.replace(self, l2=l2)
 
-        def plus_decay(field: Callable[..., PyTree] | None) -> Any:
+        def plus_decay(field: Callable[..., Tree] | None) -> Any:
             return None if field is None else lambda params, *stage: whole.with_l2(field(params, *stage), params)
 
-        def with_term(loss: jax.Array, params: PyTree) -> jax.Array:
+        def with_term(loss: jax.Array, params: Tree) -> jax.Array:
             return loss + 0.5 * l2 * _tree.inner(params, params)
 
-        def plus_term(params: PyTree) -> jax.Array:
+        def plus_term(params: Tree) -> jax.Array:
             assert self.objective is not None  # for the type checker
             return with_term(self.objective(params), params)
 
-        def plus_both(params: PyTree) -> tuple[jax.Array, PyTree]:
+        def plus_both(params: Tree) -> tuple[Float[Array, ""], Tree]:
             assert self.value_and_gradient is not None  # for the type checker
             loss, gradient = self.value_and_gradient(params)
             return with_term(loss, params), whole.with_l2(gradient, params)
@@ -298,7 +303,7 @@ class VectorField:
             value_and_gradient=None if self.value_and_gradient is None else plus_both,
         )
 
-    def preconditioned(self, apply: Callable[[PyTree], PyTree], scale: PyTree | None = None) -> VectorField:
+    def preconditioned(self, apply: Callable[[Tree], Tree], scale: Tree | None = None) -> VectorField:
         """The field that is `apply` of this one, and whose products are those of that field."""
         smooth = self.smooth_field
         return dataclasses.replace(
@@ -312,7 +317,7 @@ class VectorField:
     def reversed(self) -> VectorField:
         """The field of the loss −L, whose time runs backward. No structure is left: −L is no sum of squares."""
 
-        def negative(function: Callable[..., PyTree] | None) -> Callable[..., PyTree] | None:
+        def negative(function: Callable[..., Tree] | None) -> Callable[..., Tree] | None:
             return None if function is None else lambda *args: jax.tree.map(jnp.negative, function(*args))
 
         return dataclasses.replace(

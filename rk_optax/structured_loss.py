@@ -19,7 +19,7 @@ import numpy as np
 
 from rk_optax import _checks, _tree
 from rk_optax._arguments import DataFunction, read_data_function
-from rk_optax._rows import Rows, rows_of
+from rk_optax.rows import Rows, rows_of
 
 PyTree = Any
 

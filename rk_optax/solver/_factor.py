@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,12 @@ import jax.numpy as jnp
 from rk_optax import _tree
 from rk_optax._vectors import real_matmul
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
 
 class ShiftedFactor(abc.ABC):
-    """A = WDWᵀ with orthonormal columns W and a D whose shifted systems are cheap. Vectors are rows, shape (k, n)."""
+    """A = WDWᵀ with orthonormal columns W and a D whose shifted systems are cheap. Vectors are rows."""
 
     @property
     @abc.abstractmethod
@@ -22,28 +26,28 @@ class ShiftedFactor(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def mean(self) -> jax.Array:
-        """The mean eigenvalue of A, shape ()."""
+    def mean(self) -> Float[Array, ""]:
+        """The mean eigenvalue of A."""
 
     @abc.abstractmethod
-    def coordinates(self, x: jax.Array) -> jax.Array:
+    def coordinates(self, x: Float[Array, "k m"]) -> Float[Array, "k n"]:
         """Wᵀx."""
 
     @abc.abstractmethod
-    def vectors(self, z: jax.Array) -> jax.Array:
+    def vectors(self, z: Float[Array, "k n"]) -> Float[Array, "k m"]:
         """Wz."""
 
     @abc.abstractmethod
-    def solve(self, h: jax.Array, z: jax.Array) -> jax.Array:
-        """(I + hD)⁻¹z for each h, shape (k,); z has shape (k, n), or (1, n) where it is the same for all."""
+    def solve(self, h: Float[Array, " k"], z: Float[Array, "#k n"]) -> Float[Array, "k n"]:
+        """(I + hD)⁻¹z for each h; z has one row where it is the same for all."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Eigenvectors(ShiftedFactor):
     """D is diagonal."""
 
-    eigenvalues: jax.Array  # shape=(n,), not negative
-    basis: jax.Array  # shape=(m, n): the eigenvectors are its columns
+    eigenvalues: Float[Array, " n"]  # not negative
+    basis: Float[Array, "m n"]  # the eigenvectors are its columns
 
     @property
     def size(self) -> int:
@@ -51,19 +55,19 @@ class Eigenvectors(ShiftedFactor):
         return len(self.eigenvalues)
 
     @property
-    def mean(self) -> jax.Array:
+    def mean(self) -> Float[Array, ""]:
         """See `ShiftedFactor.mean`."""
         return jnp.mean(self.eigenvalues) if self.eigenvalues.size else jnp.zeros([], self.eigenvalues.dtype)
 
-    def coordinates(self, x: jax.Array) -> jax.Array:
+    def coordinates(self, x: Float[Array, "k m"]) -> Float[Array, "k n"]:
         """See `ShiftedFactor.coordinates`."""
         return real_matmul(x, self.basis)
 
-    def vectors(self, z: jax.Array) -> jax.Array:
+    def vectors(self, z: Float[Array, "k n"]) -> Float[Array, "k m"]:
         """See `ShiftedFactor.vectors`."""
         return real_matmul(z, self.basis.T)
 
-    def solve(self, h: jax.Array, z: jax.Array) -> jax.Array:
+    def solve(self, h: Float[Array, " k"], z: Float[Array, "#k n"]) -> Float[Array, "k n"]:
         """See `ShiftedFactor.solve`."""
         return z / (1 + h[:, None] * self.eigenvalues[None])
 
@@ -76,13 +80,13 @@ class Tridiagonal(ShiftedFactor):
     take as long as the reduction.
     """
 
-    diagonal: jax.Array  # shape=(n,)
-    off: jax.Array  # shape=(n − 1,)
-    reflectors: jax.Array  # shape=(blocks, n, 64): V
-    triangles: jax.Array  # shape=(blocks, 64, 64): T
+    diagonal: Float[Array, " n"]
+    off: Float[Array, " n-1"]
+    reflectors: Float[Array, "blocks n 64"]  # V
+    triangles: Float[Array, "blocks 64 64"]  # T
 
     @classmethod
-    def of(cls, lower: jax.Array) -> Tridiagonal:
+    def of(cls, lower: Float[Array, "n n"]) -> Tridiagonal:
         """From the lower triangle of A, n ≥ 1."""
         n, width = len(lower), 64
         packed, diagonal, off, scales = jax.lax.linalg.tridiagonal(lower, lower=True)
@@ -105,25 +109,27 @@ class Tridiagonal(ShiftedFactor):
         return len(self.diagonal)
 
     @property
-    def mean(self) -> jax.Array:
+    def mean(self) -> Float[Array, ""]:
         """See `ShiftedFactor.mean`."""
         return jnp.mean(self.diagonal)
 
-    def coordinates(self, x: jax.Array) -> jax.Array:
+    def coordinates(self, x: Float[Array, "k m"]) -> Float[Array, "k n"]:
         """See `ShiftedFactor.coordinates`."""
         return jax.lax.scan(self._reflect, x, (self.reflectors, self.triangles))[0]
 
-    def vectors(self, z: jax.Array) -> jax.Array:
+    def vectors(self, z: Float[Array, "k n"]) -> Float[Array, "k m"]:
         """See `ShiftedFactor.vectors`."""
         transposed = self.triangles.transpose(0, 2, 1)
         return jax.lax.scan(self._reflect, z, (self.reflectors, transposed), reverse=True)[0]
 
     @staticmethod
-    def _reflect(x: jax.Array, block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+    def _reflect(
+        x: Float[Array, "k n"], block: tuple[Float[Array, "n 64"], Float[Array, "64 64"]]
+    ) -> tuple[Float[Array, "k n"], None]:
         v, triangle = block
         return x - real_matmul(real_matmul(real_matmul(x, v), triangle), v.T), None
 
-    def solve(self, h: jax.Array, z: jax.Array) -> jax.Array:
+    def solve(self, h: Float[Array, " k"], z: Float[Array, "#k n"]) -> Float[Array, "k n"]:
         """See `ShiftedFactor.solve`. Of (I/m + (h/m)D) x = z/m with m = max(1, h‖D‖), in which nothing overflows."""
         beside = jnp.pad(jnp.abs(self.off), 1)
         norm = jnp.max(jnp.abs(self.diagonal) + beside[:-1] + beside[1:])

@@ -15,21 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from rk_optax import _tree
-from rk_optax._rows import Rows
 from rk_optax._vectors import real_matmul
 from rk_optax.field import Linear
+from rk_optax.rows import Rows
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Inexact, Int
 
-PyTree = Any
+    from rk_optax._tree import Tree
+
 Scalar = float | jax.Array  # a number or a real scalar array
 
 
 class Solution(NamedTuple):
     """What the iteration found."""
 
-    x: PyTree  # of `conjugate_gradients`; of `shifted_lanczos` the pair of its real and imaginary parts
+    x: Tree  # of `conjugate_gradients`; of `shifted_lanczos` the pair of its real and imaginary parts
     iterations: Int[Array, ""]  # products with B
     residual: Float[Array, ""]  # relative to the right-hand side, 2-norm in the metric of P
     converged: Bool[Array, ""]  # residual within the tolerance
@@ -39,19 +40,19 @@ class Solution(NamedTuple):
     overlap: Float[Array, ""]  # ⟨x, b − (I + c·PB) x⟩/‖b‖² in that metric: 0 for an iterate of CG
 
 
-def combined(row: Any, stacked: PyTree) -> PyTree:
+def combined(row: Any, stacked: Tree) -> Tree:
     """Σ_j row_j x_j of stacked trees; one that is not finite shows, even with weight 0."""
     # No dot product, which accelerators round to bfloat16 or TF32.
     return jax.tree.map(lambda x: sum(jnp.asarray(row[j], _tree.real_dtype(x)) * x[j] for j in range(len(x))), stacked)
 
 
-def mixed(matrix: np.ndarray, stacked: PyTree) -> PyTree:
+def mixed(matrix: np.ndarray, stacked: Tree) -> Tree:
     """Σ_j matrix_ij x_j of stacked trees for each i, stacked."""
     return jax.tree.map(lambda *rows: jnp.stack(rows), *(combined(row, stacked) for row in matrix))
 
 
 def conjugate_gradients(
-    product: Linear, c: Scalar, b: PyTree, scale: PyTree | None, *, tolerance: float, max_iterations: int
+    product: Linear, c: Scalar, b: Tree, scale: Tree | None, *, tolerance: float, max_iterations: int
 ) -> Solution:
     """Solves (I + c·PB) x = b for symmetric B and diagonal P > 0 (`scale`; None for I), from x = 0.
 
@@ -63,7 +64,7 @@ def conjugate_gradients(
     """
     times, b, size = _symmetric_form(b, scale)
 
-    def operator(x: PyTree) -> PyTree:
+    def operator(x: Tree) -> Tree:
         return _tree.add_scaled(x, c, times(product(times(x))))
 
     square = _tree.inner(b, b)  # 1, or 0
@@ -103,7 +104,7 @@ def conjugate_gradients(
 
 
 def shifted_lanczos(
-    product: Linear, c: jax.Array, b: PyTree, scale: PyTree | None, *, tolerance: float, max_iterations: int
+    product: Linear, c: jax.Array, b: Tree, scale: Tree | None, *, tolerance: float, max_iterations: int
 ) -> Solution:
     """Solves (I + c·PB) x = b for symmetric B, diagonal P > 0 (`scale`; None for I) and a complex scalar c.
 
@@ -158,7 +159,7 @@ def shifted_lanczos(
 
 
 def gmres(
-    increment: Linear, b: PyTree, scale: PyTree | None, *, restart: int, tolerance: float, max_iterations: int
+    increment: Linear, b: Tree, scale: Tree | None, *, restart: int, tolerance: float, max_iterations: int
 ) -> Solution:
     """Solves (I + PC) x = b for any linear C (`increment`) and diagonal P > 0 (`scale`; None for I), from x = 0.
 
@@ -170,7 +171,7 @@ def gmres(
     """
     times, b, size = _symmetric_form(b, scale)
 
-    def operator(x: PyTree) -> PyTree:
+    def operator(x: Tree) -> Tree:
         return jax.tree.map(jnp.add, x, times(increment(times(x))))
 
     numbers = sum(x.size * (1 + jnp.iscomplexobj(x)) for x in jax.tree.leaves(b))
@@ -178,10 +179,10 @@ def gmres(
     dtype = size.dtype
     rounding = 0.5 * float(jnp.finfo(dtype).eps)
 
-    def onto(basis: PyTree, v: PyTree) -> jax.Array:
+    def onto(basis: Tree, v: Tree) -> jax.Array:
         return jax.vmap(_tree.inner, (0, None))(basis, v).astype(dtype)
 
-    def combine(weights: jax.Array, basis: PyTree) -> PyTree:
+    def combine(weights: jax.Array, basis: Tree) -> Tree:
         def of_leaf(x: jax.Array) -> jax.Array:
             return jnp.tensordot(weights.astype(_tree.real_dtype(x)).astype(x.dtype), x, 1, precision="highest")
 
@@ -255,7 +256,7 @@ def gmres(
     return Solution(x, iterations, left, solved, solved, jnp.zeros([], bool), size, overlap)
 
 
-def _symmetric_form(b: PyTree, scale: PyTree | None) -> tuple[Linear, PyTree, jax.Array]:
+def _symmetric_form(b: Tree, scale: Tree | None) -> tuple[Linear, Tree, jax.Array]:
     """V ↦ P^(1/2) v, and of P^(−1/2) b the direction and the length."""
     if scale is None:
         return lambda v: v, *_tree.unit(b)
@@ -422,7 +423,7 @@ def _inverse_of_triangular(factor: Float[Array, "n n"]) -> Float[Array, "n n"]:
     return inverse[0]
 
 
-def _sum(*terms: tuple[Scalar, PyTree]) -> PyTree:
+def _sum(*terms: tuple[Scalar, Tree]) -> Tree:
     """Σ factor · tree, in one pass, each factor cast to the precision of each leaf."""
     factors = [factor for factor, _ in terms]
 

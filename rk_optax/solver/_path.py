@@ -9,25 +9,28 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from rk_optax import _tree
-from rk_optax._rows import DenseRows, Rows
 from rk_optax._vectors import RealVectors, real_matmul
 from rk_optax.field import Linear, VectorField
+from rk_optax.rows import DenseRows, Rows
 from rk_optax.solver._factor import Eigenvectors, ShiftedFactor, Tridiagonal
 
-PyTree = Any
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+    from rk_optax._tree import Tree
 
 
 class Trial(NamedTuple):
     """What is seen at a trial point."""
 
-    loss: jax.Array  # shape=()
-    response: jax.Array  # shape=(N,): the residuals, of which `Path.corrected` makes the next iterate
+    loss: Float[Array, ""]
+    response: Float[Array, " n"]  # the residuals, of which `Path.corrected` makes the next iterate
 
 
 class Path(abc.ABC):
@@ -44,26 +47,28 @@ class Path(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def typical(self) -> jax.Array:
+    def typical(self) -> Float[Array, ""]:
         """A step size to begin with: one at which the larger eigenvalues are stiff and the others are not."""
 
     @abc.abstractmethod
-    def start(self, h: jax.Array) -> jax.Array:
+    def start(self, h: Float[Array, " k"]) -> Float[Array, "k m"]:
         """The coordinates of the linearly implicit steps, shape (k, n)."""
 
     @abc.abstractmethod
-    def direction(self, h: jax.Array, coordinates: jax.Array) -> PyTree:
+    def direction(self, h: Float[Array, " k"], coordinates: Float[Array, "k m"]) -> Tree:
         """g* like params, each leaf with a leading axis of length k."""
 
     @abc.abstractmethod
-    def predicted_fall(self, h: jax.Array, coordinates: jax.Array) -> jax.Array:
+    def predicted_fall(self, h: Float[Array, " k"], coordinates: Float[Array, "k m"]) -> Float[Array, " k"]:
         """Of the loss, by the quadratic model, for linearly implicit steps; shape (k,)."""
 
     @abc.abstractmethod
-    def evaluate(self, params: PyTree) -> Trial:
+    def evaluate(self, params: Tree) -> Trial:
         """What one trial point shows. Costs one loss."""
 
-    def corrected(self, h: jax.Array, coordinates: jax.Array, response: jax.Array) -> jax.Array:
+    def corrected(
+        self, h: Float[Array, " k"], coordinates: Float[Array, "k m"], response: Float[Array, "k n"]
+    ) -> Float[Array, "k m"]:
         """One more iteration towards backward Euler, from what the trial points θ − h·g* showed, shape (k, N)."""
         del h, response
         return coordinates
@@ -78,39 +83,39 @@ class LeastSquaresPath(Path):
     """
 
     field: VectorField
-    theta: jax.Array  # shape=(P,)
+    theta: Float[Array, " p"]
     rows: Rows
-    scale: jax.Array  # shape=(P,): P, the preconditioner
-    residual: jax.Array  # shape=(N,)
+    scale: Float[Array, " p"]  # P, the preconditioner
+    residual: Float[Array, " n"]
     factor: ShiftedFactor
     correctable: ClassVar[bool] = True
 
     @property
-    def typical(self) -> jax.Array:
+    def typical(self) -> Float[Array, ""]:
         """The reciprocal of the mean eigenvalue."""
         mean = self.factor.mean
         return jnp.where(mean > 0, _tree.ratio(jnp.ones_like(mean), mean), 1)
 
     @property
-    def l2(self) -> Any:
+    def l2(self) -> Float[Array, ""]:
         """λ, 0 where there is none."""
         return jnp.asarray(0.0 if self.field.l2 is None else self.field.l2, self.rows.dtype)
 
-    def direction(self, h: jax.Array, coordinates: jax.Array) -> PyTree:
+    def direction(self, h: Float[Array, " k"], coordinates: Float[Array, "k m"]) -> Tree:
         """See `Path.direction`."""
         return self.rows.vectors.unflatten(self._vectors(h, coordinates))
 
-    def predicted_fall(self, h: jax.Array, coordinates: jax.Array) -> jax.Array:
+    def predicted_fall(self, h: Float[Array, " k"], coordinates: Float[Array, "k m"]) -> Float[Array, " k"]:
         """See `Path.predicted_fall`: h(⟨∇L, g*⟩ + ⟨g*, P⁻¹g*⟩)/2."""
         direction = self._vectors(h, coordinates)
         gradient = self.rows.rmv(self.residual) + self.l2 * self.theta
         return 0.5 * h * jnp.sum(direction * (gradient[None] + _tree.ratio(direction, self.scale[None])), axis=1)
 
     @abc.abstractmethod
-    def _vectors(self, h: jax.Array, coordinates: jax.Array) -> jax.Array:
+    def _vectors(self, h: Float[Array, " k"], coordinates: Float[Array, "k m"]) -> Float[Array, "k p"]:
         """The directions as vectors, shape (k, P)."""
 
-    def evaluate(self, params: PyTree) -> Trial:
+    def evaluate(self, params: Tree) -> Trial:
         """The loss and the residuals at one point."""
         residual = self.field.residual(params)
         loss = 0.5 * jnp.sum(residual * residual)
@@ -123,18 +128,20 @@ class LeastSquaresPath(Path):
 class ParameterPath(LeastSquaresPath):
     """In the space of the P parameters: P^½(RᵀR + λI)P^½ = WDWᵀ, and g* = P^½Wz."""
 
-    def start(self, h: jax.Array) -> jax.Array:
+    def start(self, h: Float[Array, " k"]) -> Float[Array, "k m"]:
         """See `Path.start`."""
         pulled = (self.rows.rmv(self.residual) + self.l2 * self.theta) * jnp.sqrt(self.scale)
         return self.factor.solve(h, self.factor.coordinates(pulled[None]))
 
-    def corrected(self, h: jax.Array, coordinates: jax.Array, response: jax.Array) -> jax.Array:
+    def corrected(
+        self, h: Float[Array, " k"], coordinates: Float[Array, "k m"], response: Float[Array, "k n"]
+    ) -> Float[Array, "k m"]:
         """See `Path.corrected`."""
         moved = self.theta[None] - h[:, None] * self._vectors(h, coordinates)
         pulled = (self.rows.rmv(response) + self.l2 * moved) * jnp.sqrt(self.scale)[None]
         return coordinates - self.factor.solve(h, coordinates - self.factor.coordinates(pulled))
 
-    def _vectors(self, h: jax.Array, coordinates: jax.Array) -> jax.Array:
+    def _vectors(self, h: Float[Array, " k"], coordinates: Float[Array, "k m"]) -> Float[Array, "k p"]:
         del h
         return self.factor.vectors(coordinates) * jnp.sqrt(self.scale)[None]
 
@@ -142,23 +149,25 @@ class ParameterPath(LeastSquaresPath):
 class RowPath(LeastSquaresPath):
     """In the space of the N residuals: RPRᵀ = WDWᵀ, and g* = (PRᵀWz + λθ)/(1 + hλ), with P = I where λ is not 0."""
 
-    def start(self, h: jax.Array) -> jax.Array:
+    def start(self, h: Float[Array, " k"]) -> Float[Array, "k m"]:
         """See `Path.start`."""
         wanted = self.residual[None] - (self._short(h) * self.l2)[:, None] * self.rows.mv(self.theta)[None]
         return self.factor.solve(self._short(h), self.factor.coordinates(wanted))
 
-    def corrected(self, h: jax.Array, coordinates: jax.Array, response: jax.Array) -> jax.Array:
+    def corrected(
+        self, h: Float[Array, " k"], coordinates: Float[Array, "k m"], response: Float[Array, "k n"]
+    ) -> Float[Array, "k m"]:
         """See `Path.corrected`."""
         return coordinates - self.factor.solve(self._short(h), coordinates - self.factor.coordinates(response))
 
-    def _vectors(self, h: jax.Array, coordinates: jax.Array) -> jax.Array:
+    def _vectors(self, h: Float[Array, " k"], coordinates: Float[Array, "k m"]) -> Float[Array, "k p"]:
         return (self._pulled(coordinates) + (self.l2 * self.theta)[None]) / (1 + h * self.l2)[:, None]
 
-    def _pulled(self, coordinates: jax.Array) -> jax.Array:
+    def _pulled(self, coordinates: Float[Array, "k m"]) -> Float[Array, "k p"]:
         """PRᵀWz."""
         return self.rows.rmv(self.factor.vectors(coordinates)) * self.scale[None]
 
-    def _short(self, h: jax.Array) -> jax.Array:
+    def _short(self, h: Float[Array, " k"]) -> Float[Array, " k"]:
         return h / (1 + h * self.l2)
 
 
@@ -169,16 +178,16 @@ class SingularPath(RowPath):
     The step of a large h is a small difference of large terms in PRᵀUz, and a sum of the terms that stay in P^½VS^½z.
     """
 
-    singular: jax.Array  # shape=(n,): S^½
-    right: jax.Array  # shape=(P, n): V
+    singular: Float[Array, " m"]  # S^½
+    right: Float[Array, "p m"]  # V
     decayed: bool = False  # whether λ is in further rows, √λ I, with the residuals √λ θ
 
     @property
-    def l2(self) -> Any:
+    def l2(self) -> Float[Array, ""]:
         """See `LeastSquaresPath.l2`: 0 where the rows see to it."""
         return jnp.zeros([], self.rows.dtype) if self.decayed else super().l2
 
-    def evaluate(self, params: PyTree) -> Trial:
+    def evaluate(self, params: Tree) -> Trial:
         """See `LeastSquaresPath.evaluate`."""
         trial = super().evaluate(params)
         if not self.decayed:
@@ -186,15 +195,17 @@ class SingularPath(RowPath):
         return trial._replace(response=self.with_decay(trial.response, self.rows.vectors.flatten(params), super().l2))
 
     @staticmethod
-    def with_decay(rows: jax.Array, further: jax.Array, l2: jax.Array) -> jax.Array:
+    def with_decay(
+        rows: Float[Array, "n ..."], further: Float[Array, "p ..."], l2: Float[Array, ""]
+    ) -> Float[Array, "n+p ..."]:
         """Residuals or their rows, with those of (λ/2)‖θ‖²."""
         return jnp.concatenate([rows, jnp.sqrt(l2) * further])
 
-    def _pulled(self, coordinates: jax.Array) -> jax.Array:
+    def _pulled(self, coordinates: Float[Array, "k m"]) -> Float[Array, "k p"]:
         return real_matmul(coordinates * self.singular[None], self.right.T) * jnp.sqrt(self.scale)[None]
 
 
-def least_squares_path(field: VectorField, params: PyTree, *, parameters: bool) -> LeastSquaresPath:
+def least_squares_path(field: VectorField, params: Tree, *, parameters: bool) -> LeastSquaresPath:
     """The path at `params`, in the space of the `parameters` or of the residuals. Costs the rows."""
     real = _tree.default_float()
     rows = field.rows(params).astype(real)
@@ -217,7 +228,9 @@ def least_squares_path(field: VectorField, params: PyTree, *, parameters: bool) 
     return (ParameterPath if parameters else RowPath)(field, theta, rows, scale, residual, factor)
 
 
-def _singular(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _singular(
+    matrix: Float[Array, "n p"],
+) -> tuple[Float[Array, " m"], Float[Array, "n m"], Float[Array, "p m"]]:
     """S^½, U and V of M = US^½Vᵀ; of a triangular factor, which takes half the time of M itself."""
     wide = matrix.shape[0] < matrix.shape[1]
     orthogonal, triangle = jnp.linalg.qr(matrix.T if wide else matrix)
@@ -238,37 +251,37 @@ class KrylovPath(Path):
 
     field: VectorField
     vectors: RealVectors
-    root: jax.Array  # shape=(P,): P^½
-    space: jax.Array  # shape=(m, P): orthonormal rows V, those after an invariant subspace zero
-    eigenvalues: jax.Array  # shape=(m,): Ritz values
-    basis: jax.Array  # shape=(m, m)
-    size: jax.Array  # shape=(): ‖P^½∇L‖
+    root: Float[Array, " p"]  # P^½
+    space: Float[Array, "m p"]  # orthonormal rows V, those after an invariant subspace zero
+    eigenvalues: Float[Array, " m"]  # Ritz values
+    basis: Float[Array, "m m"]
+    size: Float[Array, ""]  # ‖P^½∇L‖
 
     @property
-    def typical(self) -> jax.Array:
+    def typical(self) -> Float[Array, ""]:
         """The reciprocal of the largest Ritz value."""
         largest = jnp.max(jnp.abs(self.eigenvalues), initial=0)
         return jnp.where(largest > 0, _tree.ratio(jnp.ones_like(largest), largest), 1)
 
-    def start(self, h: jax.Array) -> jax.Array:
+    def start(self, h: Float[Array, " k"]) -> Float[Array, "k m"]:
         """See `Path.start`."""
         return (self.size * self.basis[0])[None] / (1 + h[:, None] * jnp.abs(self.eigenvalues)[None])
 
-    def direction(self, h: jax.Array, coordinates: jax.Array) -> PyTree:
+    def direction(self, h: Float[Array, " k"], coordinates: Float[Array, "k m"]) -> Tree:
         """See `Path.direction`."""
         del h
         return self.vectors.unflatten(real_matmul(real_matmul(coordinates, self.basis.T), self.space) * self.root[None])
 
-    def predicted_fall(self, h: jax.Array, coordinates: jax.Array) -> jax.Array:
+    def predicted_fall(self, h: Float[Array, " k"], coordinates: Float[Array, "k m"]) -> Float[Array, " k"]:
         """See `Path.predicted_fall`."""
         return 0.5 * h * jnp.sum(coordinates * ((self.size * self.basis[0])[None] + coordinates), axis=1)
 
-    def evaluate(self, params: PyTree) -> Trial:
+    def evaluate(self, params: Tree) -> Trial:
         """The loss at one point."""
         return Trial(self.field.loss(params), jnp.zeros((0,), self.space.dtype))
 
 
-def krylov_path(field: VectorField, params: PyTree, k1: PyTree, product: Linear, dimension: int) -> KrylovPath:
+def krylov_path(field: VectorField, params: Tree, k1: Tree, product: Linear, dimension: int) -> KrylovPath:
     """The path at `params` with the matrix whose products are given. Costs `dimension` products."""
     real = _tree.default_float()
     vectors = RealVectors(params, real)
@@ -301,7 +314,7 @@ def krylov_path(field: VectorField, params: PyTree, k1: PyTree, product: Linear,
     return KrylovPath(field, vectors, root, space, eigenvalues, basis, size)
 
 
-def length(vector: jax.Array) -> jax.Array:
+def length(vector: Float[Array, " n"]) -> Float[Array, ""]:
     """The 2-norm of a real vector of any size: scaled before it is squared."""
     largest = jnp.max(jnp.abs(vector), initial=0)
     scaled = _tree.ratio(vector, largest)

@@ -15,7 +15,7 @@ from rk_optax.solver._base import Cost, Quantity, Solver, Step, check_offers
 from rk_optax.solver._diagonal import DiagonalCurvature
 
 PyTree = Any
-Linear = Literal["l2", "diagonal", "given"] | DiagonalCurvature
+LinearPart = Literal["l2", "diagonal", "given"] | DiagonalCurvature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Etd(Solver):
     """
 
     order: Literal[1, 2] = 2
-    linear: Linear = "diagonal"
+    linear: LinearPart = "diagonal"
 
     def __post_init__(self):
         if self.order not in (1, 2) or isinstance(self.order, bool):

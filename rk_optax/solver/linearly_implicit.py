@@ -79,8 +79,7 @@ class _Rosenbrock(Solver):
     def init(self, params: PyTree) -> LinearState:
         """Nothing has been solved yet."""
         if self.curvature == "secant":
-            leaves = jax.tree.leaves(params)
-            size = sum(leaf.size * (2 if jnp.iscomplexobj(leaf) else 1) for leaf in leaves)
+            size = RealVectors(params, None).size
             if size > _MOST_OF_SECANTS:
                 raise ValueError(
                     f"curvature='secant' keeps a dense {size}×{size} matrix; it is for at most {_MOST_OF_SECANTS} "

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from rk_optax import _checks, _tree
-from rk_optax._rows import Rows
+from rk_optax._vectors import RealVectors
 from rk_optax.field import Capability, VectorField
+from rk_optax.rows import Rows
 from rk_optax.solver._base import Cost, Quantity, Solver, Step, check_offers
 from rk_optax.solver._linear import (
     preconditioned_gradients,
@@ -48,6 +49,8 @@ class ResidualEuler(Solver):
     matrix preconditions the few iterations of CG that make good its rounding (`state.solver.iterations`; one while h is
     small).
 
+    It has no `linear_solver`: B is symmetric and not negative, and what no factor solves is what CG is made for.
+
     `state.solver.residual` is evaluated from g* itself, which takes as long as one iteration; of CG alone it is the one
     that CG carries along. It does not bound the error of g*: where rows or columns of R are linearly dependent, what
     rounding adds to g* in the directions that R does not see is not damped by h, and for a long step it may exceed the
@@ -80,7 +83,7 @@ class ResidualEuler(Solver):
     def __post_init__(self):
         _checks.count(self.max_rows, "max_rows")
         _checks.number(self.inertia, "inertia", "decay")
-        self._beyond  # noqa: B018 # checks the rest
+        self._without_matrix  # noqa: B018 # its construction checks tolerance and max_iterations
 
     @property
     def needs(self) -> frozenset[Capability]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -103,7 +106,8 @@ class ResidualEuler(Solver):
         return field.started(params, by_rows=by_rows)
 
     @property
-    def _beyond(self) -> RosenbrockEuler:
+    def _without_matrix(self) -> RosenbrockEuler:
+        """The same step by CG alone, where either matrix would be too large."""
         return RosenbrockEuler("gauss_newton", self.tolerance, self.max_iterations)
 
     def step(
@@ -125,7 +129,7 @@ class ResidualEuler(Solver):
             # With both, the N×N matrix would change with h.
             parameters = size <= count or (field.l2 is not None and field.scale is not None)
             if (size if parameters else count) > self.max_rows:
-                return self._by_products(self._beyond.step(field, params, k1, h, (), wants=wants))
+                return self._by_products(self._without_matrix.step(field, params, k1, h, (), wants=wants))
             path = least_squares_path(field, params, parameters=parameters)
             new = _state(_PARAMETERS if parameters else _ROWS, jnp.zeros([], jnp.int32), jnp.zeros([]))
             return Step(k1, cost, quantities={"path": path}, state=new, refused_state=new)
@@ -135,7 +139,7 @@ class ResidualEuler(Solver):
                     f"inertia needs the rows, and neither {count} residuals nor {size} parameters are within max_rows="
                     f"{self.max_rows}: raise max_rows, take fewer points, or leave inertia out."
                 )
-            return self._by_products(self._beyond.step(field, params, k1, h, (), wants=wants))
+            return self._by_products(self._without_matrix.step(field, params, k1, h, (), wants=wants))
         system = _System.at(field, params)
         shifted, more, right = system, jnp.zeros([], system.rows.dtype), _tree.norm(k1)
         if self.inertia:
@@ -151,8 +155,8 @@ class ResidualEuler(Solver):
             fall = shifted.fall(h, solution.direction)
             inverse = _tree.ratio(jnp.ones_like(more), jnp.asarray(h, more.dtype))
             direction = system.rows.vectors.tree(solution.direction - inverse * (shifted.theta - system.theta))
-        wrong = _tree.norm(shifted.residual_of(solution.direction, h))
-        new = _state(solution.form, solution.iterations, _tree.ratio(wrong, right))
+        defect = _tree.norm(shifted.residual_of(solution.direction, h))
+        new = _state(solution.form, solution.iterations, _tree.ratio(defect, right))
         refused = new
         if self.inertia:
             refused = new._replace(moved=jax.tree.map(jnp.zeros_like, state.moved))
@@ -184,7 +188,7 @@ def _nothing_moved(leaf: jax.Array) -> jax.Array:
 
 
 def _real_size(params: PyTree) -> int:
-    return sum(leaf.size * (2 if jnp.iscomplexobj(leaf) else 1) for leaf in jax.tree.leaves(params))
+    return RealVectors(params, None).size
 
 
 class _System(NamedTuple):
@@ -245,13 +249,13 @@ def _in_row_space(system: _System, h: Any, *, tolerance: float, max_iterations: 
     """By the N×N matrix, see `ResidualEuler`."""
     theta, residual, rows, scale, l2, scaled = system
     h, pull, wanted = jnp.asarray(h, residual.dtype), jnp.zeros_like(theta), residual
-    of_rows = h
+    shorter = h
     if l2 is not None:
         scale, pull = scale / (1 + h * l2 * scale), l2 * theta
         wanted = residual - h * rows.mv(scale * pull)
-        of_rows = h if scaled else h / (1 + h * l2)
+        shorter = h if scaled else h / (1 + h * l2)
     weights = scale if scaled else None
-    solution = solve_in_row_space(rows, weights, of_rows, wanted, tolerance=tolerance, max_iterations=max_iterations)
+    solution = solve_in_row_space(rows, weights, shorter, wanted, tolerance=tolerance, max_iterations=max_iterations)
     left = 0.5 * jnp.sum((residual - solution.left) * solution.left)
     return _Solved(scale * (solution.x + pull), left, _ROWS, solution.iterations, solution.error <= 1)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rk_optax._rows import DenseRows
+from rk_optax.rows import DenseRows
 from rk_optax.solver._linear import conjugate_gradients, solve_in_row_space, solver_of_positive
 
 

@@ -38,14 +38,14 @@ class Point(NamedTuple):
     loss: jax.Array | float = math.nan  # mean over the batches since the last point
 
 
-class _Stage(NamedTuple):
+class _Phase(NamedTuple):
     """The steps that are taken on one grid of the task: all of them, unless it is refined in mid-training."""
 
     begins: int
     task: Task
     layout: RunState  # shapes and shardings of a run's state
     advance: Callable[..., Any]
-    enter: Callable[[RunState], RunState]  # from the state in which the stage before ends
+    enter: Callable[[RunState], RunState]  # from the state in which the phase before ends
 
 
 class Trainer:
@@ -95,15 +95,15 @@ class Trainer:
         self._start = jax.jit(start, out_shardings=self._everywhere)
         layout: RunState = jax.eval_shape(self._start, task.init(seeds), self._rates)
         self.compile_seconds = 0.0
-        self._stages = [self._stage(0, task, layout, lambda state: state, vectorized)]
+        self._phases = [self._phase(0, task, layout, lambda state: state, vectorized)]
         for begins in refine_at:
             task, enter = self._refined(task)
             layout = jax.eval_shape(enter, layout)
-            self._stages.append(self._stage(begins, task, layout, enter, vectorized))
+            self._phases.append(self._phase(begins, task, layout, enter, vectorized))
 
     def layout(self, steps: int = 0) -> RunState:
         """Shapes and shardings of a run's state after so many steps."""
-        return self._stage_after(steps).layout
+        return self._phase_after(steps).layout
 
     def start(self) -> Point:
         """The initial point."""
@@ -123,13 +123,13 @@ class Trainer:
         point = self.start() if start is None else start
         yield point
         step, seconds, state, _ = point
-        stage = self._stage_after(step)
+        phase = self._phase_after(step)
         while steps is None or step < steps:
-            if (following := self._stage_after(step + 1)) is not stage:
-                stage, state = following, jax.block_until_ready(following.enter(state))
+            if (following := self._phase_after(step + 1)) is not phase:
+                phase, state = following, jax.block_until_ready(following.enter(state))
             indices = jax.block_until_ready(self._indices(step))
             began = time.perf_counter()
-            state, loss = stage.advance(state, self._rates, self._source, indices)
+            state, loss = phase.advance(state, self._rates, self._source, indices)
             jax.block_until_ready(state)
             seconds += time.perf_counter() - began
             step += self._chunk
@@ -148,20 +148,20 @@ class Trainer:
 
     def score(self, point: Point, split: Any = None) -> Score:
         """Loss and metrics of the run or runs at a point."""
-        task = self._stage_after(point.steps).task
+        task = self._phase_after(point.steps).task
         return task.score(point.state.params, point.state.statistics, split, grid=self._grid)
 
     def restored(self, leaves: Any) -> RunState:
         """A run's state from host arrays, on the devices of this trainer."""
         return jax.device_put(leaves, self._everywhere)
 
-    def _stage_after(self, steps: int) -> _Stage:
+    def _phase_after(self, steps: int) -> _Phase:
         """The one that a run is in after so many steps; where one ends and the next begins, that which ends."""
-        return [stage for stage in self._stages if stage.begins < max(steps, 1)][-1]
+        return [phase for phase in self._phases if phase.begins < max(steps, 1)][-1]
 
-    def _stage(
+    def _phase(
         self, begins: int, task: Task, layout: RunState, enter: Callable[[RunState], RunState], vectorized: bool
-    ) -> _Stage:
+    ) -> _Phase:
         advance = functools.partial(self._advance_run, task)
         if self._grid:
             advance = (_over_grid if vectorized else _in_turns)(advance, (0, None, None, 0), (0, 0, None, None))
@@ -169,7 +169,7 @@ class Trainer:
         began = time.perf_counter()
         compiled = jax.jit(advance, donate_argnums=0, out_shardings=self._everywhere).lower(*arguments).compile()
         self.compile_seconds += time.perf_counter() - began
-        return _Stage(begins, task, layout, compiled, enter)
+        return _Phase(begins, task, layout, compiled, enter)
 
     def _refined(self, task: Task) -> tuple[Task, Callable[[RunState], RunState]]:
         finer = task.finer()

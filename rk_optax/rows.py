@@ -1,7 +1,4 @@
-"""Residuals and the Jacobian of them, as an operator: in one array, or split over the devices of a mesh.
-
-A solver sees `Rows` alone, and not in which form they stand behind it.
-"""
+"""Residuals and their Jacobian as an operator, in one array or split over the devices of a mesh."""
 
 from __future__ import annotations
 
@@ -28,7 +25,15 @@ Side = Literal["residuals", "parameters"]
 class Rows(abc.ABC):
     """Residuals r and their Jacobian R, a row for each: ½‖r‖² is the loss, and Rᵀr its gradient.
 
-    R acts on real vectors, which `vectors` makes of trees like params and trees of them: complex parameters are pairs.
+    What `LeastSquares.rows` and the `rows` of a field return. R acts on real vectors, which `vectors` makes of trees like
+    params, and trees of them; complex parameters are pairs. R is one array, or split over the points where these are on
+    a mesh of devices: who uses it does not see which.
+
+    >>> import jax.numpy as jnp, rk_optax
+    >>> loss_fn = rk_optax.LeastSquares(lambda w: jnp.array([w[0] - 1, 10 * (w[1] - w[0] ** 2)]))
+    >>> rows = loss_fn.rows(jnp.zeros(2), {})
+    >>> print(rows.mv(jnp.ones(2)), rows.rmv(rows.residual))
+    [ 1. 10.] [-1.  0.]
 
     Attributes:
       vectors: trees like params as vectors of length P, in the dtype of R: float32 at least.
@@ -146,7 +151,7 @@ class SplitRows(Rows):
     vectors: RealVectors
     residual: Float[Array, " n"]
     parts: tuple[Float[Array, "_ p"], ...]  # in the order of the residuals
-    mesh: Any
+    mesh: jax.sharding.AbstractMesh
 
     def mv(self, v: Float[Array, " p"]) -> Float[Array, " n"]:
         """See `Rows.mv`."""

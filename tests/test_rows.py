@@ -1,0 +1,104 @@
+"""Residuals and their Jacobian as an operator, in its forms, against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rk_optax import LeastSquares
+
+RNG = np.random.default_rng(0)
+PARAMS = {"a": RNG.normal(size=2) + 1j * RNG.normal(size=2), "b": RNG.normal(size=(2, 1))}
+DATA = {"x": RNG.normal(size=7), "edge": RNG.normal(size=3)}
+# Σ a_i c_i x and b of 7 points with two residuals, of 3 with one, and two of none.
+MIXED = np.array([0.3 - 1.0j, 2.0 + 0.5j])
+
+
+def inside(params, x):
+    return jnp.stack([jnp.real(jnp.sum(params["a"] * MIXED)) * x, params["b"][0, 0] * x**2])
+
+
+def boundary(params, edge):
+    return params["b"][1, 0] * edge - 1
+
+
+def anchor(params):
+    return jnp.real(params["a"]) - 0.5
+
+
+def loss_of(**options):
+    return LeastSquares(
+        {"inside": inside, "boundary": boundary, "anchor": anchor},
+        weights={"inside": 1.0, "boundary": 4.0, "anchor": 9.0},
+        pointwise=["x", "edge"],
+        **options,
+    )
+
+
+def by_hand():
+    """R with the columns Re a, Im a, b, and r."""
+    a, b, x, edge = PARAMS["a"], PARAMS["b"][:, 0], DATA["x"], DATA["edge"]
+    linear = np.sum(a * MIXED).real
+    rows, residual = [], []
+    for point in x:
+        rows += [[*(MIXED.real * point), *(-MIXED.imag * point), 0, 0], [0, 0, 0, 0, point**2, 0]]
+        residual += [linear * point, b[0] * point**2]
+    for point in edge:
+        rows.append([0, 0, 0, 0, 0, 2 * point])
+        residual.append(2 * (b[1] * point - 1))
+    for i in range(2):
+        rows.append([3.0 * (i == 0), 3.0 * (i == 1), 0, 0, 0, 0])
+        residual.append(3 * (a[i].real - 0.5))
+    return np.array(rows), np.array(residual)
+
+
+FORMS = {"one array": {}}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_products_are_those_of_the_jacobian_by_hand(form, x64):
+    matrix, residual = by_hand()
+    scale, v = np.linspace(0.5, 2, 6), np.linspace(-1, 1, 6)
+    y = np.stack([residual, np.cos(np.arange(len(residual)))])
+
+    @jax.jit
+    def products(params, data):
+        rows = loss_of(**FORMS[form]).rows(params, data)
+        assert rows.shape == matrix.shape
+        return {
+            "r": rows.residual,
+            "R": rows.matrix(),
+            "Rv": rows.mv(v),
+            "Ry": rows.rmv(y),
+            "gradient": rows.gradient,
+            "N": jnp.tril(rows.gram("residuals", scale, 2.0)),
+            "P": jnp.tril(rows.gram("parameters", scale, 2.0)),
+            "I": jnp.tril(rows.gram("parameters")),
+            "size": rows.magnitude(),
+            "low": rows.astype(jnp.float32).mv(v.astype(np.float32)),
+        }
+
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    found = products(params, DATA)
+    pulled, root = matrix.T @ residual, matrix * np.sqrt(scale)
+    expected = {
+        "r": residual,
+        "R": matrix,
+        "Rv": matrix @ v,
+        "Ry": y @ matrix,
+        "gradient": {"a": pulled[:2] + 1j * pulled[2:4], "b": pulled[4:, None]},
+        "N": np.tril(root @ root.T) / 4,
+        "P": np.tril(root.T @ root) / 4,
+        "I": np.tril(matrix.T @ matrix),
+    }
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), expected, {k: found[k] for k in expected}
+    )
+    assert 1 <= float(found["size"]) / np.abs(matrix).max() <= 2
+    assert found["low"].dtype == jnp.float32
+    np.testing.assert_allclose(found["low"], matrix @ v, rtol=1e-5, atol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12),
+        jax.tree.map(jnp.conj, jax.grad(loss_of())(params, **DATA)),
+        found["gradient"],
+    )
