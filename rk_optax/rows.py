@@ -1,4 +1,4 @@
-"""Residuals and their Jacobian as an operator, in one array or split over the devices of a mesh."""
+"""Residuals and their Jacobian as an operator: in one array, split over the devices of a mesh, or block by block."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,9 @@ Side = Literal["residuals", "parameters"]
 class Rows(abc.ABC):
     """Residuals r and their Jacobian R, a row for each: ½‖r‖² is the loss, and Rᵀr its gradient.
 
-    What `LeastSquares.rows` and the `rows` of a field return. R acts on real vectors, which `vectors` makes of trees like
-    params, and trees of them; complex parameters are pairs. R is one array, or split over the points where these are on
-    a mesh of devices: who uses it does not see which.
+    What `LeastSquares.rows` and the `rows` of a field return. R acts on real vectors, which `vectors` makes of trees
+    like params, and trees of them; complex parameters are pairs. R is one array, or split over the points where
+    these are on a mesh of devices, or formed block by block (`points_at_once`): who uses it does not see which.
 
     >>> import jax.numpy as jnp, rk_optax
     >>> loss_fn = rk_optax.LeastSquares(lambda w: jnp.array([w[0] - 1, 10 * (w[1] - w[0] ** 2)]))
@@ -222,6 +222,120 @@ class SplitRows(Rows):
         return _partitioned(function, self.mesh, PartitionSpec())(self.parts, *args)
 
 
+class Blocks(NamedTuple):
+    """The rows of one function, so many points at once."""
+
+    rows_at: Callable[[PyTree], tuple[jax.Array, PyTree]]  # of points: residuals (b, m), and their Jacobian like params
+    points: PyTree  # each leaf of shape (blocks, b, ...), the last block filled up
+    weights: Float[Array, "blocks b*m"]  # 0 where filled up
+    length: int  # the number of rows that are not
+
+    @classmethod
+    def of(
+        cls, rows_at: Callable[[PyTree], Any], points: PyTree, weights: Float[Array, " n*m"], size: int | None
+    ) -> Blocks:
+        """`size` points at once, of n ≥ 1; None for a function that has no points, in one block."""
+        if size is None:
+            return cls(lambda _: rows_at({}), jnp.zeros(1), weights[None], len(weights))
+        number = len(jax.tree.leaves(points)[0])
+        size = min(size, number)
+        padding = -number % size
+
+        def cut(leaf: jax.Array) -> jax.Array:
+            last = jnp.broadcast_to(leaf[-1:], (padding, *leaf.shape[1:]))
+            return jnp.concatenate([leaf, last]).reshape(-1, size, *leaf.shape[1:])
+
+        filled = jnp.pad(weights, (0, padding * (len(weights) // number)))
+        cut_weights = filled.reshape((number + padding) // size, -1)
+        return cls(rows_at, jax.tree.map(lambda x: cut(jnp.asarray(x)), points), cut_weights, len(weights))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BlockedRows(Rows):
+    """R that is never held whole: a block of points at a time, formed again for every product.
+
+    For the N×N matrix the rows are formed once for each block, and once more.
+    """
+
+    vectors: RealVectors
+    residual: Float[Array, " n"]
+    terms: tuple[Blocks, ...]  # in the order of the residuals
+
+    def mv(self, v: Float[Array, " p"]) -> Float[Array, " n"]:
+        """See `Rows.mv`."""
+        return self._stacked(lambda array: real_matmul(array, v))
+
+    def rmv(self, y: Float[Array, "*k n"]) -> Float[Array, "*k p"]:
+        """See `Rows.rmv`."""
+        total = jnp.zeros((*y.shape[:-1], self.vectors.size), self.dtype)
+        ends = list(itertools.accumulate(term.length for term in self.terms))
+        for term, part in zip(self.terms, jnp.split(y, ends[:-1], axis=-1), strict=True):
+            filled = jnp.pad(part, [(0, 0)] * (y.ndim - 1) + [(0, term.weights.size - term.length)])
+            cut = jnp.moveaxis(filled.reshape(*y.shape[:-1], *term.weights.shape), -2, 0)
+            total = self._folded(lambda total, array, y: total + real_matmul(y, array), total, term, cut)
+        return total
+
+    def gram(
+        self, side: Side, scale: Float[Array, " p"] | None = None, unit: Float[Array, ""] | None = None
+    ) -> Float[Array, "m m"]:
+        """See `Rows.gram`."""
+
+        def scaled(array: jax.Array) -> jax.Array:
+            return _scaled(array, scale, unit)
+
+        if side == "residuals":
+            return self._stacked(
+                lambda array: self._stacked(lambda other: real_matmul(scaled(other), scaled(array).T)).T
+            )
+        total = jnp.zeros((self.vectors.size,) * 2, self.dtype)
+        for term in self.terms:
+            total = self._folded(
+                lambda total, array, _: total + real_matmul(scaled(array).T, scaled(array)), total, term
+            )
+        return total
+
+    def magnitude(self) -> Float[Array, ""]:
+        """See `Rows.magnitude`."""
+        largest = jnp.zeros([], self.dtype)
+        for term in self.terms:
+            largest = self._folded(
+                lambda largest, array, _: jnp.maximum(largest, jnp.max(jnp.abs(array), initial=0)), largest, term
+            )
+        return _tree.magnitude(largest)
+
+    def matrix(self) -> Float[Array, "n p"]:
+        """See `Rows.matrix`."""
+        return self._stacked(lambda array: array)
+
+    def astype(self, dtype: Any) -> BlockedRows:
+        """See `Rows.astype`."""
+        return dataclasses.replace(self, vectors=RealVectors(self.vectors.like, dtype))
+
+    def _stacked(self, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """What `function` makes of the rows of each block, one below the other."""
+        found = []
+        for term in self.terms:
+            each = jax.lax.map(
+                lambda block, term=term: function(self._array(term, *block)), (term.points, term.weights)
+            )
+            found.append(each.reshape(-1, *each.shape[2:])[: term.length])
+        return jnp.concatenate(found)
+
+    def _folded(
+        self, function: Callable[..., jax.Array], total: jax.Array, term: Blocks, beside: Any = None
+    ) -> jax.Array:
+        """`total` after `function(total, rows, beside)` of each block."""
+
+        def step(total: jax.Array, block: Any) -> tuple[jax.Array, None]:
+            points, weights, other = block
+            return function(total, self._array(term, points, weights), other), None
+
+        return jax.lax.scan(step, total, (term.points, term.weights, beside))[0]
+
+    def _array(self, term: Blocks, points: PyTree, weights: jax.Array) -> jax.Array:
+        return _in_one_array(self.vectors, *_weighted(*term.rows_at(points), weights))[1]
+
+
 def rows_of(
     params: PyTree,
     residuals: Sequence[Float[Array, "*point m"]],
@@ -236,41 +350,49 @@ def rows_of(
       jacobians: of each, like params with the axes of its residuals before their own; of complex leaves the conjugate.
       weights: a factor for each residual.
     """
-    dtypes = [jnp.finfo(x.dtype).dtype for x in (*residuals, *jax.tree.leaves(params))]
-    vectors = RealVectors(params, _tree.common_dtype(*dtypes, jnp.float32))
-
-    def weighted(residual: jax.Array, jacobian: PyTree, weight: jax.Array) -> tuple[jax.Array, PyTree]:
-        weight, axes = weight.reshape(residual.shape), residual.ndim
-
-        def of_leaf(rows: jax.Array) -> jax.Array:
-            factor = weight.reshape(weight.shape + (1,) * (rows.ndim - axes))
-            return jnp.conj(factor * rows).reshape(weight.size, *rows.shape[axes:])
-
-        return jnp.ravel(weight * residual), jax.tree.map(of_leaf, jacobian)
-
-    def together(values: jax.Array, tree: PyTree) -> tuple[jax.Array, jax.Array]:
-        # Without the barriers XLA fuses the rows into their products, which then cost twice as much, and puts them
-        # together again for each of these.
-        values, tree = jax.lax.optimization_barrier((values, tree))
-        if not jax.tree.leaves(tree):
-            return values, jnp.zeros((values.size, 0), vectors.dtype)
-        return values, jax.lax.optimization_barrier(vectors.beside(tree, lead=1))
-
+    vectors = vectors_of(params, residuals)
     parts = list(zip(residuals, jacobians, weights, strict=True))
-    mesh = _mesh_of((residuals, jacobians))
+    mesh = mesh_of((residuals, jacobians))
     if mesh is None:
-        values, trees = zip(*(weighted(*part) for part in parts), strict=True)
+        values, trees = zip(*(_weighted(*part) for part in parts), strict=True)
         tree = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)
-        return DenseRows(vectors, *together(jnp.concatenate(values), tree))
+        return DenseRows(vectors, *_in_one_array(vectors, jnp.concatenate(values), tree))
     found = []
     for part in parts:
         placed = PartitionSpec(), PartitionSpec(jax.typeof(part[0]).sharding.spec[0])
-        found.append(_partitioned(lambda *part: together(*weighted(*part)), mesh, placed)(*part))
+        found.append(_partitioned(lambda *part: _in_one_array(vectors, *_weighted(*part)), mesh, placed)(*part))
     values, arrays = zip(*found, strict=True)
     return SplitRows(vectors, jnp.concatenate(values), arrays, mesh)
 
 
-def _mesh_of(tree: PyTree) -> Any:
+def vectors_of(params: PyTree, residuals: Sequence[Float[Array, ...]]) -> RealVectors:
+    """Of the parameters, in the widest of their dtypes and the residuals': float32 at least."""
+    dtypes = [jnp.finfo(x.dtype).dtype for x in (*residuals, *jax.tree.leaves(params))]
+    return RealVectors(params, _tree.common_dtype(*dtypes, jnp.float32))
+
+
+def _weighted(residual: jax.Array, jacobian: PyTree, weight: jax.Array) -> tuple[jax.Array, PyTree]:
+    """Both with one axis of rows, each row times its weight; of complex leaves the conjugate."""
+    weight, axes = weight.reshape(residual.shape), residual.ndim
+
+    def of_leaf(rows: jax.Array) -> jax.Array:
+        factor = weight.reshape(weight.shape + (1,) * (rows.ndim - axes))
+        return jnp.conj(factor * rows).reshape(weight.size, *rows.shape[axes:])
+
+    return jnp.ravel(weight * residual), jax.tree.map(of_leaf, jacobian)
+
+
+def _in_one_array(vectors: RealVectors, values: jax.Array, tree: PyTree) -> tuple[jax.Array, jax.Array]:
+    """The residuals, and the Jacobian as vectors."""
+    # Without the barriers XLA fuses the rows into their products, which then cost twice as much, and puts them together
+    # again for each of these.
+    values, tree = jax.lax.optimization_barrier((values, tree))
+    if not jax.tree.leaves(tree):
+        return values, jnp.zeros((values.size, 0), vectors.dtype)
+    return values, jax.lax.optimization_barrier(vectors.beside(tree, lead=1))
+
+
+def mesh_of(tree: PyTree) -> Any:
     """The mesh on whose devices leaves are, where it splits anything and is not the caller's own matter."""
     for leaf in jax.tree.leaves(tree):
         mesh = getattr(getattr(jax.typeof(leaf), "sharding", None), "mesh", None)

@@ -19,7 +19,7 @@ import numpy as np
 
 from rk_optax import _checks, _tree
 from rk_optax._arguments import DataFunction, read_data_function
-from rk_optax.rows import Rows, rows_of
+from rk_optax.rows import BlockedRows, Blocks, Rows, mesh_of, rows_of, vectors_of
 
 PyTree = Any
 
@@ -94,6 +94,9 @@ class LeastSquares(ModelLoss):
         a dict from the name of a function to its names: `{"equation": ["x"]}` leaves a function `mean` that sees all of
         x at once, for a mean or an integral over the points.
       reduction: "sum", or "mean" for ½ Σ_k w_k mean(r_k²), which does not change its scale with the number of points.
+      points_at_once: of how many points the rows are formed at a time, static, for a Jacobian that does not fit into
+        memory: it is then formed again for every product (three or more a step), for the N×N matrix as often as there
+        are blocks, and nothing larger than a block of it is held, except under `path_control` in float32. None: all.
 
     Raises:
       TypeError, ValueError: arguments that cannot be read by name, weights that are negative, names in `pointwise`
@@ -107,6 +110,7 @@ class LeastSquares(ModelLoss):
         weights: PyTree = None,
         pointwise: Sequence[str] | str | Mapping[str, Sequence[str] | str] = (),
         reduction: Literal["sum", "mean"] = "sum",
+        points_at_once: int | None = None,
     ):
         self._single = not isinstance(residual_fn, Mapping)
         functions: dict[str, Callable[..., PyTree]] = {}
@@ -118,6 +122,9 @@ class LeastSquares(ModelLoss):
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}.")
         self._mean = reduction == "mean"
+        self._at_once = None if points_at_once is None else _checks.count(points_at_once, "points_at_once")
+        if points_at_once is not None and not any(self._pointwise.values()):
+            raise ValueError("points_at_once is for functions of single points: name their arguments in pointwise.")
         self._weights = jax.tree.map(_read_weight, weights)
         if isinstance(weights, Mapping) and not self._single and set(weights) != set(self._terms):
             raise ValueError(
@@ -157,8 +164,8 @@ class LeastSquares(ModelLoss):
     def rows(self, params: PyTree, data: Mapping[str, Any], whole: Callable[[PyTree], PyTree] = lambda p: p) -> Rows:
         """All residuals and the rows of their Jacobian with respect to `params`, of which `whole` makes the model's."""
         weights = self._row_weights(whole(params), data)
-        found = []
-        for term in self._terms.values():
+        terms = []
+        for name, term in self._terms.items():
             mapped, rest = self._split(term, data)
 
             def flat(p: PyTree, points: Mapping[str, Any], term: DataFunction = term, rest: Any = rest) -> jax.Array:
@@ -166,9 +173,19 @@ class LeastSquares(ModelLoss):
                 return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
 
             of_point = functools.partial(_rows_of, flat, params)
-            found.append(jax.vmap(of_point)(mapped) if mapped else of_point({}))
-        residuals, jacobians = zip(*found, strict=True)
-        return rows_of(params, residuals, jacobians, [weights[name] for name in self._terms])
+            terms.append((jax.vmap(of_point) if mapped else of_point, mapped, weights[name]))
+        if self._at_once is None:
+            residuals, jacobians = zip(*(rows_at(points) for rows_at, points, _ in terms), strict=True)
+            return rows_of(params, residuals, jacobians, [weight for *_, weight in terms])
+        if mesh_of([points for _, points, _ in terms]) is not None:
+            raise ValueError("points_at_once is for one device: leave it out where a mesh splits the points.")
+        residual = self.residual(whole(params), data)
+        blocks = tuple(
+            Blocks.of(rows_at, points, weight, self._at_once if points else None)
+            for rows_at, points, weight in terms
+            if weight.size
+        )
+        return BlockedRows(vectors_of(params, [residual]), residual, blocks)
 
     def residual(self, params: PyTree, data: Mapping[str, Any]) -> jax.Array:
         """The residuals alone, flat, weights folded in, in the order of `rows`; shape (N,)."""
