@@ -177,7 +177,11 @@ class SplitRows(Rows):
     ) -> Float[Array, "m m"]:
         """See `Rows.gram`."""
         form = self._of_residuals if side == "residuals" else self._of_parameters
-        return self._whole(lambda parts: form([_scaled(part, scale, unit) for part in parts]))
+
+        def product(parts: tuple[jax.Array, ...], scale: jax.Array | None, unit: jax.Array | None) -> jax.Array:
+            return form([_scaled(part, scale, unit) for part in parts])
+
+        return self._whole(product, scale, unit)
 
     def _of_parameters(self, parts: Sequence[jax.Array]) -> jax.Array:
         sums = [real_matmul(part.T, part) for part in parts if len(part) % self._devices]
@@ -218,7 +222,7 @@ class SplitRows(Rows):
         spec = PartitionSpec(*[None] * axis, mesh.axis_names)
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
-    def _whole(self, function: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
+    def _whole(self, function: Callable[..., jax.Array], *args: jax.Array | None) -> jax.Array:
         return _partitioned(function, self.mesh, PartitionSpec())(self.parts, *args)
 
 

@@ -143,15 +143,15 @@ def test_the_rows_stay_on_the_devices_of_their_points(axes, number, context):
     weights = jnp.asarray(np.r_[0.0, np.linspace(0.5, 2, 7)], np.float32)
     scale, y = jnp.linspace(0.5, 2, 40), jnp.linspace(-1, 1, 24 if number == 1 else 40)
 
-    def products(weights, params, data):
+    def products(weights, params, data, scale, y):
         rows = terms(weights, number).rows(params, data)
         gram = rows.gram("residuals" if number == 1 else "parameters", scale, 2.0)
         return jnp.tril(gram), rows.rmv(jnp.stack([y, rows.residual])), rows.mv(scale), rows.magnitude()
 
-    expected = jax.jit(products)(weights, params, data)
+    expected = jax.jit(products)(weights, params, data, scale, y)
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit if axes == "explicit" else AxisType.Auto,))
     along, whole = NamedSharding(mesh, PartitionSpec("d")), NamedSharding(mesh, PartitionSpec())
-    args = jax.device_put(weights, along), jax.device_put(params, whole), jax.device_put(data, along)
+    args = jax.device_put((weights, params, data, scale, y), (along, whole, along, whole, whole))
     with jax.set_mesh(mesh) if context else contextlib.nullcontext():
         program = jax.jit(products).lower(*args).compile()
         found = program(*args)
