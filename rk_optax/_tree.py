@@ -25,7 +25,7 @@ def default_float() -> np.dtype:
     return jnp.zeros([], float).dtype
 
 
-def unit_roundoff(tree: PyTree) -> float:
+def unit_roundoff(tree: Tree) -> float:
     """The largest relative error of rounding a number to the dtype of a leaf, over the leaves."""
     return max((float(jnp.finfo(jnp.asarray(x).dtype).eps) / 2 for x in jax.tree.leaves(tree)), default=0.0)
 
@@ -35,12 +35,12 @@ def real_dtype(leaf: jax.Array) -> np.dtype:
     return jnp.finfo(leaf.dtype).dtype
 
 
-def scale(factor: Scalar, tree: PyTree) -> PyTree:
+def scale(factor: Scalar, tree: Tree) -> Tree:
     """`factor * tree`, the factor cast to the precision of each leaf."""
     return jax.tree.map(lambda x: jnp.asarray(factor, real_dtype(x)) * x, tree)
 
 
-def add_scaled(x: PyTree, factor: Scalar, y: PyTree) -> PyTree:
+def add_scaled(x: Tree, factor: Scalar, y: Tree) -> Tree:
     """`x + factor * y`, the factor cast to the precision of each leaf."""
     return jax.tree.map(lambda a, b: a + jnp.asarray(factor, real_dtype(b)) * b, x, y)
 
@@ -51,24 +51,24 @@ def common_dtype(*dtypes: Any) -> np.dtype:
         return functools.reduce(jnp.promote_types, dtypes)
 
 
-def cast_like(tree: PyTree, like: PyTree) -> PyTree:
+def cast_like(tree: Tree, like: Tree) -> Tree:
     """`tree` in the dtypes of `like`."""
     # A leaf of the right dtype passes as it is: a typed random key knows no astype.
     return jax.tree.map(lambda x, y: x if getattr(x, "dtype", None) == y.dtype else jnp.asarray(x, y.dtype), tree, like)
 
 
-def all_finite(tree: PyTree) -> jax.Array:
+def all_finite(tree: Tree) -> jax.Array:
     """Whether every number in `tree` is finite: a boolean scalar."""
     flags = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
     return functools.reduce(jnp.logical_and, flags, jnp.asarray(True))
 
 
-def select(condition: jax.Array, on_true: PyTree, on_false: PyTree) -> PyTree:
+def select(condition: jax.Array, on_true: Tree, on_false: Tree) -> Tree:
     """`on_true` where `condition` (a boolean scalar) holds, else `on_false`, leaf by leaf."""
     return jax.tree.map(lambda t, f: jnp.where(condition, t, f), on_true, on_false)
 
 
-def inner(x: PyTree, y: PyTree) -> jax.Array:
+def inner(x: Tree, y: Tree) -> jax.Array:
     """Re⟨x, y⟩ over all leaves, complex leaves as pairs of reals: a real scalar, of at least float32.
 
     Squares of numbers below 1e-19 or above 1e19 are beyond float32: use `norm`, or `unit` first.
@@ -79,7 +79,7 @@ def inner(x: PyTree, y: PyTree) -> jax.Array:
     return _reduced(jnp.add, products)
 
 
-def magnitude(tree: PyTree) -> jax.Array:
+def magnitude(tree: Tree) -> jax.Array:
     """A power of two near the largest |x|, by which a tree can be divided without rounding; 1 for zeros and NaN."""
     parts = [part for x in jax.tree.leaves(tree) if x.size for part in _real_parts(jax.lax.stop_gradient(x))]
     largest = _reduced(jnp.maximum, [_wide(_largest(part)) for part in parts])
@@ -95,7 +95,7 @@ def _largest(x: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(jnp.max(jnp.abs(x)))
 
 
-def norm(tree: PyTree) -> jax.Array:
+def norm(tree: Tree) -> jax.Array:
     """The 2-norm over all leaves: a real scalar, of at least float32.
 
     No square under- or overflows: where their sum nears an end of the range, a second pass divides by the magnitude
@@ -118,7 +118,7 @@ def norm(tree: PyTree) -> jax.Array:
     return jax.lax.cond(safe, lambda: root(square), divided)
 
 
-def unit(tree: PyTree) -> tuple[PyTree, jax.Array]:
+def unit(tree: Tree) -> tuple[Tree, jax.Array]:
     """`tree` divided by its norm, 0 where that is 0, and the norm."""
     size = norm(tree)
     # The barrier as in `norm`, for the squares that will be formed of it.
@@ -156,7 +156,7 @@ def _reduced(combine: Callable[[jax.Array, jax.Array], jax.Array], scalars: Sequ
     return functools.reduce(combine, [x.astype(dtype) for x in scalars], jnp.zeros([], dtype))
 
 
-def replicated(tree: PyTree) -> PyTree:
+def replicated(tree: Tree) -> Tree:
     """`tree` whole on every device, where its leaves are split along explicit mesh axes; for what has to be cut up."""
 
     def whole(x: jax.Array) -> jax.Array:
@@ -165,7 +165,7 @@ def replicated(tree: PyTree) -> PyTree:
     return jax.tree.map(whole, tree)
 
 
-def placed_like(tree: PyTree, like: PyTree) -> PyTree:
+def placed_like(tree: Tree, like: Tree) -> Tree:
     """`tree` split along explicit mesh axes as `like` is, but for leading axes of its own."""
 
     def place(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -190,7 +190,7 @@ def _explicit_spec(x: jax.Array) -> Any:
     return spec if any(axis is not None for axis in spec) else None
 
 
-def random_signs(key: jax.Array, like: PyTree) -> PyTree:
+def random_signs(key: jax.Array, like: Tree) -> Tree:
     """Independent numbers +1 and −1, in the shapes and dtypes of `like`."""
     leaves, treedef = jax.tree.flatten(like)
     keys = jax.random.split(key, max(len(leaves), 1))
@@ -215,18 +215,18 @@ class Partition:
     treedef: Any
     moves: Sequence[bool]
 
-    def moving(self, tree: PyTree) -> PyTree:
+    def moving(self, tree: Tree) -> Tree:
         """The leaves of `tree` that move."""
         leaves = self.treedef.flatten_up_to(tree)
         return self.treedef.unflatten([x if moves else None for x, moves in zip(leaves, self.moves, strict=True)])
 
-    def merge(self, moving: PyTree, whole: PyTree) -> PyTree:
+    def merge(self, moving: Tree, whole: Tree) -> Tree:
         """`whole` with its moving leaves replaced by those of `moving`."""
         new, old = self.treedef.flatten_up_to(moving), self.treedef.flatten_up_to(whole)
         return self.treedef.unflatten([n if moves else o for n, o, moves in zip(new, old, self.moves, strict=True)])
 
 
-def partition(mask: PyTree | Callable[[PyTree], PyTree] | None, params: PyTree) -> Partition:
+def partition(mask: PyTree | Callable[[Tree], PyTree] | None, params: Tree) -> Partition:
     """Reads a mask (as `optax.masked` takes it) against `params`: True moves, False stays.
 
     Raises:

@@ -19,6 +19,8 @@ from rk_optax._vectors import RealVectors, lower_gram, real_matmul
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Inexact, PyTree
 
+    from rk_optax._tree import Tree
+
 Side = Literal["residuals", "parameters"]
 
 
@@ -86,7 +88,7 @@ class Rows(abc.ABC):
         """The same in vectors of another dtype."""
 
     @property
-    def gradient(self) -> PyTree[Inexact[Array, ...]]:
+    def gradient(self) -> Tree:
         """Rᵀr, like params."""
         return self.vectors.tree(self.rmv(self.residual.astype(self.dtype)))
 
@@ -229,7 +231,7 @@ class SplitRows(Rows):
 class Blocks(NamedTuple):
     """The rows of one function, so many points at once."""
 
-    rows_at: Callable[[PyTree], tuple[jax.Array, PyTree]]  # of points: residuals (b, m), and their Jacobian like params
+    rows_at: Callable[[PyTree], tuple[jax.Array, Tree]]  # of points: residuals (b, m), and their Jacobian like params
     points: PyTree  # each leaf of shape (blocks, b, ...), the last block filled up
     weights: Float[Array, "blocks b*m"]  # 0 where filled up
     length: int  # the number of rows that are not
@@ -341,7 +343,7 @@ class BlockedRows(Rows):
 
 
 def rows_of(
-    params: PyTree,
+    params: Tree,
     residuals: Sequence[Float[Array, "*point m"]],
     jacobians: Sequence[PyTree[Inexact[Array, "*point m ..."]]],
     weights: Sequence[Float[Array, " _"]],
@@ -369,13 +371,13 @@ def rows_of(
     return SplitRows(vectors, jnp.concatenate(values), arrays, mesh)
 
 
-def vectors_of(params: PyTree, residuals: Sequence[Float[Array, ...]]) -> RealVectors:
+def vectors_of(params: Tree, residuals: Sequence[Float[Array, ...]]) -> RealVectors:
     """Of the parameters, in the widest of their dtypes and the residuals': float32 at least."""
     dtypes = [jnp.finfo(x.dtype).dtype for x in (*residuals, *jax.tree.leaves(params))]
     return RealVectors(params, _tree.common_dtype(*dtypes, jnp.float32))
 
 
-def _weighted(residual: jax.Array, jacobian: PyTree, weight: jax.Array) -> tuple[jax.Array, PyTree]:
+def _weighted(residual: jax.Array, jacobian: Tree, weight: jax.Array) -> tuple[jax.Array, Tree]:
     """Both with one axis of rows, each row times its weight; of complex leaves the conjugate."""
     weight, axes = weight.reshape(residual.shape), residual.ndim
 
@@ -386,7 +388,7 @@ def _weighted(residual: jax.Array, jacobian: PyTree, weight: jax.Array) -> tuple
     return jnp.ravel(weight * residual), jax.tree.map(of_leaf, jacobian)
 
 
-def _in_one_array(vectors: RealVectors, values: jax.Array, tree: PyTree) -> tuple[jax.Array, jax.Array]:
+def _in_one_array(vectors: RealVectors, values: jax.Array, tree: Tree) -> tuple[jax.Array, jax.Array]:
     """The residuals, and the Jacobian as vectors."""
     # Without the barriers XLA fuses the rows into their products, which then cost twice as much, and puts them together
     # again for each of these.
