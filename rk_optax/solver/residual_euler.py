@@ -83,7 +83,7 @@ class ResidualEuler(Solver):
     def __post_init__(self):
         _checks.count(self.max_rows, "max_rows")
         _checks.number(self.inertia, "inertia", "decay")
-        self._without_matrix  # noqa: B018 # its construction checks tolerance and max_iterations
+        self._matrix_free  # noqa: B018 # its construction checks tolerance and max_iterations
 
     @property
     def needs(self) -> frozenset[Capability]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -106,7 +106,7 @@ class ResidualEuler(Solver):
         return field.started(params, by_rows=by_rows)
 
     @property
-    def _without_matrix(self) -> RosenbrockEuler:
+    def _matrix_free(self) -> RosenbrockEuler:
         """The same step by CG alone, where either matrix would be too large."""
         return RosenbrockEuler("gauss_newton", self.tolerance, self.max_iterations)
 
@@ -129,7 +129,7 @@ class ResidualEuler(Solver):
             # With both, the N×N matrix would change with h.
             parameters = size <= count or (field.l2 is not None and field.scale is not None)
             if (size if parameters else count) > self.max_rows:
-                return self._by_products(self._without_matrix.step(field, params, k1, h, (), wants=wants))
+                return self._by_products(self._matrix_free.step(field, params, k1, h, (), wants=wants))
             path = least_squares_path(field, params, parameters=parameters)
             new = _state(_PARAMETERS if parameters else _ROWS, jnp.zeros([], jnp.int32), jnp.zeros([]))
             return Step(k1, cost, quantities={"path": path}, state=new, refused_state=new)
@@ -139,7 +139,7 @@ class ResidualEuler(Solver):
                     f"inertia needs the rows, and neither {count} residuals nor {size} parameters are within max_rows="
                     f"{self.max_rows}: raise max_rows, take fewer points, or leave inertia out."
                 )
-            return self._by_products(self._without_matrix.step(field, params, k1, h, (), wants=wants))
+            return self._by_products(self._matrix_free.step(field, params, k1, h, (), wants=wants))
         system = _System.at(field, params)
         shifted, more, right = system, jnp.zeros([], system.rows.dtype), _tree.norm(k1)
         if self.inertia:
