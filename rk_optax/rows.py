@@ -137,6 +137,8 @@ class DenseRows(Rows):
 
     def astype(self, dtype: Any) -> DenseRows:
         """See `Rows.astype`."""
+        if dtype == self.dtype:
+            return self
         array = jax.lax.optimization_barrier(self.array.astype(dtype))  # once, and not for each of the products
         return DenseRows(RealVectors(self.vectors.like, dtype), self.residual, array)
 
@@ -209,6 +211,8 @@ class SplitRows(Rows):
 
     def astype(self, dtype: Any) -> SplitRows:
         """See `Rows.astype`."""
+        if dtype == self.dtype:
+            return self
         parts = jax.lax.optimization_barrier(tuple(part.astype(dtype) for part in self.parts))
         return SplitRows(RealVectors(self.vectors.like, dtype), self.residual, parts, self.mesh)
 
