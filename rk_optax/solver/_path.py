@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from rk_optax import _tree
 from rk_optax.field import Linear, VectorField
+from rk_optax.solver._base import Cost
 from rk_optax.solver._factor import Eigenvectors, ShiftedFactor, Tridiagonal
 from rk_optax.solver._linear import lower_gram, real_matmul
 
@@ -62,10 +63,22 @@ class Path(abc.ABC):
     def evaluate(self, params: PyTree) -> Trial:
         """What one trial point shows. Costs one loss."""
 
+    def loss_at_start(self, params: PyTree) -> jax.Array:
+        """The loss at θ, which is `params`."""
+        return self.evaluate(params).loss
+
     def corrected(self, h: jax.Array, coordinates: jax.Array, response: jax.Array) -> jax.Array:
         """One more iteration towards backward Euler, from what the trial points θ − h·g* showed, shape (k, N)."""
         del h, response
         return coordinates
+
+
+class Factored(NamedTuple):
+    """What a solver makes of one factorisation."""
+
+    path: Path
+    cost: Cost  # of the factorisation, in plain integers
+    state: PyTree  # of the solver, if a step of it is made
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -141,6 +154,11 @@ class LeastSquaresPath(Path):
         direction = self._vectors(h, coordinates)
         gradient = real_matmul(self.residual, self.rows) + self.l2 * self.theta
         return 0.5 * h * jnp.sum(direction * (gradient[None] + _tree.ratio(direction, self.scale[None])), axis=1)
+
+    def loss_at_start(self, params: PyTree) -> jax.Array:
+        """See `Path.loss_at_start`; of the residuals that came with the rows."""
+        del params
+        return 0.5 * (jnp.sum(self.residual * self.residual) + self.l2 * jnp.sum(self.theta * self.theta))
 
     @abc.abstractmethod
     def _vectors(self, h: jax.Array, coordinates: jax.Array) -> jax.Array:
