@@ -139,6 +139,7 @@ class VectorField:
       losses_beside: losses that `value_and_gradient` costs beside the gradient: 1 where a `grad_fn` makes that.
       known: what has been evaluated at the params of the update.
       plain: `evaluate` as it was before preconditioning, or None where there was none.
+      fewer_points: see `on_fewer_points`; None where the loss does not know its points.
     """
 
     evaluate: Callable[[Tree, Any], Tree]
@@ -155,6 +156,7 @@ class VectorField:
     losses_beside: int = 0
     known: Known | None = None
     plain: Callable[[Tree, Any], Tree] | None = None
+    fewer_points: Callable[[int], VectorField | None] | None = None
 
     def __call__(self, params: Tree, stage: int | jax.Array = 0) -> Tree:
         """The gradient at `params`: what the flow follows downhill. `stage` may be traced. Costs one gradient."""
@@ -264,6 +266,19 @@ class VectorField:
         structure = self._structured("rows")
         return 0 if structure.count_rows is None else structure.count_rows(params)
 
+    def on_fewer_points(self, divisor: int) -> VectorField | None:
+        """This field on one of `divisor` of the points of its loss, whose scale stays; None where it has no points."""
+        return None if self.fewer_points is None else self.fewer_points(divisor)
+
+    def _with_fewer(self, change: Callable[[VectorField], VectorField]) -> Callable[[int], VectorField | None] | None:
+        """`fewer_points` of the field that `change` makes of this one."""
+
+        def fewer(divisor: int) -> VectorField | None:
+            field = self.on_fewer_points(divisor)
+            return None if field is None else change(field)
+
+        return None if self.fewer_points is None else fewer
+
     def _structured(self, capability: Capability) -> BoundStructure:
         if self.structure is None:
             raise ValueError(f"This field has no {capability!r}: {_REMEDIES[capability]}.")
@@ -301,6 +316,7 @@ class VectorField:
             gradient=plus_decay(self.gradient),
             objective=None if self.objective is None else plus_term,
             value_and_gradient=None if self.value_and_gradient is None else plus_both,
+            fewer_points=self._with_fewer(lambda field: field.decayed(l2)),
         )
 
     def preconditioned(self, apply: Callable[[Tree], Tree], scale: Tree | None = None) -> VectorField:
@@ -312,6 +328,7 @@ class VectorField:
             evaluate=lambda params, stage: apply(self.evaluate(params, stage)),
             smooth_field=None if smooth is None else lambda params: apply(smooth(params)),
             plain=self.evaluate if self.plain is None else self.plain,
+            fewer_points=self._with_fewer(lambda field: field.preconditioned(apply, scale)),
         )
 
     def reversed(self) -> VectorField:
@@ -330,4 +347,5 @@ class VectorField:
             structure=None,
             value_and_gradient=None,
             known=None,
+            fewer_points=None,
         )

@@ -108,10 +108,27 @@ class Objective:
             loss, gradient = jax.value_and_grad(value)(moving)
             return loss, jax.tree.map(jnp.conj, gradient)
 
-        structure = None
-        if isinstance(loss.function, ModelLoss):
-            structure = _bound_structure(loss.function, self._batches.at(data, 0), view)
-        return VectorField(field, value, field, gradient=field, structure=structure, value_and_gradient=both)
+        structure, fewer, function = None, None, loss.function
+        if isinstance(function, ModelLoss):
+            structure = _bound_structure(function, self._batches.at(data, 0), view)
+        if isinstance(function, LeastSquares) and function.has_points and not self._batches.names:
+
+            def fewer_points(divisor: int) -> VectorField | None:
+                found = function.on_fewer_points(data, divisor)
+                if found is None:
+                    return None
+                return self._field_of_loss(dataclasses.replace(loss, function=found[0]), found[1], view)
+
+            fewer = fewer_points
+        return VectorField(
+            field,
+            value,
+            field,
+            gradient=field,
+            structure=structure,
+            value_and_gradient=both,
+            fewer_points=fewer,
+        )
 
     def _field_of_gradient(
         self, gradient: DataFunction, data: Mapping[str, Any], view: ParameterView, of_loss: VectorField | None
@@ -127,7 +144,11 @@ class Objective:
         if of_loss is not None:
             loss = of_loss.loss
             known = dataclasses.replace(
-                of_loss, evaluate=field, value_and_gradient=lambda p: (loss(p), field(p)), losses_beside=1
+                of_loss,
+                evaluate=field,
+                value_and_gradient=lambda p: (loss(p), field(p)),
+                losses_beside=1,
+                fewer_points=None,
             )
         if not isinstance(gradient.function, SmoothField):
             return known

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -27,6 +29,23 @@ class PathControlState(NamedTuple):
     divisor: jax.Array  # shape=(), float: of h at the next refusal where the data change; doubles with each in a row
     before: jax.Array  # shape=(), float: the loss at the params of the latest update
     predicted: jax.Array  # shape=(), float: the fall that the quadratic model foretold for its linearly implicit step
+    level: jax.Array  # shape=(), int32: of the next update: 0 for the fewest points, the last for all
+    subset_fall: jax.Array  # shape=(), float: logarithm of the subset's loss before the latest step over that after it
+    refused: jax.Array  # shape=(), int32: steps in a row that no trial of the same points was worth
+    failures: jax.Array  # shape=(), int32: how often fewer points did not serve
+    wait: jax.Array  # shape=(), int32: updates until fewer points are tried again
+
+
+class _Chosen(NamedTuple):
+    """One of the steps of a path."""
+
+    step_size: jax.Array
+    direction: PyTree
+    fall: jax.Array  # of the loss on the points of the path
+    before: jax.Array  # that loss
+    predicted: jax.Array  # its fall by the linearly implicit step of the same h, by the quadratic model
+    cost: Cost
+    solver: PyTree  # its state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +60,16 @@ class PathControl(KeptStepSize):
 
     Use it for high accuracy, in either precision: its steps cost more than those of `trust_ratio_control` (in float64
     1.7 times as much, in float32 six times) and lead further. Relative errors of one seed in float64, on a 2-D
-    Poisson network of 2,241 weights and 1,020 residuals, after so many processor seconds on a busy machine: 8e-5 (5 s)
-    and 6e-6 (8 s), and of the trust ratio 2e-3 (8 s), 3e-4 (11 s) and 6e-5 (25 s); in float32 6e-5 (11 s), and of the
-    trust ratio 7e-5 (25 s). After the first steps the best of the trials is nearly always within a factor of six of the
-    latest h, with all its corrections. A smaller `boldness` goes on with longer steps while their loss is not yet the
-    least: it falls later and may end lower.
+    Poisson network of 2,241 weights and 1,020 residuals, after so many processor seconds on a busy machine: 2e-4 (1 s),
+    2e-5 (3 s) and 3e-6 (5 s), and of the trust ratio 2e-3 (8 s), 3e-4 (11 s) and 6e-5 (25 s). After the first steps
+    the best of the trials is nearly always within a factor of six of the latest h, with all its corrections. A smaller
+    `boldness` goes on with longer steps while their loss is not yet the least: it falls later and may end lower.
+
+    It begins with few of the loss's points, where a step costs little and leads nearly as far: `subsets` divides their
+    number. Where a step lowers the loss on all points by less than half as much as that on its subset, as logarithms,
+    the next ones have more of them: one, then two, four ... before fewer are tried again. A step on a subset, too, is
+    taken only if the loss on all points does not rise. That needs `rk_optax.LeastSquares` with `pointwise` arguments;
+    other losses have all points from the start, and no subset has fewer than 60 residuals.
 
     Where the loss at params is not the one that the previous update left there, the data have changed and falls on them
     say little: then h follows the quality of the quadratic model, as under `rk_optax.trust_ratio_control`, with one
@@ -71,6 +95,8 @@ class PathControl(KeptStepSize):
       width: the largest factor by which h changes in one update, above 1; None for 6 in float64 and 30 in float32.
       boldness: β in (0, 1]; 1 takes the least loss.
       corrections: evaluations of the residuals for each trial beyond the first, static; least squares alone has them.
+      subsets: by what the number of points is divided in the beginning, and then, static and falling; () for all points
+        from the start. Each takes its part of the time to compile.
 
     Raises:
       ValueError: an argument out of its range; at construction of the optimizer, a solver without a path; where an
@@ -87,6 +113,7 @@ class PathControl(KeptStepSize):
     width: Number | None = None
     boldness: Number = 1.0
     corrections: int = 4
+    subsets: tuple[int, ...] = (16, 4)
     needs: ClassVar[frozenset[Capability]] = frozenset({"loss", "deterministic"})
     wants: ClassVar[frozenset[Quantity]] = frozenset({"path"})
 
@@ -100,6 +127,11 @@ class PathControl(KeptStepSize):
         _checks.numbers(self, boldness="fraction")
         if self.corrections != 0 or isinstance(self.corrections, bool):
             _checks.count(self.corrections, "corrections")
+        object.__setattr__(self, "subsets", tuple(self.subsets))
+        for divisor in self.subsets:
+            _checks.count(divisor, "subsets")
+        if any(x <= y for x, y in itertools.pairwise((*self.subsets, 1))):
+            raise ValueError(f"subsets must fall, and be above 1, got {self.subsets!r}.")
 
     def init(self, params: PyTree) -> PathControlState:
         """Nothing has been seen; the first step size comes from the first factorisation, where none is given."""
@@ -108,71 +140,90 @@ class PathControl(KeptStepSize):
         # Separate buffers: one shared by several fields could not be donated.
         values = {"next_step_size": first, "loss": jnp.inf, "fall": 0, "divisor": 2, "before": 0, "predicted": 0}
         scalars = {name: jnp.full([], value, _tree.default_float()) for name, value in values.items()}
-        return PathControlState(**scalars, changing=jnp.zeros([], jnp.int32))
+        counts = {name: jnp.zeros([], jnp.int32) for name in ("changing", "level", "refused", "failures", "wait")}
+        return PathControlState(**scalars, **counts, subset_fall=jnp.zeros([], _tree.default_float()))
 
     def choose(
         self, state: PathControlState, field: VectorField, params: PyTree, k1: PyTree, h: Any, step: Step
     ) -> Choice:
         """The losses of the trial steps decide; see the class."""
         del k1
-        path: Path = step.quantities["path"]
-        dtype = path.typical.dtype
-        h = jnp.where(h > 0, h, path.typical).astype(dtype)
-        before = path.evaluate(params).loss.astype(state.before.dtype)
+        dtype = state.before.dtype
+        before = field.loss(params).astype(dtype)
         # The same data give the same loss at the same params, to rounding; there are none before the first.
         stayed = jnp.isinf(state.loss) | (jnp.abs(before - state.loss) <= 1e-3 * jnp.abs(state.loss))
         changing = jnp.where(stayed, jnp.maximum(state.changing - 1, 0), 2)
-        probes, width = self._trial_steps(dtype)
+        fields = self._fields(field, params)
+        level = jnp.where(changing == 0, jnp.minimum(state.level, len(fields) - 1), len(fields) - 1)
 
-        def best() -> tuple[jax.Array, jax.Array]:
+        def on(part: VectorField) -> Callable[[], _Chosen]:
+            return lambda: self._chosen(part, field, before, params, h, changing == 0, step)
+
+        chosen = jax.lax.switch(level, [on(part) for part in fields])
+        state = state._replace(
+            changing=changing,
+            before=before,
+            predicted=chosen.predicted.astype(dtype),
+            level=level,
+            subset_fall=_logarithmic(chosen.fall, chosen.before).astype(dtype),
+        )
+        h, direction = _underivable((chosen.step_size, chosen.direction))
+        step = step._replace(direction=direction, state=chosen.solver, refused_state=chosen.solver)
+        return Choice(h, step, state, chosen.cost.plus(Cost(losses=field.losses_at(params))))
+
+    def _fields(self, field: VectorField, params: PyTree) -> list[VectorField]:
+        """The fields on the subsets that are worth it, from the fewest points to all."""
+        found = [field.on_fewer_points(divisor) for divisor in self.subsets]
+        return [*(part for part in found if part is not None and part.count_rows(params) >= 60), field]
+
+    def _chosen(
+        self,
+        part: VectorField,
+        whole: VectorField,
+        before: jax.Array,
+        params: PyTree,
+        h: jax.Array,
+        several: jax.Array,
+        step: Step,
+    ) -> _Chosen:
+        """The best of `several` trial steps on the points of `part`, or the one of h; `before` is the loss on all."""
+        path, cost, solver = step.quantities["path"](part)
+        dtype = path.typical.dtype
+        h = jnp.where(h > 0, h, path.typical).astype(dtype)
+        before = (before if part is whole else path.loss_at_start(params)).astype(dtype)
+        probes, width = self._trial_steps(dtype)
+        corrections = self.corrections if path.correctable else 0
+
+        def best() -> tuple[jax.Array, jax.Array, jax.Array]:
             exponents = jnp.linspace(-1.0, 1.0, probes, dtype=dtype)
             sizes = _bounded(h * jnp.asarray(width, dtype) ** exponents)
-            losses, coordinates = self._try(path, params, sizes)
-            falls = jnp.where(jnp.isfinite(losses), before.astype(dtype) - losses.astype(dtype), -jnp.inf)
+            losses, coordinates = _least(path, params, sizes, corrections)
+            falls = jnp.where(jnp.isfinite(losses), before - losses.astype(dtype), -jnp.inf)
             enough = (falls > 0) & (falls >= self.boldness * jnp.max(falls))
             index = jnp.max(jnp.where(enough, jnp.arange(probes), 0))
-            return sizes[index], coordinates[index]
+            return sizes[index], coordinates[index], falls[index]
 
-        def only() -> tuple[jax.Array, jax.Array]:
-            return h, path.start(h[None])[0]
+        def only() -> tuple[jax.Array, jax.Array, jax.Array]:
+            return h, path.start(h[None])[0], jnp.zeros([], dtype)
 
-        h, coordinates = jax.lax.cond(changing == 0, best, only)
+        trials = probes * (corrections + 1)
+        if part is whole:
+            h, coordinates, fall = jax.lax.cond(several, best, only)
+            cost = cost.plus(Cost(losses=jnp.where(several, trials, 0)))
+        else:
+            h, coordinates, fall = best()
+            # In what it would be on all points, rounded up; rows are counted as they are.
+            n, of = part.count_rows(params), whole.count_rows(params)
+            work = cost.plus(Cost(losses=trials))
+            cost = Cost(*(-(-count * n // of) for count in work))._replace(rows=work.rows)
         predicted = path.predicted_fall(h[None], path.start(h[None]))[0]
         direction = jax.tree.map(lambda leaf: leaf[0], path.direction(h[None], coordinates[None]))
-        state = state._replace(changing=changing, before=before, predicted=predicted.astype(before.dtype))
-        trials = jnp.where(changing == 0, probes * (self._corrections(path) + 1), 0)
-        h, direction = _underivable((h, direction))
-        return Choice(h, step._replace(direction=direction), state, Cost(losses=trials + field.losses_at(params)))
+        return _Chosen(h, direction, fall, before, predicted, cost, solver)
 
     def _trial_steps(self, dtype: Any) -> tuple[int, Number]:
         """How many, and how far from h the outermost. In float32 the factor takes most of a step: more cost little."""
         probes, width = (6, 6.0) if jnp.finfo(dtype).bits >= 64 else (16, 30.0)
         return probes if self.probes is None else self.probes, width if self.width is None else self.width
-
-    def _corrections(self, path: Path) -> int:
-        return self.corrections if path.correctable else 0
-
-    def _try(self, path: Path, params: PyTree, h: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """For each h the least of the losses that its iterates reach, and the coordinates of that iterate."""
-
-        def iterate(_: Any, carry: Any) -> Any:
-            coordinates, least, kept = carry
-            direction = path.direction(h, coordinates)
-
-            def trial(i: jax.Array) -> Any:
-                # One after the other: all at once take k times the memory, and on a CPU twice the time.
-                end = jax.tree.map(lambda p, d: p - h[i].astype(_tree.real_dtype(p)) * d[i], params, direction)
-                return path.evaluate(end)
-
-            trials = jax.lax.map(trial, jnp.arange(len(h)))
-            better = trials.loss < least
-            kept = jnp.where(better[:, None], coordinates, kept)
-            return path.corrected(h, coordinates, trials.response), jnp.where(better, trials.loss, least), kept
-
-        start = path.start(h)
-        least = jnp.full(h.shape, jnp.inf, jax.eval_shape(path.evaluate, params).loss.dtype)
-        _, least, kept = jax.lax.fori_loop(0, self._corrections(path) + 1, iterate, (start, least, start))
-        return least, kept
 
     def judge(self, state: PathControlState, attempt: Attempt) -> Verdict:
         """Accepts where the loss does not rise, momentum and all. Costs a loss."""
@@ -192,17 +243,59 @@ class PathControl(KeptStepSize):
         # Where nothing can be told, all has converged, and h must not run away.
         h = jnp.where(tie & (state.next_step_size > 0), state.next_step_size, h)
         divisor = jnp.where(accepted, 2, jnp.minimum(2 * state.divisor, 1024))
+        # On a subset of the points: it serves as long as all points have half of its fall, and it has one.
+        refused = jnp.where(state.subset_fall > 0, 0, state.refused + 1)
+        whole_fall = _logarithmic(fall, before)
+        serves = accepted & (state.subset_fall >= 0.01) & (whole_fall >= 0.5 * state.subset_fall)
+        serves = serves | ((state.subset_fall <= 0) & (refused < 3) & ~tie)
+        last = len(self._fields(attempt.field, attempt.params)) - 1
+        failed = ~serves & ~changing & (state.level < last)
+        wait = jnp.where(failed, 2 ** jnp.minimum(state.failures, 16), jnp.maximum(state.wait - 1, 0))
+        fewer = ~failed & ~changing & (wait == 0)
         new = state._replace(
             next_step_size=_bounded(h),
             loss=jnp.where(accepted, after, before),
             fall=fall,
             divisor=jnp.where(changing & ~tie, divisor, state.divisor).astype(dtype),
+            level=jnp.clip(state.level + failed - fewer, 0, last),
+            refused=jnp.where(failed, 0, refused),
+            failures=state.failures + failed,
+            wait=wait,
         )
         reason = jnp.where(accepted, Reason.ACCEPTED, jnp.where(tie, Reason.UNRESOLVED, Reason.LOSS_ROSE))
         return Verdict(accepted, reason, new, Cost(losses=1))
 
 
 path_control = PathControl
+
+
+def _logarithmic(fall: jax.Array, before: jax.Array) -> jax.Array:
+    """Log of a loss before a step over that after it, 0 where neither can be told."""
+    share = jnp.where(jnp.isfinite(fall) & (before > 0), _tree.ratio(fall, before), 0)
+    return -jnp.log(jnp.clip(1 - share, jnp.finfo(share.dtype).tiny, None))
+
+
+def _least(path: Path, params: PyTree, h: jax.Array, corrections: int) -> tuple[jax.Array, jax.Array]:
+    """For each h the least of the losses that its iterates reach, and the coordinates of that iterate."""
+
+    def iterate(_: Any, carry: Any) -> Any:
+        coordinates, least, kept = carry
+        direction = path.direction(h, coordinates)
+
+        def trial(i: jax.Array) -> Any:
+            # One after the other: all at once take k times the memory, and on a CPU twice the time.
+            end = jax.tree.map(lambda p, d: p - h[i].astype(_tree.real_dtype(p)) * d[i], params, direction)
+            return path.evaluate(end)
+
+        trials = jax.lax.map(trial, jnp.arange(len(h)))
+        better = trials.loss < least
+        kept = jnp.where(better[:, None], coordinates, kept)
+        return path.corrected(h, coordinates, trials.response), jnp.where(better, trials.loss, least), kept
+
+    start = path.start(h)
+    least = jnp.full(h.shape, jnp.inf, jax.eval_shape(path.evaluate, params).loss.dtype)
+    _, least, kept = jax.lax.fori_loop(0, corrections + 1, iterate, (start, least, start))
+    return least, kept
 
 
 @jax.custom_jvp

@@ -6,6 +6,7 @@ least squares the rows of the residuals' Jacobian.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import math
@@ -196,6 +197,42 @@ class LeastSquares(ModelLoss):
     def count_rows(self, params: PyTree, data: Mapping[str, Any]) -> int:
         """N, the number of residuals, without computing any."""
         return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: self.outputs(params, data))))
+
+    @property
+    def has_points(self) -> bool:
+        """Whether a residual function is mapped over points."""
+        return any(self._pointwise.values())
+
+    def on_fewer_points(self, data: Mapping[str, Any], divisor: int) -> tuple[LeastSquares, dict[str, Any]] | None:
+        """The loss on one of `divisor` points, which estimates the one on all, and its data; None without points.
+
+        The points are the first of a fixed random order, so that those of a larger divisor are among those of a
+        smaller one, and points on a grid are not cut into lines.
+        """
+        parts: dict[str, tuple[int, np.ndarray]] = {}
+        thinned: dict[str, Any] = {}
+        for name, term in self._terms.items():
+            mapped, _ = self._split(term, data)
+            if mapped:
+                count = len(jax.tree.leaves(mapped)[0])
+                chosen = np.random.default_rng(0).permutation(count)[: -(-count // divisor)]
+                parts[name] = count, chosen
+                thinned.update(jax.tree.map(lambda points, c=chosen: _tree.replicated(points)[c], mapped))
+        if not any(len(chosen) < count for count, chosen in parts.values()):
+            return None
+        fewer, data = copy.copy(self), {**data, **thinned}
+        if self._mean and self._weights is None:
+            return fewer, data
+        weights = dict.fromkeys(self._terms, 1.0 if self._weights is None else self._weights)
+        if isinstance(self._weights, Mapping) and not self._single:
+            weights = dict(self._weights)
+        for name, (count, chosen) in parts.items():
+            more = 1.0 if self._mean or not len(chosen) else count / len(chosen)
+            weights[name] = jax.tree.map(
+                lambda w, c=chosen, m=more: m * (_tree.replicated(w)[c] if np.ndim(w) else w), weights[name]
+            )
+        fewer._weights = weights["residual_fn"] if self._single else weights
+        return fewer, data
 
     def _split(self, term: DataFunction, data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """What of a term's data is mapped over points, and what is not."""

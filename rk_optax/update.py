@@ -143,7 +143,7 @@ class Update:
             incoming = view.taken_in(updates, "updates")
         field = self.objective.bind(extra_args, view, with_loss=updates is None)
         if updates is None:
-            k1, field = self.solver.start(field, view.theta)
+            k1, field = self.solver.start(field, view.theta, wants=self.rule.wants)
             loss = field.loss(view.theta)
             beside = Cost(losses=0 if field.knows_rows(view.theta) else field.losses_beside)
         elif self.reuse_updates:

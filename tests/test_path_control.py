@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.optimize
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import rk_optax
 from rk_optax import LeastSquares, Reason, path_control
@@ -165,6 +167,96 @@ def test_other_losses_take_the_least_of_the_trials_in_a_krylov_space(x64):
     assert int(state.cost.losses) == 12 * (6 + 2)
 
 
+MANY = np.random.default_rng(1).permutation(np.linspace(-2, 2, 1000))
+BY_POINT = LeastSquares(curve, pointwise=["x", "y"], reduction="mean")
+
+
+def measured(noise):
+    return {"x": MANY, "y": np.asarray(curve(np.array([1.0, 0.7, 0.5, 1.3]), MANY, noise * np.sin(997 * MANY)))}
+
+
+def test_a_step_begins_with_the_points_of_the_coarsest_subset_and_is_judged_on_all(x64):
+    rule = path_control(0.7, probes=1, corrections=0)
+    ((found, state),) = run(rule, 1, measured(0.3), loss=BY_POINT)
+    chosen = np.random.default_rng(0).permutation(1000)[:63]  # of 1,000 one in 16, rounded up
+    x, y = (value[chosen] for value in measured(0.3).values())
+    jacobian, r = np.asarray(jax.jacfwd(curve)(jnp.asarray(START), x, y)), np.asarray(curve(START, x, y))
+    matrix = np.eye(4) + state.step_size * jacobian.T @ jacobian / 63
+    np.testing.assert_allclose(found, START - state.step_size * np.linalg.solve(matrix, jacobian.T @ r / 63), rtol=1e-9)
+    whole = 0.5 * np.mean(np.asarray(curve(found, *measured(0.3).values())) ** 2)
+    assert float(state.rule.loss) == pytest.approx(whole, rel=1e-12)
+    assert (int(state.cost.rows), int(state.cost.losses)) == (63, 1 + 1 + 1)  # one of 63 points counts as one of all
+
+
+def test_exact_data_never_need_all_points_and_noisy_ones_end_with_all(x64):
+    exact = run(path_control(), 10, measured(0.0), start=np.full(4, 0.1), loss=BY_POINT)[-1][1]
+    assert float(exact.rule.loss) < 1e-20
+    assert int(exact.cost.rows) == 10 * 63
+    noisy = [state for _, state in run(path_control(), 30, measured(0.3), start=np.full(4, 0.1), loss=BY_POINT)]
+    losses = [float(state.rule.loss) for state in noisy]
+    assert all(b <= a for a, b in itertools.pairwise(losses))
+    assert max(int(state.rule.level) for state in noisy) == 2
+    optimum = scipy.optimize.least_squares(
+        lambda t: np.asarray(curve(t, *measured(0.3).values())), [1.0, 0.7, 0.5, 1.3], xtol=1e-15, ftol=1e-15
+    )
+    assert losses[-1] == pytest.approx(optimum.cost / 1000, rel=1e-10)
+
+
+def test_fewer_points_are_tried_again_ever_more_rarely(x64):
+    states = [state.rule for _, state in run(path_control(), 60, measured(0.3), loss=BY_POINT)]
+    tries = [i for i, (a, b) in enumerate(itertools.pairwise(states)) if int(b.failures) > int(a.failures)]
+    waits = np.diff(tries)
+    assert len(tries) >= 4
+    assert (waits[1:] >= waits[:-1]).all()
+
+
+@pytest.mark.slow
+def test_where_the_data_change_all_points_count(x64):
+    def batch(i):
+        return {"x": MANY, "y": measured(0.1)["y"] + 0.3 * np.random.default_rng(i).normal(size=1000)}
+
+    first = run(path_control(0.5), 5, batch, loss=BY_POINT)
+    start, h = first[0][0], float(first[0][1].step_size)
+    theirs = run(rk_optax.trust_ratio_control(h), 4, lambda i: batch(i + 1), start=start, loss=BY_POINT)
+    for (theta, _), (other, _) in zip(first[1:], theirs, strict=True):
+        np.testing.assert_allclose(theta, other, rtol=1e-7)
+
+
+@pytest.mark.slow
+def test_units_change_nothing_of_the_choice_of_points():
+    data = jax.tree.map(np.float32, measured(0.3))
+    plain = run(path_control(boldness=0.1), 4, data, loss=BY_POINT)
+    for c in (1e-24, 1e24):
+        loss = LeastSquares(curve, pointwise=["x", "y"], reduction="mean", weights=float(c))
+        for (theta, a), (other, b) in zip(plain, run(path_control(boldness=0.1), 4, data, loss=loss), strict=True):
+            assert int(a.rule.level) == int(b.rule.level)
+            np.testing.assert_allclose(other, theta, rtol=5e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [AxisType.Explicit, AxisType.Auto])
+def test_points_on_eight_devices_are_thinned_as_on_one(axes, x64):
+    weights = np.linspace(0.5, 2, 1000)
+
+    def two(weights, theta, data):
+        loss = LeastSquares(curve, pointwise=["x", "y"], weights=weights)
+        tx = rk_optax.residual_euler(loss, path_control(probes=2, corrections=1))
+        state = tx.init(theta)
+        for _ in range(2):
+            _, updates, state = tx.value_and_update(state, theta, **data)
+            theta = theta + updates
+        return theta, state
+
+    expected, state = jax.jit(two)(weights, START, measured(0.1))
+    assert int(state.cost.rows) == 2 * 63
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(axes,))
+    with jax.set_mesh(mesh):
+        along, whole = NamedSharding(mesh, PartitionSpec("d")), NamedSharding(mesh, PartitionSpec())
+        placed = jax.device_put((weights, START, measured(0.1)), (along, whole, along))
+        found, _ = jax.jit(two)(*placed)
+    np.testing.assert_allclose(found, expected, rtol=1e-8)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -174,6 +266,9 @@ def test_other_losses_take_the_least_of_the_trials_in_a_krylov_space(x64):
         ({"boldness": 0.0}, "boldness"),
         ({"boldness": 1.5}, "boldness"),
         ({"corrections": -1}, "corrections"),
+        ({"subsets": (4, 16)}, "subsets must fall"),
+        ({"subsets": (4, 1)}, "subsets must fall"),
+        ({"subsets": (0,)}, "subsets"),
     ],
 )
 def test_arguments_out_of_range_are_refused(options, message):

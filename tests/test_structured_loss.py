@@ -348,3 +348,34 @@ def test_mistakes_of_a_least_squares_loss_are_named():
         LeastSquares(at_point, weights=np.array([1.0, -1.0]))
     with pytest.raises(ValueError, match=r"weights of shape \(3,\)"):
         LeastSquares(at_point, weights=np.ones(3), pointwise="x")(AB, x=NODES)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_fewer_points_keep_their_weights_and_the_scale_of_the_loss(reduction, x64):
+    """Of residuals w·(a − x) at points x, b at other points, and one of none."""
+    x, z, w = np.arange(100.0), np.full(30, 2.0), np.linspace(1, 3, 100)
+    loss_fn = LeastSquares(
+        {
+            "line": lambda p, x: p["a"] - x,
+            "level": lambda p, z: p["b"] * z,
+            "whole": lambda p: p["c"],
+        },
+        weights={"line": w, "level": 5.0, "whole": 7.0},
+        pointwise=["x", "z"],
+        reduction=reduction,
+    )
+    params = {"a": jnp.array(2.0), "b": jnp.array(3.0), "c": jnp.array(4.0)}
+    seen = []
+    for divisor in (16, 4):
+        fewer, data = loss_fn.on_fewer_points({"x": x, "z": z}, divisor)
+        kept = np.asarray(data["x"])
+        assert (len(kept), len(data["z"])) == (-(-100 // divisor), -(-30 // divisor))
+        scale = 100 if reduction == "sum" else 1
+        line = 0.5 * scale * np.mean(w[kept.astype(int)] * (2.0 - kept) ** 2)
+        level = 0.5 * (30 if reduction == "sum" else 1) * 5.0 * 6.0**2
+        assert float(fewer(params, **data)) == pytest.approx(line + level + 0.5 * 7 * 16)
+        assert fewer.count_rows(params, data) == len(kept) + len(data["z"]) + 1
+        seen.append(set(kept))
+    assert seen[0] < seen[1]
+    assert loss_fn.on_fewer_points({"x": x[:1], "z": z[:1]}, 4) is None
+    assert LeastSquares(lambda p, x: p - x).on_fewer_points({"x": x}, 4) is None

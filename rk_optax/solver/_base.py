@@ -19,7 +19,8 @@ Quantity = Literal["error", "curvature", "predicted_fall", "path", "last_stage",
 error: estimate of the local error, like params and in its units (those of θ, not of g*).
 curvature: ‖k1 − k2‖/(a21 h ‖k1‖), about ‖Hg‖/‖g‖, a scalar; −1 where h or k1 is 0, which shows none.
 predicted_fall: of the loss, by the solver's own quadratic model, a scalar.
-path: the steps of all h from one factorisation; see `Path`.
+path: the steps of all h from one factorisation, as a function that makes it of this step's field, or of
+    `VectorField.on_fewer_points` of that; see `Factored` and `Path`.
 last_stage: the field at the end of the step, like params, where the method evaluates it there.
 dense: the published interpolant of the step, a function σ ↦ D(σ), like params, with θ(t + σh) = θ − h·D(σ).
 stages: k_1 to k_s, a tuple of trees like params, of all of a tableau's stages.
@@ -103,8 +104,11 @@ class Solver(abc.ABC):
         del params
         return ()
 
-    def start(self, field: VectorField, params: PyTree) -> tuple[PyTree, VectorField]:
+    def start(
+        self, field: VectorField, params: PyTree, *, wants: frozenset[Quantity] = frozenset()
+    ) -> tuple[PyTree, VectorField]:
         """Stage 1 and the loss at params together, where the caller brings neither; see `VectorField.started`."""
+        del wants
         return field.started(params)
 
     @abc.abstractmethod

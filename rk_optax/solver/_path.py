@@ -18,6 +18,7 @@ from rk_optax import _tree
 from rk_optax._vectors import RealVectors, real_matmul
 from rk_optax.field import Linear, VectorField
 from rk_optax.rows import DenseRows, Rows
+from rk_optax.solver._base import Cost
 from rk_optax.solver._factor import Eigenvectors, ShiftedFactor, Tridiagonal
 
 if TYPE_CHECKING:
@@ -66,12 +67,24 @@ class Path(abc.ABC):
     def evaluate(self, params: Tree) -> Trial:
         """What one trial point shows. Costs one loss."""
 
+    def loss_at_start(self, params: Tree) -> Float[Array, ""]:
+        """The loss at θ, which is `params`."""
+        return self.evaluate(params).loss
+
     def corrected(
         self, h: Float[Array, " k"], coordinates: Float[Array, "k m"], response: Float[Array, "k n"]
     ) -> Float[Array, "k m"]:
         """One more iteration towards backward Euler, from what the trial points θ − h·g* showed, shape (k, N)."""
         del h, response
         return coordinates
+
+
+class Factored(NamedTuple):
+    """What a solver makes of one factorisation."""
+
+    path: Path
+    cost: Cost  # of the factorisation, in plain integers
+    state: Tree  # of the solver, if a step of it is made
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -110,6 +123,11 @@ class LeastSquaresPath(Path):
         direction = self._vectors(h, coordinates)
         gradient = self.rows.rmv(self.residual) + self.l2 * self.theta
         return 0.5 * h * jnp.sum(direction * (gradient[None] + _tree.ratio(direction, self.scale[None])), axis=1)
+
+    def loss_at_start(self, params: Tree) -> Float[Array, ""]:
+        """See `Path.loss_at_start`; of the residuals that came with the rows."""
+        del params
+        return 0.5 * (jnp.sum(self.residual * self.residual) + self.l2 * jnp.sum(self.theta * self.theta))
 
     @abc.abstractmethod
     def _vectors(self, h: Float[Array, " k"], coordinates: Float[Array, "k m"]) -> Float[Array, "k p"]:

@@ -17,7 +17,7 @@ from rk_optax.field import Capability, Linear, VectorField
 from rk_optax.solver._base import Cost, Quantity, Solver, Step, check_offers
 from rk_optax.solver._diagonal import DiagonalCurvature
 from rk_optax.solver._linear import Solution
-from rk_optax.solver._path import krylov_path
+from rk_optax.solver._path import Factored, krylov_path
 from rk_optax.solver._secant import SecantState
 from rk_optax.solver.linear_solvers import CONJUGATE_GRADIENTS, LinearSolver, check_linear_solver
 
@@ -224,11 +224,17 @@ class RosenbrockEuler(_Rosenbrock):
 
     def _path(self, field: VectorField, params: PyTree, k1: PyTree) -> Step:
         """The direction is not computed: it is the rule's choice."""
-        path = krylov_path(field, params, k1, self._product(field, params), self.max_iterations)
-        count = jnp.full([], len(path.space), jnp.int32)
-        new = _initial_state()._replace(iterations=count, negative_curvature=jnp.any(path.eigenvalues < 0))
-        cost = Cost(gradients=2, products=len(path.space))
-        return Step(k1, cost, quantities={"path": path}, state=new, refused_state=new)
+
+        def path(of: VectorField) -> Factored:
+            own = of is field
+            found = krylov_path(of, params, k1 if own else of(params), self._product(of, params), self.max_iterations)
+            count = len(found.space)
+            new = _initial_state()._replace(
+                iterations=jnp.full([], count, jnp.int32), negative_curvature=jnp.any(found.eigenvalues < 0)
+            )
+            return Factored(found, Cost(gradients=1 if own else 2, products=count), new)
+
+        return Step(k1, Cost(gradients=1), quantities={"path": path})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from rk_optax.solver._linear import (
     solve_in_row_space,
     solver_of_positive,
 )
-from rk_optax.solver._path import least_squares_path
+from rk_optax.solver._path import Factored, least_squares_path
 from rk_optax.solver.linearly_implicit import RosenbrockEuler, predicted_fall
 
 PyTree = Any
@@ -42,7 +42,8 @@ class ResidualEuler(Solver):
     (I + hPB) g* = P∇L. Where N < P that is done in the space of the residuals, with one N×N matrix: Q = P/(1 + hλP),
     g* = Q(Rᵀy + λθ) with (I + hRQRᵀ) y = r − hλRQθ; else with the P×P matrix B itself. `state.solver.form` says which.
     The same step as `RosenbrockEuler("gauss_newton")` with CG run to the end. Costs N Jacobian rows; the gradient that
-    comes in is used for the predicted fall alone, and `value_and_update` makes it of the rows.
+    comes in is used for the predicted fall alone, and `value_and_update` makes it of the rows, unless a path may be of
+    fewer.
 
     Under `rk_optax.path_control` the matrix is reduced to tridiagonal form, once for all h; in float32, where the
     matrix keeps too few digits for that, R itself into singular vectors. Under any other rule a Cholesky factor of the
@@ -100,9 +101,12 @@ class ResidualEuler(Solver):
         state = _state(_ROWS, jnp.zeros([], jnp.int32), jnp.zeros([]))
         return state._replace(moved=jax.tree.map(_nothing_moved, params)) if self.inertia else state
 
-    def start(self, field: VectorField, params: PyTree) -> tuple[PyTree, VectorField]:
-        """Stage 1 and the loss at params from the rows, which the step needs anyway."""
-        by_rows = min(field.count_rows(params), _real_size(params)) <= self.max_rows
+    def start(
+        self, field: VectorField, params: PyTree, *, wants: frozenset[Quantity] = frozenset()
+    ) -> tuple[PyTree, VectorField]:
+        """Stage 1 and the loss at params from the rows, which the step needs unless its path is of fewer points."""
+        needed = "path" not in wants or field.fewer_points is None
+        by_rows = needed and min(field.count_rows(params), _real_size(params)) <= self.max_rows
         return field.started(params, by_rows=by_rows)
 
     @property
@@ -126,13 +130,7 @@ class ResidualEuler(Solver):
         size = _real_size(params)
         cost = Cost(gradients=0 if field.knows_rows(params) else 1, rows=count)
         if "path" in wants:
-            # With both, the N×N matrix would change with h.
-            parameters = size <= count or (field.l2 is not None and field.scale is not None)
-            if (size if parameters else count) > self.max_rows:
-                return self._by_products(self._matrix_free.step(field, params, k1, h, (), wants=wants))
-            path = least_squares_path(field, params, parameters=parameters)
-            new = _state(_PARAMETERS if parameters else _ROWS, jnp.zeros([], jnp.int32), jnp.zeros([]))
-            return Step(k1, cost, quantities={"path": path}, state=new, refused_state=new)
+            return self._path(field, params, k1)
         if min(count, size) > self.max_rows:
             if self.inertia:
                 raise ValueError(
@@ -173,6 +171,23 @@ class ResidualEuler(Solver):
             state=new,
             refused_state=refused,
         )
+
+    def _path(self, field: VectorField, params: PyTree, k1: PyTree) -> Step:
+        """The direction is not computed: it is the rule's choice."""
+        size = _real_size(params)
+        by_products = self._matrix_free.step(field, params, k1, 0.0, (), wants=frozenset({"path"})).quantities["path"]
+
+        def path(field: VectorField) -> Factored:
+            count = field.count_rows(params)
+            # With both, the N×N matrix would change with h.
+            parameters = size <= count or (field.l2 is not None and field.scale is not None)
+            if (size if parameters else count) > self.max_rows:
+                found = by_products(field)
+                return found._replace(state=_state(_PRODUCTS, found.state.iterations, found.state.residual))
+            new = _state(_PARAMETERS if parameters else _ROWS, jnp.zeros([], jnp.int32), jnp.zeros([]))
+            return Factored(least_squares_path(field, params, parameters=parameters), Cost(rows=count), new)
+
+        return Step(k1, Cost(gradients=0 if field.knows_rows(params) else 1), quantities={"path": path})
 
     def _by_products(self, step: Step) -> Step:
         new = _state(_PRODUCTS, step.state.iterations, step.state.residual)

@@ -44,7 +44,7 @@ def path_of(residuals, solver=None, *, l2=None, scale=None, params=THETA):
         tree = unravel(jnp.asarray(scale))
         field = field.preconditioned(lambda g: jax.tree.map(jnp.multiply, tree, g), tree)
     step = solver.step(field, params, field(params), 0.0, solver.init(params), wants=frozenset({"path"}))
-    return step, field, np.asarray(theta, np.result_type(theta.dtype, float)), unravel
+    return step.quantities["path"](field), field, np.asarray(theta, np.result_type(theta.dtype, float)), unravel
 
 
 def dense(residuals, theta, unravel):
@@ -68,23 +68,23 @@ def eps(request):
 @pytest.mark.parametrize(("l2", "scale"), [(None, None), (0.3, None), (None, P), (0.3, P)])
 @pytest.mark.parametrize("form", RESIDUALS)
 def test_one_factorisation_has_the_steps_and_falls_of_all_step_sizes(form, l2, scale, eps):
-    step, _, theta, unravel = path_of(RESIDUALS[form], l2=l2, scale=scale)
-    path = step.quantities["path"]
+    found, _, theta, unravel = path_of(RESIDUALS[form], l2=l2, scale=scale)
+    path = found.path
     _, jacobian, residual = dense(RESIDUALS[form], theta, unravel)
     matrix = jacobian.T @ jacobian + (l2 or 0) * np.eye(4)
     gradient = jacobian.T @ residual + (l2 or 0) * theta
     diagonal = np.ones(4) if scale is None else scale
     coordinates = path.start(jnp.asarray(SIZES))
-    found = rows_of(path.direction(jnp.asarray(SIZES), coordinates))
+    directions = rows_of(path.direction(jnp.asarray(SIZES), coordinates))
     falls = path.predicted_fall(jnp.asarray(SIZES), coordinates)
-    for h, direction, fall in zip(SIZES, found, falls, strict=True):
+    for h, direction, fall in zip(SIZES, directions, falls, strict=True):
         expected = np.linalg.solve(np.eye(4) + h * diagonal[:, None] * matrix, diagonal * gradient)
         np.testing.assert_allclose(direction, expected, rtol=1e4 * eps, atol=100 * eps * np.abs(expected).max())
         wanted = h * gradient @ expected - 0.5 * h**2 * expected @ matrix @ expected
         assert fall == pytest.approx(wanted, rel=2e4 * eps)
     # With both a preconditioner and l2 the matrix of the residuals would change with h.
     by_parameters = form == "parameters" or (l2 and scale is not None)
-    assert int(step.state.form) == bool(by_parameters)
+    assert int(found.state.form) == bool(by_parameters)
     assert path.factor.size == (4 if by_parameters else 3)
 
 
@@ -92,8 +92,8 @@ def test_one_factorisation_has_the_steps_and_falls_of_all_step_sizes(form, l2, s
 @pytest.mark.parametrize(("l2", "scale"), [(None, None), (0.3, None), (0.3, P)])
 @pytest.mark.parametrize("form", RESIDUALS)
 def test_corrections_lead_to_backward_euler_with_the_jacobian_of_its_start(form, l2, scale, eps):
-    step, field, theta, unravel = path_of(RESIDUALS[form], l2=l2, scale=scale)
-    path, h = step.quantities["path"], jnp.array([0.3])
+    found, field, theta, unravel = path_of(RESIDUALS[form], l2=l2, scale=scale)
+    path, h = found.path, jnp.array([0.3])
     flat, jacobian, _ = dense(RESIDUALS[form], theta, unravel)
     diagonal = np.ones(4) if scale is None else scale
 
@@ -121,13 +121,13 @@ def test_in_float32_a_step_has_the_digits_that_the_gram_matrix_lost(form):
     left, right = (np.linalg.qr(rng.normal(size=(n, 6)))[0] for n in ((9, 6) if form == "parameters" else (6, 9)))
     matrix = ((left * np.logspace(0, -5, 6)) @ right.T).astype(np.float32)
     theta = {"a": rng.normal(size=matrix.shape[1]).astype(np.float32)}
-    step, _, flat, _ = path_of(lambda p: matrix @ p["a"], params=theta)
-    path, h = step.quantities["path"], jnp.array([1e11])
+    found, _, flat, _ = path_of(lambda p: matrix @ p["a"], params=theta)
+    path, h = found.path, jnp.array([1e11])
     wide = matrix.astype(float)
     expected = np.linalg.lstsq(np.vstack([wide, np.eye(len(flat)) * 1e11**-0.5]), np.append(wide @ flat, 0 * flat))[0]
-    found = 1e11 * np.asarray(path.direction(h, path.start(h))["a"][0], float)
+    moved = 1e11 * np.asarray(path.direction(h, path.start(h))["a"][0], float)
     # The rounding of a singular value of 1e-5 itself is 0.006 of it; of its square, 600 times that.
-    np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
+    np.testing.assert_allclose(moved, expected, atol=0.02 * np.abs(expected).max())
 
 
 def test_complex_leaves_are_pairs_of_reals_on_the_path(x64):
@@ -137,12 +137,12 @@ def test_complex_leaves_are_pairs_of_reals_on_the_path(x64):
         u, v = params["z"]
         return jnp.stack([jnp.real(u * v), jnp.imag(u) - 0.5, jnp.abs(v) ** 2])
 
-    step, *_ = path_of(residuals, params={"z": z})
+    found, *_ = path_of(residuals, params={"z": z})
     pairs = jnp.concatenate([z.real, z.imag])
     of_pairs = lambda t: residuals({"z": t[:2] + 1j * t[2:]})  # noqa: E731
     jacobian, r = np.asarray(jax.jacfwd(of_pairs)(pairs)), np.asarray(of_pairs(pairs))
     expected = np.linalg.solve(np.eye(4) + 0.7 * jacobian.T @ jacobian, jacobian.T @ r)
-    path, h = step.quantities["path"], jnp.array([0.7])
+    path, h = found.path, jnp.array([0.7])
     np.testing.assert_allclose(path.direction(h, path.start(h))["z"][0], expected[:2] + 1j * expected[2:], rtol=1e-10)
 
 
@@ -150,20 +150,20 @@ def test_complex_leaves_are_pairs_of_reals_on_the_path(x64):
 @pytest.mark.parametrize("curvature", ["gauss_newton", "hessian"])
 @pytest.mark.parametrize("scale", [None, P])
 def test_a_krylov_space_of_full_dimension_has_the_exact_steps_with_absolute_eigenvalues(curvature, scale, x64):
-    step, _, theta, unravel = path_of(many, RosenbrockEuler(curvature, max_iterations=9), scale=scale)
+    found, _, theta, unravel = path_of(many, RosenbrockEuler(curvature, max_iterations=9), scale=scale)
     flat, jacobian, residual = dense(many, theta, unravel)
     matrix = jacobian.T @ jacobian
     if curvature == "hessian":
         matrix = np.asarray(jax.hessian(lambda t: 0.5 * jnp.sum(flat(t) ** 2))(jnp.asarray(theta)))
     root = np.sqrt(np.ones(4) if scale is None else scale)
     s, v = np.linalg.eigh(root[:, None] * matrix * root)
-    assert (s.min() < -1e-3) == (curvature == "hessian") == bool(step.state.negative_curvature)
-    path = step.quantities["path"]
-    found = rows_of(path.direction(jnp.asarray(SIZES), path.start(jnp.asarray(SIZES))))
-    for h, direction in zip(SIZES, found, strict=True):
+    assert (s.min() < -1e-3) == (curvature == "hessian") == bool(found.state.negative_curvature)
+    path = found.path
+    directions = rows_of(path.direction(jnp.asarray(SIZES), path.start(jnp.asarray(SIZES))))
+    for h, direction in zip(SIZES, directions, strict=True):
         inner = v.T @ (root * (jacobian.T @ residual)) / (1 + h * np.abs(s))
         np.testing.assert_allclose(direction, root * (v @ inner), rtol=1e-7, atol=1e-12)
-    assert int(step.cost.products) == 4
+    assert int(found.cost.products) == 4
 
 
 @pytest.mark.slow
@@ -173,13 +173,13 @@ def test_a_matrix_beyond_max_rows_is_replaced_by_a_krylov_space_and_the_state_sa
     assert [int(s.state.form) for s in (direct, products)] == [1, 2]
     assert (int(products.cost.rows), int(products.cost.products)) == (0, 4)
     h = jnp.asarray(SIZES)
-    a, b = (rows_of(s.quantities["path"].direction(h, s.quantities["path"].start(h))) for s in (direct, products))
+    a, b = (rows_of(s.path.direction(h, s.path.start(h))) for s in (direct, products))
     np.testing.assert_allclose(a, b, rtol=1e-7)
 
 
 @pytest.mark.slow
 @pytest.mark.slow
 def test_an_invariant_krylov_space_ends_early():
-    step, *_ = path_of(lambda params: 3.0 * params["a"], RosenbrockEuler(), params={"a": np.ones(5, np.float32)})
-    path, h = step.quantities["path"], jnp.array([0.0, 2.0])
+    found, *_ = path_of(lambda params: 3.0 * params["a"], RosenbrockEuler(), params={"a": np.ones(5, np.float32)})
+    path, h = found.path, jnp.array([0.0, 2.0])
     np.testing.assert_allclose(path.direction(h, path.start(h))["a"][1], 9 / (1 + 2 * 9), rtol=1e-5)
