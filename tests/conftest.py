@@ -10,6 +10,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
         "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
         os.environ.get("XLA_FLAGS", ""),
     ]
 )
@@ -40,6 +41,26 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.latest)
 
 
+def pytest_collection_finish():
+    """What is imported stays: the collector need not look at it again, and not as often as a small program asks for."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 50, 100)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests share compiled programs, those of the runner whole runs: no worker does what another has done."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path = nodeid.split("::")[0]
+            return "tests/experiment" if path.startswith("tests/experiment/") else path
+
+    return ByFile(config, log)
+
+
 def memory():
     """Megabytes that this process holds now; infinitely many where the system does not say."""
     try:
@@ -52,7 +73,7 @@ def memory():
 class Memory:
     """Gives back what compiling took: the megabyte of the smallest program is free afterwards, but glibc keeps it."""
 
-    least = 900
+    least = 1100
     limit = least
 
     def bound(self):
