@@ -53,9 +53,13 @@ def descent_gradient(loss, params, **data):
 
 
 def first_update(tx, loss, params, **data):
-    """The first update of `tx` and the state after it."""
-    params = jax.tree.map(jnp.asarray, params)
-    return tx.update(descent_gradient(loss, params, **data), tx.init(params), params, **data)
+    """The first update of `tx` and the state after it, in one program: compiled by itself, each operation would cost more."""
+
+    @jax.jit
+    def update(params, data):
+        return tx.update(descent_gradient(loss, params, **data), tx.init(params), params, **data)
+
+    return update(jax.tree.map(jnp.asarray, params), data)
 
 
 def trajectory(tx, loss, params, data, steps, jit=True):
