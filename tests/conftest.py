@@ -115,6 +115,11 @@ def network_loss(params, x, y):
     return jnp.mean((hidden @ params["w2"] - y) ** 2)
 
 
+def poisoned_loss(params, x, y, poison=False):
+    """`network_loss`, or NaN on demand."""
+    return jnp.where(poison, jnp.nan, 1.0) * network_loss(params, x, y)
+
+
 def network(dtype=np.float32, seed=0):
     """Parameters and data for `network_loss`: `(params, {"x": ..., "y": ...})`."""
     rng = np.random.default_rng(seed)

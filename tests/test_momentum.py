@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import network, network_loss
+from conftest import network, network_loss, poisoned_loss
 from training import assert_close, assert_same, descent_gradient, first_update, trajectory, types
 
 import rk_optax
@@ -129,10 +129,6 @@ def test_after_sees_params_and_the_keywords_of_update(x64):
     updates, _ = tx.update(gradient, tx.init(params), params, gain=3.0, **data)
     plain, _ = first_update(rk_optax.scale_by_rk(network_loss, H), network_loss, params, **data)
     assert_close(updates, jax.tree.map(lambda d, p: -H * (3 * d + p), plain, params))
-
-
-def poisoned_loss(params, x, y, poison=False):
-    return jnp.where(poison, jnp.nan, 1.0) * network_loss(params, x, y)
 
 
 @pytest.mark.covering(most=1)

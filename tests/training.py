@@ -52,14 +52,13 @@ def descent_gradient(loss, params, **data):
     return jax.tree.map(jnp.conj, jax.grad(loss)(params, **data))
 
 
-def first_update(tx, loss, params, **data):
-    """The first update of `tx` and the state after it, in one program: compiled by itself, each operation would cost more."""
+def first_update(tx, loss, params, jit=True, **data):
+    """The first update of `tx` and the state after it, as one program: operations compiled one by one take longer."""
 
-    @jax.jit
     def update(params, data):
         return tx.update(descent_gradient(loss, params, **data), tx.init(params), params, **data)
 
-    return update(jax.tree.map(jnp.asarray, params), data)
+    return (jax.jit(update) if jit else update)(jax.tree.map(jnp.asarray, params), data)
 
 
 def trajectory(tx, loss, params, data, steps, jit=True):
@@ -117,6 +116,34 @@ class FixedScale(DiagonalPreconditioner):
 
     def update(self, gradient, state, params, field):
         return self.scale, state, Cost()
+
+
+def numpy_dal(c, r, p, form):
+    """The rate of DAL from the curvature r, as the two papers print it."""
+    return min(2 / r**p, c) if form == "clipped" else c / (1 + c / 2 * r**p)
+
+
+@functools.lru_cache
+def dense(loss):
+    """The gradient and the whole Hessian over flattened parameters, of `(params, data)`."""
+
+    def both(params, data):
+        flat, unravel = jax.flatten_util.ravel_pytree(params)
+
+        def flat_loss(theta):
+            return loss(unravel(theta), **data)
+
+        return jax.grad(flat_loss)(flat), jax.hessian(flat_loss)(flat)
+
+    return jax.jit(both)
+
+
+def exact_ratio(loss, params, data=None, scale=None):
+    """‖PHPg‖/‖Pg‖ by a dense Hessian."""
+    gradient, hessian = (np.asarray(a) for a in dense(loss)(params, data or {}))
+    p = 1.0 if scale is None else np.asarray(jax.flatten_util.ravel_pytree(scale)[0])
+    field = p * gradient
+    return np.linalg.norm(p * (hessian @ field)) / np.linalg.norm(field)
 
 
 def types(tree):
