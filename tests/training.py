@@ -1,4 +1,4 @@
-"""What test files share: a loss and its RK4 step by hand, training loops, exact flows, counts of evaluations."""
+"""What test files share: a loss and its RK4 step by hand, training loops, exact flows, curvatures, scales, counts."""
 
 import dataclasses
 import functools
@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import scipy.integrate
 
+import rk_optax
 from rk_optax import Cost, DiagonalPreconditioner
 
 H = 0.3
@@ -23,7 +24,7 @@ def loss_fn(params, x):
     return jnp.sum((params["w"] - x) ** 4) / 4 + jnp.sum((params["b"] * jnp.sum(params["w"])) ** 2) / 2
 
 
-def loss_gradient(params, x):
+def loss_gradient(params, x=X):
     """The gradient of `loss_fn`, by hand and in NumPy."""
     total = np.sum(params["w"])
     return {"w": (params["w"] - x) ** 3 + total * np.sum(params["b"] ** 2), "b": params["b"] * total**2}
@@ -106,6 +107,22 @@ def assert_same(actual, expected):
     """Same structure, the very same numbers."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+# Each scale from its equation: the running sum or mean after step t (from 1), and P from it.
+SCALE_EQUATIONS = {
+    "adagrad": (lambda v, g, t: v + g**2, lambda v, t: (1 + v) ** -0.5),
+    "rms": (lambda v, g, t: 0.9 * v + 0.1 * g**2, lambda v, t: 1 / (np.sqrt(v) + 0.1)),
+    "adam": (lambda v, g, t: 0.99 * v + 0.01 * g**2, lambda v, t: 1 / (np.sqrt(v / (1 - 0.99**t)) + 0.1)),
+}
+PRECONDITIONERS = {
+    "adagrad": rk_optax.precondition_by_adagrad(),
+    "rms": rk_optax.precondition_by_rms(0.9, 0.1),
+    "adam": rk_optax.precondition_by_adam(0.99, 0.1),
+    "hutchinson": rk_optax.precondition_by_hutchinson(0.9, 0.1, every=2),
+    "clip": rk_optax.precondition_by(optax.clip_by_global_norm(0.5)),
+    "rss": rk_optax.precondition_by(optax.scale_by_rss(1.0, eps=0.0)),
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
