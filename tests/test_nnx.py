@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from training import exact_flow
+from training import assert_close, assert_same, exact_flow
 
 import rk_optax
 import rk_optax.nnx
@@ -71,14 +71,6 @@ def numbers(node):
 
 def mask_count(model):
     return int(model.dropout.rngs.count[...])
-
-
-def assert_same(actual, expected):
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
-
-
-def assert_close(actual, expected, rtol=1e-5, atol=1e-7):
-    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol, atol), actual, expected)
 
 
 # --- One step, one field ---------------------------------------------------------------------------------------------

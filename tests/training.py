@@ -97,6 +97,17 @@ def train(tx, loss, params, data, steps, jit=True):
     return params, state
 
 
+def steps(tx, loss, w, count=3):
+    """Parameters and state after some updates, in a program that can be compiled, mapped and differentiated."""
+
+    def step(carry, _):
+        w, state = carry
+        updates, state = tx.update(jax.grad(loss)(w), state, w)
+        return (optax.apply_updates(w, updates), state), None
+
+    return jax.lax.scan(step, (w, tx.init(w)), length=count)[0]
+
+
 def assert_close(actual, expected, rtol=1e-12, atol=1e-14):
     """Same structure, nearly the same numbers."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
