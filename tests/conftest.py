@@ -115,6 +115,9 @@ def network_loss(params, x, y):
     return jnp.mean((hidden @ params["w2"] - y) ** 2)
 
 
+network_gradient = jax.jit(jax.grad(network_loss))
+
+
 def poisoned_loss(params, x, y, poison=False):
     """`network_loss`, or NaN on demand."""
     return jnp.where(poison, jnp.nan, 1.0) * network_loss(params, x, y)

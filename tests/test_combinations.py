@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import network_loss
+from conftest import network_gradient, network_loss
 from covering import cover, some
 
 import rk_optax
@@ -224,7 +224,7 @@ def test_a_pairwise_cover_trains_and_traces_the_loss_in_the_first_step_only(comb
     @jax.jit
     def step(params, state, data):
         first = data if policy == "same" else first_stage_batch(data, stages, policy, ["x", "y"])
-        updates, state = tx.update(jax.grad(network_loss)(params, **first), state, params, **data)
+        updates, state = tx.update(network_gradient(params, **first), state, params, **data)
         return optax.apply_updates(params, updates), state
 
     lead = (stages, 4) if policy == "fresh" else (12,)

@@ -160,7 +160,7 @@ def test_descent_control_lengthens_an_unresolved_step_whatever_has_been_seen_bef
     theta = jnp.ones(2)
     state = tx.init(theta)
     state = state._replace(rule=state.rule._replace(fall=jnp.full_like(state.rule.fall, seen)))
-    change, state = tx.update(1e-9 * theta, state, theta)
+    change, state = jax.jit(tx.update)(1e-9 * theta, state, theta)
     assert bool(state.accepted)
     assert float(state.rule.next_step_size) == 0.75
     assert (int(state.cost.gradients), int(state.cost.losses)) == (3, 2)  # the slopes at both ends were asked

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import network, network_loss
+from conftest import network, network_gradient, network_loss
 from jax.flatten_util import ravel_pytree
 from training import assert_close, exact_ratio, first_update, numpy_dal, trajectory, types
 
@@ -78,9 +78,10 @@ def test_limits(form, power, x64):
     def quadratic(w, curvature):
         return jnp.sum(curvature * w**2) / 2 + jnp.sum(w)
 
+    @jax.jit
     def rate(c, curvature):
         tx = rk_optax.heun(quadratic, dal(c, power, form=form))
-        return float(first_update(tx, quadratic, np.ones(3), curvature=curvature)[1].step_size)
+        return first_update(tx, quadratic, np.ones(3), curvature=curvature)[1].step_size
 
     assert rate(0.7, 0.0) == 0.7
     np.testing.assert_allclose(rate(0.7, 1e-9), 0.7, rtol=1e-4)
@@ -166,10 +167,10 @@ def test_the_free_estimate_serves_the_next_step_and_the_first_is_a_hundredth_of_
 def test_the_free_estimate_is_the_change_from_the_first_stage_to_the_second(solver, x64):
     params, data = network(np.float64)
     tx = rk_optax.runge_kutta(network_loss, dal(C, estimate="free"), solver)
-    gradient = jax.grad(network_loss)(params, **data)
-    _, state = tx.update(gradient, tx.init(params), params, **data)
+    gradient = network_gradient(params, **data)
+    _, state = jax.jit(tx.update)(gradient, tx.init(params), params, **data)
     reach = rk_optax.TABLEAUS[solver].a[1, 0] * C / 100
-    second = jax.grad(network_loss)(jax.tree.map(lambda p, g: p - reach * g, params, gradient), **data)
+    second = network_gradient(jax.tree.map(lambda p, g: p - reach * g, params, gradient), **data)
     first, second = (np.asarray(ravel_pytree(k)[0]) for k in (gradient, second))
     r = np.linalg.norm(first - second) / (reach * np.linalg.norm(first))
     np.testing.assert_allclose(state.rule.ratio, r, rtol=1e-9)
@@ -190,7 +191,7 @@ def test_bfloat16_parameters_are_differenced_in_float32(estimate, recomputed):
     """A stage 1 that comes in is rounded to bfloat16: what is differenced with it must differ by more than that."""
     params, data = network(jnp.bfloat16)
     tx = rk_optax.rk4(network_loss, dal(0.3, estimate=estimate), reuse_updates=not recomputed)
-    gradient, state, update = jax.grad(network_loss)(params, **data), tx.init(params), jax.jit(tx.update)
+    gradient, state, update = network_gradient(params, **data), tx.init(params), jax.jit(tx.update)
     for _ in range(2):  # the first free estimate is of a step that is a hundredth of the cap
         updates, state = update(gradient, state, params, **data)
     wide = jax.tree.map(lambda a: a.astype(jnp.float32), (params, data))
@@ -263,7 +264,7 @@ def test_r_is_of_the_preconditioned_field(name, estimate, x64):
     params, data = network(np.float64)
     tx = rk_optax.rk4(network_loss, dal(1e-3, estimate=estimate), preconditioner=preconditioner)
     _, state = first_update(tx, network_loss, params, **data)
-    frozen = jax.tree.map(scale, jax.grad(network_loss)(params, **data))
+    frozen = jax.tree.map(scale, network_gradient(params, **data))
     r = exact_ratio(network_loss, params, data, frozen)
     np.testing.assert_allclose(state.rule.ratio, r, rtol=1e-3)
     assert abs(exact_ratio(network_loss, params, data) / r - 1) > 0.05
@@ -280,11 +281,11 @@ def test_r_is_of_the_field_that_an_adapted_transformation_makes(adapted, estimat
     flat, unravel = ravel_pytree(params)
 
     def field(theta):
-        gradient = jax.grad(network_loss)(unravel(theta), **data)
+        gradient = network_gradient(unravel(theta), **data)
         return ravel_pytree(adapted.update(gradient, adapted.init(params), params)[0])[0]
 
-    k1 = field(flat)
-    r = np.linalg.norm(jax.jacobian(field)(flat) @ k1) / np.linalg.norm(k1)
+    k1, jacobian = jax.jit(lambda theta: (field(theta), jax.jacobian(field)(theta)))(flat)
+    r = np.linalg.norm(jacobian @ k1) / np.linalg.norm(k1)
     np.testing.assert_allclose(state.rule.ratio, r, rtol=1e-2)
 
 
@@ -340,7 +341,7 @@ def test_the_cap_can_be_injected_and_changed_without_a_retrace(x64):
     tx = optax.inject_hyperparams(make)(cap=0.1)
     state = tx.init(params)
     update = jax.jit(tx.update)
-    gradient = jax.grad(network_loss)(params, **data)
+    gradient = network_gradient(params, **data)
     r = exact_ratio(network_loss, params, data)
     for cap in (0.1, 2.0, 0.5):
         state.hyperparams["cap"] = jnp.asarray(cap)
@@ -361,7 +362,7 @@ def test_r_is_of_the_first_stages_data(policy, estimate, x64):
     data = jax.tree.map(lambda a: a.reshape(4, 2, -1) if policy == "fresh" else a, data)
     first = rk_optax.first_stage_batch(data, 4, policy, ["x", "y"])
     tx = rk_optax.rk4(network_loss, dal(C, estimate=estimate), stage_batches=policy, batch_argnames=["x", "y"])
-    _, state = tx.update(jax.grad(network_loss)(params, **first), tx.init(params), params, **data)
+    _, state = jax.jit(tx.update)(network_gradient(params, **first), tx.init(params), params, **data)
     np.testing.assert_allclose(state.rule.ratio, exact_ratio(network_loss, params, first), rtol=1e-5)
 
 

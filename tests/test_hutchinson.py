@@ -1,5 +1,7 @@
 """Hutchinson's diagonal: exact where it must be, its running mean, its products and its leaves."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,12 +20,19 @@ def quadratic(params, matrix):
     return params @ matrix @ params / 2
 
 
+@functools.cache
+def euler(**settings):
+    """Its `init` and its compiled `update`."""
+    tx = rk_optax.euler(quadratic, 1.0, preconditioner=rk_optax.precondition_by_hutchinson(**settings))
+    return tx.init, jax.jit(tx.update)
+
+
 def hutchinson_scale(state_before, matrix, params, **settings):
     """P of one step and the state after it, through Euler's method."""
-    tx = rk_optax.euler(quadratic, 1.0, preconditioner=rk_optax.precondition_by_hutchinson(**settings))
-    state = tx.init(params) if state_before is None else state_before
+    init, update = euler(**settings)
+    state = init(params) if state_before is None else state_before
     # The incoming gradient is ours to choose: ones show the scale.
-    updates, state = tx.update(jnp.ones_like(params), state, params, matrix=matrix)
+    updates, state = update(jnp.ones_like(params), state, params, matrix=matrix)
     return -np.asarray(updates), state
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import network, network_loss, poisoned_loss
+from conftest import network, network_gradient, network_loss, poisoned_loss
 from training import Evaluations, assert_close, assert_same, exact_ratio, numpy_dal, trajectory, types
 
 import rk_optax
@@ -47,7 +47,7 @@ def test_what_is_charged_is_what_is_evaluated(rule, solver, jit):
     params, data = network()
     tx = rk_optax.runge_kutta(counted.function, rate, solver)
     update = jax.jit(tx.update) if jit else tx.update
-    gradient, state = jax.grad(network_loss)(params, **data), tx.init(params)
+    gradient, state = network_gradient(params, **data), tx.init(params)
     for _ in range(2):
         before = state.cost
         _, state = update(gradient, state, params, **data)
@@ -64,7 +64,7 @@ def test_every_k_makes_no_estimate_between(estimate):
 
     @jax.jit
     def step(params, state):
-        updates, state = tx.update(jax.grad(network_loss)(params, **data), state, params, **data)
+        updates, state = tx.update(network_gradient(params, **data), state, params, **data)
         return optax.apply_updates(params, updates), state
 
     state, evaluated, charged, ratios, rates = tx.init(params), [], [], [], []
@@ -111,7 +111,7 @@ def test_a_gradient_of_zero_is_a_step_that_stays(estimate, form):
     w = jnp.zeros(3)
     state = tx.init(w)
     for i in range(3):
-        updates, state = tx.update(w, state, w)
+        updates, state = jax.jit(tx.update)(w, state, w)
         assert_same(updates, jnp.zeros(3))
         assert bool(state.accepted)
         assert float(state.step_size) == pytest.approx(C / 100 if estimate == "free" else C)
@@ -146,7 +146,7 @@ def test_a_rate_of_zero_is_a_step_that_stays_and_the_next_one_moves(estimate):
 def test_a_step_that_is_not_finite_leaves_the_last_r_and_keeps_nothing_else(estimate, when):
     params, data = network()
     tx = rk_optax.rk4(poisoned_loss, dal(C, estimate=estimate), momentum=0.9)
-    gradient, state = jax.grad(network_loss)(params, **data), tx.init(params)
+    gradient, state = network_gradient(params, **data), tx.init(params)
     update = jax.jit(tx.update)
     for _ in range(when):
         _, state = update(gradient, state, params, **data, poison=False)
@@ -171,7 +171,7 @@ def test_the_free_estimate_of_a_step_refused_for_another_reason_is_kept(x64):
 
     tx = rk_optax.rk4(loss, dal(0.1, estimate="free"))
     w = jnp.array(1.0)
-    _, state = tx.update(2 * w, tx.init(w), w)
+    _, state = jax.jit(tx.update)(2 * w, tx.init(w), w)
     assert int(state.reason) == Reason.NOT_FINITE
     np.testing.assert_allclose(state.rule.ratio, 2.0, rtol=1e-9)
 
@@ -209,7 +209,7 @@ def test_state_has_fixed_types_and_can_be_donated(rule):
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state):
-        updates, state = tx.update(jax.grad(network_loss)(params, **data), state, params, **data)
+        updates, state = tx.update(network_gradient(params, **data), state, params, **data)
         return optax.apply_updates(params, updates), state
 
     params = jax.tree.map(jnp.copy, params)

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.integrate
-from conftest import network, network_loss
+from conftest import network, network_gradient, network_loss
 from jax.flatten_util import ravel_pytree
 from training import (
     PARAMS,
@@ -93,9 +93,9 @@ def test_the_scale_reaches_every_kind_of_stage(name, how, x64):
     loss = None if how == "grad_fn" else loss_fn
     tx = rk_optax.runge_kutta(loss, H, solver, preconditioner=PRECONDITIONERS[name], **options)
     params = jax.tree.map(jnp.asarray, PARAMS)
-    updates, _ = tx.update(jax.grad(loss_fn)(params, X), tx.init(params), params, x=X)
+    updates, _ = jax.jit(tx.update)(jax.jit(jax.grad(loss_fn))(params, X), tx.init(params), params, x=X)
     plain = rk_optax.runge_kutta(None, H, solver, grad_fn=scaled_gradient)
-    expected, _ = plain.update(scaled_gradient(params, X), plain.init(params), params, x=X)
+    expected, _ = jax.jit(plain.update)(scaled_gradient(params, X), plain.init(params), params, x=X)
     assert_close(updates, expected)
 
 
@@ -105,7 +105,7 @@ def test_the_scale_reaches_every_kind_of_stage(name, how, x64):
 def frozen_scale(preconditioner, params, data, state):
     """P, read off one step of Euler's method: −hPg over −hg."""
     tx = rk_optax.euler(network_loss, 1.0, preconditioner=preconditioner)
-    gradient = jax.grad(network_loss)(params, **data)
+    gradient = network_gradient(params, **data)
     updates, _ = tx.update(gradient, tx.init(params)._replace(preconditioner=state), params, **data)
     return jax.tree.map(lambda u, g: -u / g, updates, gradient)
 
@@ -117,13 +117,13 @@ def local_errors(solver, preconditioner, steps):
     params, state = trajectory(warm, network_loss, params, data, 2)[-1]
     scale = frozen_scale(preconditioner, params, data, state.preconditioner)
     start, unravel = ravel_pytree(params)
-    field = jax.jit(lambda _, y: -ravel_pytree(scale)[0] * ravel_pytree(jax.grad(network_loss)(unravel(y), **data))[0])
+    field = jax.jit(lambda _, y: -ravel_pytree(scale)[0] * ravel_pytree(network_gradient(unravel(y), **data))[0])
 
     @jax.jit
     def end_of_step(h):
         tx = rk_optax.runge_kutta(network_loss, h, solver, preconditioner=preconditioner)
         warmed = tx.init(params)._replace(preconditioner=state.preconditioner)
-        updates, _ = tx.update(jax.grad(network_loss)(params, **data), warmed, params, **data)
+        updates, _ = tx.update(network_gradient(params, **data), warmed, params, **data)
         return start + ravel_pytree(updates)[0]
 
     errors = []
@@ -246,12 +246,12 @@ def test_a_weight_whose_gradient_is_zero_at_stage_one_only_needs_the_floor(make)
         return params["a"] ** 2 / 2 + params["b"] * (params["a"] - 1)
 
     params = {"a": jnp.array(1.0), "b": jnp.array(0.0)}
-    gradient = jax.grad(valley)(params)
+    gradient = jax.jit(jax.grad(valley))(params)
     assert float(gradient["b"]) == 0.0
     moved = {}
     for floor in (1e-8, 1.0):
         tx = rk_optax.heun(valley, 0.1, preconditioner=make(floor=floor))
-        updates, state = tx.update(gradient, tx.init(params), params)
+        updates, state = jax.jit(tx.update)(gradient, tx.init(params), params)
         assert bool(state.accepted)  # finite, so nothing guards against it
         moved[floor] = abs(float(updates["b"]))
     # h²·P_a·P_b/2, where P_b is 1 with the paper's floor and 1e4 or 1e8 without.
@@ -280,17 +280,17 @@ def test_a_refused_step_restores_the_state_of_the_preconditioner(name):
     tx = rk_optax.rk4(poisoned_loss, H, preconditioner=PRECONDITIONERS[name])
     params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), PARAMS)
     x = X.astype(np.float32)
-    gradient = jax.grad(loss_fn)(params, x)
+    gradient = jax.jit(jax.grad(loss_fn))(params, x)
     # Hutchinson's second estimate falls into the refused step: an even number of steps before it.
-    _, state = tx.update(gradient, tx.init(params), params, x=x)
-    _, state = tx.update(gradient, state, params, x=x)
-    updates, refused = tx.update(gradient, state, params, x=x, poison=True)
+    _, state = jax.jit(tx.update)(gradient, tx.init(params), params, x=x)
+    _, state = jax.jit(tx.update)(gradient, state, params, x=x)
+    updates, refused = jax.jit(tx.update)(gradient, state, params, x=x, poison=True)
     assert int(refused.reason) == Reason.NOT_FINITE
     assert_same(updates, jax.tree.map(jnp.zeros_like, params))
     assert_same(refused.preconditioner, state.preconditioner)
     # And so it goes on as if nothing had been.
-    again, _ = tx.update(gradient, refused, params, x=x)
-    expected, _ = tx.update(gradient, state, params, x=x)
+    again, _ = jax.jit(tx.update)(gradient, refused, params, x=x)
+    expected, _ = jax.jit(tx.update)(gradient, state, params, x=x)
     assert_same(again, expected)
     assert int(refused.cost.gradients) == 12
     assert int(refused.cost.products) == (2 if name == "hutchinson" else 0)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import network, network_loss, poisoned_loss
+from conftest import network, network_gradient, poisoned_loss
 from training import assert_same, first_update, trajectory
 
 import rk_optax
@@ -95,11 +95,11 @@ def test_sgd_g2_keeps_its_rate_where_there_is_no_gradient_or_no_curvature(w):
 def test_a_refused_step_leaves_sgd_g2s_rate(x64):
     params, data = network(np.float64)
     tx = rk_optax.euler(poisoned_loss, sgd_g2(0.1))
-    gradient = jax.grad(network_loss)(params, **data)
-    _, state = tx.update(gradient, tx.init(params), params, **data)
+    gradient = network_gradient(params, **data)
+    _, state = jax.jit(tx.update)(gradient, tx.init(params), params, **data)
     for how in ({"poison": True}, {}):
         nan = jax.tree.map(lambda g, how=how: g if how else g * jnp.nan, gradient)
-        updates, refused = tx.update(nan, state, params, **data, **how)
+        updates, refused = jax.jit(tx.update)(nan, state, params, **data, **how)
         np.testing.assert_allclose(refused.rule.last_step_size, state.rule.last_step_size, rtol=1e-12)
         if not how:
             assert int(refused.reason) == Reason.NOT_FINITE

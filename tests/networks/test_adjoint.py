@@ -19,7 +19,7 @@ def test_momentum_times_perturbation_is_kept_exactly():
         return jnp.sum(jnp.cos(end))
 
     along = momentum(layer, block, y, NODES, loss)
-    start = jax.grad(lambda y: loss(integrate(layer, block, y, NODES)))(y)
+    start = jax.jit(jax.grad(lambda y: loss(integrate(layer, block, y, NODES))))(y)
     assert largest_difference(along.momenta[0], start) < 1e-15
     perturbation = jnp.asarray(np.random.default_rng(5).normal(size=y.shape))
 

@@ -293,7 +293,7 @@ def test_rows_of_less_precision_than_the_step_size(low, l2, x64):
 def test_nothing_moves_where_all_is_fixed():
     tx = rk_optax.residual_euler(LOSSES["least squares"], mask=False)
     params = jax.tree.map(jnp.asarray, THETA)
-    updates, state = tx.update(jax.grad(LOSSES["least squares"])(params), tx.init(params), params)
+    updates, state = jax.jit(tx.update)(jax.jit(jax.grad(LOSSES["least squares"]))(params), tx.init(params), params)
     assert all(not leaf.any() for leaf in jax.tree.leaves(updates))
     assert bool(state.accepted)
 

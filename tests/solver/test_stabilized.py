@@ -10,7 +10,7 @@ import optax
 import pytest
 import scipy.integrate
 import sympy
-from conftest import network, network_loss
+from conftest import network, network_gradient, network_loss
 from jax.flatten_util import ravel_pytree
 from nodepy.runge_kutta_method import RKC1, RKC2
 from numpy.polynomial import Chebyshev, Legendre
@@ -233,7 +233,7 @@ def test_a_short_step_in_float32_keeps_its_digits(family, stages, request):
     def direction(dtype):
         cast = functools.partial(jax.tree.map, lambda x: jnp.asarray(np.asarray(x), dtype))
         theta, own = cast(params), cast(data)
-        step = one_step_of_tree(Stabilized(family, stages), lambda p: jax.grad(network_loss)(p, **own), theta, h)
+        step = one_step_of_tree(Stabilized(family, stages), lambda p: network_gradient(p, **own), theta, h)
         return np.asarray(ravel_pytree(step.direction)[0], np.float64)
 
     single = direction(np.float32)
@@ -278,7 +278,7 @@ def test_the_loss_is_traced_once_by_an_update_whatever_the_number_of_stages(fami
         return network_loss(params, x, y)
 
     tx = rk_optax.runge_kutta(loss_fn, 0.1, Stabilized(family, stages, max_stages=30))
-    jax.jit(tx.update).lower(jax.grad(network_loss)(params, **data), tx.init(params), params, **data)
+    jax.jit(tx.update).lower(network_gradient(params, **data), tx.init(params), params, **data)
     assert traces["loss"] == (2 if stages == "auto" else 1)  # the power method's loop and the stages' loop
 
 
@@ -302,7 +302,7 @@ def test_a_large_network_evaluates_each_stage_once(evaluations):
     params, data = network()
     loss = evaluations.of(network_loss)
     tx = rk_optax.runge_kutta(loss, 0.01, Stabilized("rkc2", 9))
-    _, state = jax.jit(tx.update)(jax.grad(network_loss)(params, **data), tx.init(params), params, **data)
+    _, state = jax.jit(tx.update)(network_gradient(params, **data), tx.init(params), params, **data)
     assert evaluations.number == 8
     assert int(state.cost.gradients) == 9
 

@@ -49,8 +49,9 @@ def test_agrees_with_a_plain_loop(task):
 
     tx = optax.sgd(0.1)
     state = tx.init(params)
+    gradient = jax.jit(jax.grad(loss))
     for batch in batch_indices(5, len(data.train.labels), 32, 0, 6):
-        grads = jax.grad(loss)(params, data.train.images[batch], data.train.labels[batch])
+        grads = gradient(params, data.train.images[batch], data.train.labels[batch])
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
     trainer = Trainer(task, make("sgd"), seeds=5, rates=0.1, chunk=3)
