@@ -32,7 +32,7 @@ def decay(w):
 
 def rows(values, n):
     """The saved trees as vectors."""
-    return np.stack([jax.flatten_util.ravel_pytree(jax.tree.map(lambda x, i=i: x[i], values))[0] for i in range(n)])
+    return np.concatenate([np.reshape(leaf, (n, -1)) for leaf in jax.tree.leaves(values)], axis=1)
 
 
 def exact(matrix, times):
