@@ -98,12 +98,13 @@ def pairwise_cover(factors):
 
 
 @pytest.mark.parametrize(
-    "solvers",
-    [pytest.param(KINDS, id="one of each kind"), pytest.param(list(TABLEAUS), id="all", marks=pytest.mark.slow)],
+    ("solvers", "stride"),
+    # Seven shares no factor with the numbers of values, so every seventh still meets each three values together.
+    [pytest.param(KINDS, 7, id="one of each kind"), pytest.param(list(TABLEAUS), 1, id="all", marks=pytest.mark.slow)],
 )
-def test_a_combination_is_refused_at_construction_if_and_only_if_the_table_says_so(solvers):
+def test_a_combination_is_refused_at_construction_if_and_only_if_the_table_says_so(solvers, stride):
     wrong = []
-    for combination in itertools.product(solvers, *FACTORS[1:]):
+    for combination in itertools.islice(itertools.product(solvers, *FACTORS[1:]), 0, None, stride):
         expected = reasons(combination)
         try:
             build(product_loss, combination, ["x"])
@@ -183,7 +184,6 @@ COVER = pairwise_cover((KINDS, *FACTORS[1:]))
 QUICK = [COVER[place] for place in cover(COVER)]
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_a_pairwise_cover_keeps_structure_and_dtypes():
     keep_structure_and_dtypes(COVER)

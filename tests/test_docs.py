@@ -196,7 +196,6 @@ def test_a_fork_rewrites_every_place_and_nothing_else():
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_the_figures_are_those_that_can_be_drawn_and_every_method_has_its_own_look(tmp_path):
     mpl.use("agg")
     figures = runpy.run_path(str(ROOT / "benchmarks" / "figures.py"))

@@ -26,7 +26,6 @@ def page():
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_each_extension_of_the_page_is_short(page):
     assert len(BLOCKS) >= 6
     assert max(len(block.splitlines()) for block in BLOCKS) <= 25

@@ -37,7 +37,6 @@ def hutchinson_scale(state_before, matrix, params, **settings):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_hutchinson_is_exact_on_a_diagonal_quadratic_whatever_the_signs(x64):
     state, params = None, jnp.array([1.0, -2.0, 0.3, 0.7])
     for _ in range(5):

@@ -117,7 +117,6 @@ def test_a_constant_slope_is_descended_at_h_over_one_minus_beta(x64):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_after_sees_params_and_the_keywords_of_update(x64):
     def update(updates, state, params, *, gain, **_):
         return jax.tree.map(lambda u, p: gain * u + p, updates, params), state

@@ -51,7 +51,6 @@ def test_energy_drifts_with_the_order_of_the_method(name, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_energy_changes_where_the_weights_move():
     energy = momentum(layer, controls(), features(), np.linspace(0, 2, 33)[:9], lambda end: jnp.sum(end**2)).energy

@@ -180,7 +180,6 @@ def test_the_order_is_kept_with_a_diagonal_that_is_not_the_hessian(solver, order
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_the_error_estimate_of_etdrk2_is_its_distance_from_etd1(x64):
     problem = VectorField(lambda w, stage: jax.grad(loss_fn)(w) + 0.8 * w, l2=0.8)
     w, h = jnp.asarray(THETA), 0.2

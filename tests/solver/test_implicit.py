@@ -132,7 +132,6 @@ def test_the_order_on_a_nonlinear_loss_is_the_declared_one(name, x64):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_three_coupled_stages_of_a_tableau_of_ones_own_have_order_5(x64):
     """Radau IIA(5): a real eigenvalue and a complex pair."""
     peer = loadRKM("RadauIIA3")

@@ -156,7 +156,6 @@ def test_a_very_long_step_is_gauss_newtons(h, x64):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_more_residuals_than_rows_allowed_are_solved_by_cg(x64):
     loss = LOSSES["least squares"]
     direct, state = effective_gradient(loss, 2.0, ResidualEuler(max_rows=4))  # of the four parameters
@@ -452,7 +451,6 @@ def test_a_bad_residual_is_refused_and_leaves_everything_as_it_was():
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_solver_is_vectorised_over_the_step_size(x64):
     loss = LOSSES["least squares"]
     for solver in (ResidualEuler(), RosenbrockEuler(**exact())):
@@ -511,7 +509,6 @@ def test_cg_under_a_preconditioner_works_on_the_symmetric_form(x64):
     np.testing.assert_allclose(found.x, expected, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_cg_of_nothing_is_nothing_and_of_nan_is_nan():
     def solve(b, product=lambda v: v):

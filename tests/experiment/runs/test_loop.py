@@ -64,7 +64,6 @@ def test_chunks_do_not_matter(task):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_grid_is_its_runs(task):
     grid = final_params(Trainer(task, make("heun"), seeds=(3, 4), rates=(0.1, 0.4), chunk=4), 4)
     for row, column, seed, rate in [(0, 1, 3, 0.4), (1, 0, 4, 0.1)]:
