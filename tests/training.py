@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import scipy.integrate
+from numpy.polynomial import Chebyshev, Legendre
 
 import rk_optax
 from rk_optax import Cost, DiagonalPreconditioner
@@ -172,6 +173,18 @@ def exact_ratio(loss, params, data=None, scale=None):
     p = 1.0 if scale is None else np.asarray(jax.flatten_util.ravel_pytree(scale)[0])
     field = p * gradient
     return np.linalg.norm(p * (hessian @ field)) / np.linalg.norm(field)
+
+
+def stability_polynomial(family, s, damping):
+    """R as a function of hλ, from NumPy's own Chebyshev and Legendre polynomials."""
+    basis = Chebyshev if family.startswith("rkc") else Legendre
+    p = basis.basis(s)
+    w0 = 1 + damping / s**2 if basis is Chebyshev else 1.0
+    first, second = p.deriv()(w0), p.deriv(2)(w0)
+    if family.endswith("1"):
+        return lambda x: p(w0 - x * p(w0) / first) / p(w0)
+    b = second / first**2
+    return lambda x: 1 - b * p(w0) + b * p(w0 - x * first / second)
 
 
 def types(tree):
