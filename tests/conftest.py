@@ -50,8 +50,13 @@ def pytest_collection_finish():
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """A file's tests share compiled programs, those of the runner whole runs: no worker does what another has done."""
+    """A file's tests share compiled programs, those of the runner whole runs: no worker does what another has done.
+
+    In the order of collection, which begins with the runner, the longest by far, and ends with the short doctests.
+    """
     from xdist.scheduler import LoadScopeScheduling
+
+    config.option.loadscopereorder = False
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid):

@@ -35,7 +35,7 @@ def load(path):
 
 
 def with_python(paths):
-    elsewhere = {"recipes", "physics"}  # test_recipes.py
+    elsewhere = {"recipes", "physics", "extend"}  # test_recipes.py, test_extend.py
     return [pytest.param(p, id=p.stem) for p in paths if p.stem not in elsewhere and blocks(p, "python")]
 
 

@@ -19,7 +19,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | 
 @pytest.fixture(scope="module")
 def page():
     """The names of the page, once all of its blocks and the assertions in them have run."""
-    names = {}
+    names = {"__name__": "__main__"}
     for block in BLOCKS:
         exec(compile(block, str(PAGE), "exec"), names)
     return names
