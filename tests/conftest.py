@@ -1,6 +1,7 @@
 """Shared set-up: eight CPU devices, float64 on request, and the losses that several test files use."""
 
 import os
+from importlib.metadata import version
 
 # Before JAX starts. The sharding tests need several devices. A test's program runs for less time than it takes to
 # compile, so XLA leaves out what makes programs fast; what XLA_FLAGS already says has the last word.
@@ -9,8 +10,11 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
-        "--xla_cpu_use_fusion_emitters=false",
         "--xla_cpu_parallel_codegen_split_count=1",
+        # XLA ends the process at a flag that it does not know, and newer ones do not know this one.
+        "--xla_cpu_use_fusion_emitters=false"
+        if version("jaxlib").startswith(("0.6.", "0.7.", "0.8.", "0.9.", "0.10."))
+        else "",
         os.environ.get("XLA_FLAGS", ""),
     ]
 )
@@ -78,7 +82,7 @@ def memory():
 class Memory:
     """Gives back what compiling took: the megabyte of the smallest program is free afterwards, but glibc keeps it."""
 
-    least = 1100
+    least = 900
     limit = least
 
     def bound(self):
