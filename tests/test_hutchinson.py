@@ -10,9 +10,6 @@ from training import Evaluations
 
 import rk_optax
 
-pytestmark = pytest.mark.latest
-
-
 CURVATURE = np.array([0.5, 2.0, -3.0, 0.0])
 
 

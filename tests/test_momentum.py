@@ -13,8 +13,6 @@ from training import assert_close, assert_same, descent_gradient, first_update, 
 import rk_optax
 from rk_optax import Reason, dal, sgd_g2
 
-pytestmark = pytest.mark.latest
-
 H = 0.3
 
 
