@@ -81,14 +81,13 @@ def magnitude(tree: PyTree) -> jax.Array:
     known = jnp.isfinite(largest) & (largest > 0)
     # Within the range whose inverse, and whose numbers' squares after the division, are far from the ends.
     most = jnp.finfo(largest.dtype).maxexp * 3 // 4
-    exponent = jnp.clip(jnp.frexp(jnp.where(known, largest, 1))[1], -most, most)
+    exponent = jnp.where(known, jnp.clip(jnp.frexp(jnp.where(known, largest, 1))[1], -most, most), 0)
     return jnp.where(largest == jnp.inf, 2.0**most, jnp.ldexp(jnp.ones_like(largest), exponent))
 
 
 def _largest(x: jax.Array) -> jax.Array:
-    """The largest |x|, first along the leading axis, which CPUs do ten times as fast as all at once."""
-    sizes = jnp.abs(x)
-    return jnp.max(jax.lax.optimization_barrier(jnp.max(sizes, axis=0)) if x.ndim > 1 else sizes)
+    """The largest |x|. Without the barrier XLA fuses the scalar that is made of it into the pass, ten times as slow."""
+    return jax.lax.optimization_barrier(jnp.max(jnp.abs(x)))
 
 
 def norm(tree: PyTree) -> jax.Array:

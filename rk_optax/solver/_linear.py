@@ -312,14 +312,14 @@ class RowSolution(NamedTuple):
 
 def solve_in_row_space(
     rows: Inexact[Array, "n p"],
-    scale: Float[Array, " p"],
+    scale: Float[Array, " p"] | None,
     h: Float[Array, ""],
     c: Float[Array, " n"],
     *,
     tolerance: float,
     max_iterations: int,
 ) -> RowSolution:
-    """Rᵀy for (I + hRQRᵀ) y = c, of R with N `rows`, diagonal Q ≥ 0 (`scale`) and h ≥ 0.
+    """Rᵀy for (I + hRQRᵀ) y = c, of R with N `rows`, diagonal Q ≥ 0 (`scale`; None: I), h ≥ 0.
 
     The rounding of K = RQRᵀ, of the size δ = ε·trace, swallows the identity where hδ > 1: in float32 a plain
     factorisation then fails, or its y lacks what makes large steps worth taking. So the factor is one of
@@ -329,10 +329,14 @@ def solve_in_row_space(
     but for complex rows.
     """
     # In units in which the largest number of R, of Q and of c is about 1; powers of two, so nothing is rounded.
-    of_rows, of_scale, of_c = (_tree.magnitude(x).astype(x.real.dtype) for x in (rows, scale, c))
-    scale, c = scale / of_scale, c / of_c
+    of_rows, of_scale, of_c = (_tree.magnitude(x).astype(c.dtype) for x in (rows, scale, c))
+    # Where no square of R leaves the range it stays as it is, which saves a copy.
+    plain = (of_rows > 2.0**-32) & (of_rows < 2.0**32)
+    of_rows = jnp.where(plain, 1, of_rows)
+    scale, c = None if scale is None else scale / of_scale, c / of_c
+    weights = 1 if scale is None else scale
     h = h * of_rows * of_scale * of_rows
-    gram = lower_gram(rows, scale, of_rows)
+    gram = jax.lax.cond(plain, lambda: lower_gram(rows, scale), lambda: lower_gram(rows / of_rows, scale))
     rounding = 0.5 * float(jnp.finfo(gram.dtype).eps)
     trace = jnp.maximum(jnp.trace(gram), jnp.finfo(gram.dtype).tiny)
     # With h = 0, or so small that hK is below rounding, y = c whatever h is.
@@ -342,11 +346,11 @@ def solve_in_row_space(
     precondition = solver_of_positive(gram + shift * jnp.eye(len(c), dtype=c.dtype))
 
     def size(pulled: jax.Array) -> jax.Array:  # squared, in the metric of Q
-        return jnp.sum(scale * jnp.real(pulled * jnp.conj(pulled)))
+        return jnp.sum(weights * jnp.real(pulled * jnp.conj(pulled)))
 
     def operate(p: Float[Array, " n"]) -> tuple[Float[Array, " n"], Float[Array, ""], Inexact[Array, " p"]]:
         pulled = jnp.matmul(p.astype(rows.dtype), rows, precision="highest") / of_rows
-        return a * p + real_matmul(rows, scale * pulled) / of_rows, a * jnp.sum(p * p) + size(pulled), pulled
+        return a * p + real_matmul(rows, weights * pulled) / of_rows, a * jnp.sum(p * p) + size(pulled), pulled
 
     def bounds(x: jax.Array, rz: jax.Array) -> tuple[jax.Array, jax.Array]:
         # ‖error of x‖² is at most that of y in the energy norm, r·A⁻¹r ≤ (shift/a) r·M⁻¹r: no pass over the rows.
@@ -418,19 +422,13 @@ def _inverse_of_triangular(factor: Float[Array, "n n"]) -> Float[Array, "n n"]:
     return inverse[0]
 
 
-def lower_gram(
-    rows: Inexact[Array, "n p"],
-    scale: Float[Array, " p"] | None = None,
-    size: Float[Array, ""] | None = None,
-    blocks: int = 3,
-) -> Float[Array, "n n"]:
-    """The lower triangle of Re(R Q Rᴴ)/size², block by block: two thirds of the products of the whole."""
-    scale = scale if size is None else (1 if scale is None else scale) / size
+def lower_gram(rows: Inexact[Array, "n p"], scale: Float[Array, " p"] | None = None) -> Float[Array, "n n"]:
+    """The lower triangle of Re(R Q Rᴴ), block by block: two thirds of the products of the whole."""
+    blocks = 3 if len(rows) >= 512 else 1  # to copy the parts of fewer rows takes longer than the products it saves
     cuts = [len(rows) * i // blocks for i in range(blocks + 1)]
     strips = []
     for start, end in itertools.pairwise(cuts):
         strip = real_matmul(rows[start:end], (rows[:end] if scale is None else scale[None] * rows[:end]).T)
-        strip = strip if size is None else strip / size
         strips.append(jnp.pad(strip, ((0, 0), (0, len(rows) - end))))
     return jnp.concatenate(strips)
 

@@ -209,6 +209,7 @@ class _System(NamedTuple):
     rows: jax.Array  # shape=(N, P): R
     scale: jax.Array  # shape=(P,): P
     l2: jax.Array | None  # λ
+    scaled: bool  # whether P is not I
 
     @classmethod
     def at(cls, field: VectorField, params: PyTree) -> _System:
@@ -223,7 +224,7 @@ class _System(NamedTuple):
         matrix = jax.lax.optimization_barrier(matrix)
         l2 = None if field.l2 is None else jnp.asarray(field.l2, real)
         scale = vectors.diagonal(field.scale)
-        return cls(vectors, vectors.flatten(params), residual.astype(real), matrix, scale, l2)
+        return cls(vectors, vectors.flatten(params), residual.astype(real), matrix, scale, l2, field.scale is not None)
 
     def gradient(self, residual: jax.Array, theta: jax.Array) -> jax.Array:
         """Rᵀr + λθ."""
@@ -266,12 +267,15 @@ class _Solved(NamedTuple):
 
 def _in_row_space(system: _System, h: Any, *, tolerance: float, max_iterations: int) -> _Solved:
     """By the N×N matrix, see `ResidualEuler`."""
-    _, theta, residual, matrix, scale, l2 = system
+    _, theta, residual, matrix, scale, l2, scaled = system
     h, pull, wanted = jnp.asarray(h, residual.dtype), jnp.zeros_like(theta), residual
+    of_rows = h
     if l2 is not None:
         scale, pull = scale / (1 + h * l2 * scale), l2 * theta
         wanted = residual - h * real_matmul(matrix, scale * pull)
-    solution = solve_in_row_space(matrix, scale, h, wanted, tolerance=tolerance, max_iterations=max_iterations)
+        of_rows = h if scaled else h / (1 + h * l2)
+    weights = scale if scaled else None
+    solution = solve_in_row_space(matrix, weights, of_rows, wanted, tolerance=tolerance, max_iterations=max_iterations)
     left = 0.5 * jnp.sum((residual - solution.left) * solution.left)
     return _Solved(scale * (solution.x + pull), left, _ROWS, solution.iterations, solution.error <= 1)
 
@@ -281,7 +285,7 @@ def _in_parameter_space(system: _System, h: Any, *, tolerance: float, max_iterat
 
     As in the other, the factor is one of (1/h + δ)I + A, with δ the rounding of A, and CG makes good for δ.
     """
-    _, theta, residual, matrix, scale, _ = system
+    _, theta, residual, matrix, scale, *_ = system
     h, root = jnp.asarray(h, residual.dtype), jnp.sqrt(scale)
     l2 = jnp.zeros([], residual.dtype) if system.l2 is None else system.l2
     wanted = root * system.gradient(residual, theta)
