@@ -91,7 +91,14 @@ def test_a_gradient_of_your_own_serves_beside_the_loss():
 def test_a_second_attempt_counts_no_gradient_where_the_first_had_none():
     tx = rk_optax.residual_euler(rk_optax.LeastSquares(lambda w: w - 1), 0.1, finite_derivatives=True)
     _, _, state = jax.jit(tx.value_and_update)(tx.init(jnp.ones(2)), jnp.ones(2))
-    assert int(state.cost.gradients) == 0
+    assert (int(state.cost.gradients), int(state.cost.rows)) == (0, 2)  # which are formed once
+
+
+def test_with_an_update_of_ones_own_there_is_that_alone():
+    tx = rk_optax.euler(lambda w: jnp.sum(w**2), 0.1)
+    other = tx._replace(update=lambda updates, state, params=None, **data: (updates, state))
+    with pytest.raises(ValueError, match="does not know of the init or update that _replace has put here"):
+        other.value_and_update(tx.init(jnp.ones(2)), jnp.ones(2))
 
 
 def test_without_a_loss_there_is_none_to_return():
