@@ -174,6 +174,18 @@ def test_the_residual_in_the_state_is_that_of_the_step_also_where_the_rows_depen
     assert 0.5 * wrong < float(state.solver.residual) < 2 * wrong + 1e-6
 
 
+@pytest.mark.parametrize("reached", [0.0, 1.0], ids=["no Jacobian", "orthogonal to its range"])
+@pytest.mark.parametrize("count", [3, 8], ids=["rows", "parameters"])
+def test_where_no_step_lowers_the_residuals_cg_leaves_at_once(count, reached):
+    rows = np.zeros((count, 5), np.float32)
+    rows[0] = reached * np.arange(1, 6)
+    values = np.eye(count, dtype=np.float32)[1]
+    loss = LeastSquares(lambda params: rows @ params["w"] + values)
+    found, state = effective_gradient(loss, 10.0, ResidualEuler(), {"w": np.zeros(5, np.float32)})
+    np.testing.assert_array_equal(found, 0)
+    assert int(state.solver.iterations) <= 1
+
+
 @pytest.mark.covering(most=1)
 @pytest.mark.parametrize("solver", [ResidualEuler(), RosenbrockEuler(**exact())], ids=["rows", "cg"])
 def test_complex_leaves_are_pairs_of_reals(solver, x64):
