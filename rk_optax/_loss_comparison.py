@@ -45,9 +45,11 @@ class Losses(NamedTuple):
         fall = (before - after).astype(dtype)  # ∞ − ∞ is no fall
         most = min(1000.0, max(8.0, 1e-3 / (2 * eps))) * rounding  # of a loss in half precision less: no rise is small
         hidden = attempt.usable & (fall <= 8 * rounding) & (-fall <= most)
-        nothing = jnp.zeros(2, dtype)
-        start, end = jax.lax.cond(hidden, lambda: _slopes(attempt, dtype), lambda: nothing)
-        by_slopes, tiny = 0.5 * (start + end), (foretold <= rounding) | _unmoved(attempt)
+        # A tie is hidden, so what it needs is asked for here alone.
+        nothing = jnp.zeros(2, dtype), jnp.zeros([], bool)
+        slopes, unmoved = jax.lax.cond(hidden, lambda: (_slopes(attempt, dtype), _unmoved(attempt)), lambda: nothing)
+        start, end = slopes
+        by_slopes, tiny = 0.5 * (start + end), (foretold <= rounding) | unmoved
         spent, hidden = hidden, hidden & ~(by_slopes - fall > most)
         rounding = jnp.where(hidden, eps * (jnp.abs(start) + jnp.abs(end)), rounding)
         fall = jnp.where(hidden, by_slopes, fall)

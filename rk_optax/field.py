@@ -140,6 +140,8 @@ class VectorField:
       known: what has been evaluated at the params of the update.
       plain: `evaluate` as it was before preconditioning, or None where there was none.
       fewer_points: see `on_fewer_points`; None where the loss does not know its points.
+      landing: `landing(change) -> params`, where an update of the params of stage 1 leads once it is rounded to the
+        caller's dtypes; None where nothing is rounded.
     """
 
     evaluate: Callable[[Tree, Any], Tree]
@@ -157,6 +159,7 @@ class VectorField:
     known: Known | None = None
     plain: Callable[[Tree, Any], Tree] | None = None
     fewer_points: Callable[[int], VectorField | None] | None = None
+    landing: Callable[[Tree], Tree] | None = None
 
     def __call__(self, params: Tree, stage: int | jax.Array = 0) -> Tree:
         """The gradient at `params`: what the flow follows downhill. `stage` may be traced. Costs one gradient."""
@@ -173,6 +176,10 @@ class VectorField:
         if self.objective is None:
             raise ValueError(f"This field has no loss: {_REMEDIES['loss']}.")
         return self.objective(params)
+
+    def landed(self, params: Tree, change: Tree) -> Tree:
+        """Where `change` leads from the `params` of stage 1, to the rounding of the caller's dtypes."""
+        return jax.tree.map(jnp.add, params, change) if self.landing is None else self.landing(change)
 
     def losses_at(self, params: Tree) -> int:
         """What `loss` costs at `params`: 0 where it is known, else 1."""

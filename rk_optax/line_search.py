@@ -38,7 +38,8 @@ class LineSearch(KeptStepSize):
     processor seconds, and the same directions under the trust ratio 2.4, 1.3 and 1e-2. On data that stay
     `rk_optax.path_control` ends lower.
 
-    The loss is that of the step's batch. Where no part lowers it, nothing moves and the next step is 16 times shorter;
+    The loss is that of the step's batch, at parameters rounded to their own dtypes. Where no part lowers it, nothing
+    moves and the next step is 16 times shorter;
     each step that is taken lengthens the next fourfold, up to `step_size`.
 
     >>> import jax, jax.numpy as jnp, rk_optax
@@ -102,7 +103,7 @@ class LineSearch(KeptStepSize):
         before = field.loss(params).astype(dtype)
 
         def trial(part: jax.Array) -> jax.Array:
-            loss = field.loss(_tree.add_scaled(params, -part, whole)).astype(dtype)
+            loss = field.loss(field.landed(params, _tree.scale(-part, whole))).astype(dtype)
             return jnp.where(jnp.isfinite(loss), loss, jnp.inf)
 
         if self.first:

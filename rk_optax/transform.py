@@ -25,7 +25,7 @@ from rk_optax.update import RungeKuttaState, Update
 class RungeKutta(optax.GradientTransformationExtraArgs):
     """The Optax transformation that every factory of the package makes, and one call for loss and update together."""
 
-    _whole: Update
+    _whole: Update | None = None  # not a field: `_replace` leaves it behind
 
     @classmethod
     def of(cls, whole: Update) -> RungeKutta:
@@ -58,9 +58,14 @@ class RungeKutta(optax.GradientTransformationExtraArgs):
           The loss at params, with the term of `l2`, evaluated in the stage dtype; the update; the new state.
 
         Raises:
-          ValueError: there is no `loss_fn`.
+          ValueError: there is no `loss_fn`, or `init` or `update` were replaced by others.
           TypeError, ValueError: as `update`.
         """
+        if self._whole is None:
+            raise ValueError(
+                "value_and_update does not know of the init or update that _replace has put here. Call update, or the "
+                "value_and_update of the optimizer as it was made."
+            )
         return self._whole.value_and_update(state, params, **data)
 
 

@@ -156,6 +156,7 @@ class Update:
         field = field.preconditioned(
             lambda gradient: self.preconditioner.apply(gradient, frozen), self.preconditioner.diagonal(frozen)
         )
+        field = dataclasses.replace(field, landing=lambda change: view.after(view.handed_out(change)))
         return _Prepared(view, field, self.preconditioner.apply(k1, frozen), loss, new, cost)
 
     def _attempt_again(
@@ -166,7 +167,10 @@ class Update:
         No derivative passes through the first, of which only a boolean is used. Its stages would have 0·NaN for theirs.
         """
         again = self._attempt(prepared, state, extra_args, finite=first.reason != Reason.NOT_FINITE)
-        return again._replace(cost=again.cost.plus(first.step.cost.beyond_k1()).plus(first.cost))
+        spent = first.step.cost.beyond_k1()
+        if prepared.field.knows_rows(prepared.view.theta):
+            spent = spent._replace(rows=0)  # formed once for both
+        return again._replace(cost=again.cost.plus(spent).plus(first.cost))
 
     def _attempt(
         self, prepared: _Prepared, state: RungeKuttaState, extra_args: Any, finite: jax.Array | None = None

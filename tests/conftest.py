@@ -1,6 +1,7 @@
 """Shared set-up: eight CPU devices, float64 on request, and the losses that several test files use."""
 
 import os
+from importlib.metadata import version
 
 # Before JAX starts. The sharding tests need several devices. A test's program runs for less time than it takes to
 # compile, so XLA leaves out what makes programs fast; what XLA_FLAGS already says has the last word.
@@ -9,7 +10,11 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
-        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
+        # XLA ends the process at a flag that it does not know, and newer ones do not know this one.
+        "--xla_cpu_use_fusion_emitters=false"
+        if version("jaxlib").startswith(("0.6.", "0.7.", "0.8.", "0.9.", "0.10."))
+        else "",
         os.environ.get("XLA_FLAGS", ""),
     ]
 )
@@ -38,6 +43,31 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "experiment" in item.path.parts:
             item.add_marker(pytest.mark.latest)
+
+
+def pytest_collection_finish():
+    """What is imported stays: the collector need not look at it again, and not as often as a small program asks for."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 50, 100)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests share compiled programs, those of the runner whole runs: no worker does what another has done.
+
+    In the order of collection, which begins with the runner, the longest by far, and ends with the short doctests.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    config.option.loadscopereorder = False
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path = nodeid.split("::")[0]
+            return "tests/experiment" if path.startswith("tests/experiment/") else path
+
+    return ByFile(config, log)
 
 
 def memory():
@@ -92,6 +122,14 @@ def network_loss(params, x, y):
     """A nonlinear least-squares loss: a small tanh network of two layers."""
     hidden = jnp.tanh(x @ params["w1"] + params["b1"])
     return jnp.mean((hidden @ params["w2"] - y) ** 2)
+
+
+network_gradient = jax.jit(jax.grad(network_loss))
+
+
+def poisoned_loss(params, x, y, poison=False):
+    """`network_loss`, or NaN on demand."""
+    return jnp.where(poison, jnp.nan, 1.0) * network_loss(params, x, y)
 
 
 def network(dtype=np.float32, seed=0):

@@ -43,7 +43,7 @@ def losses_of(net):
     return losses_fn
 
 
-PARAMS = Net(local=True).init(KEY, X, Y)["params"]
+PARAMS = jax.jit(Net(local=True).init)(KEY, X, Y)["params"]
 
 
 def estimates(field, params=PARAMS, count=20_000):
@@ -60,7 +60,7 @@ def gradient_of_outputs(net):
         losses, sown = net.apply(variables, X, Y, mutable=["local_losses"])
         return losses.sum() + sum(x.sum() for x in jax.tree.leaves(sown))
 
-    gradient = jax.grad(total)({f"{name}_output": jnp.zeros((3, 5)) for name in ("first", "second")})
+    gradient = jax.jit(jax.grad(total))({f"{name}_output": jnp.zeros((3, 5)) for name in ("first", "second")})
     return {name.removesuffix("_output"): leaf for name, leaf in gradient.items()}
 
 
@@ -69,7 +69,7 @@ def exact_gradient(net):
         losses, sown = net.apply({"params": params}, X, Y, mutable=["local_losses"])
         return losses.mean() + sum(x.mean() for x in jax.tree.leaves(sown))
 
-    return jax.grad(total)(PARAMS)
+    return jax.jit(jax.grad(total))(PARAMS)
 
 
 @pytest.mark.parametrize("local", [False, True], ids=["FG-A", "LG-FG-A"])

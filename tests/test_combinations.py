@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import network_loss
+from conftest import network_gradient, network_loss
 from covering import cover, some
 
 import rk_optax
@@ -98,12 +98,13 @@ def pairwise_cover(factors):
 
 
 @pytest.mark.parametrize(
-    "solvers",
-    [pytest.param(KINDS, id="one of each kind"), pytest.param(list(TABLEAUS), id="all", marks=pytest.mark.slow)],
+    ("solvers", "stride"),
+    # Seven shares no factor with the numbers of values, so every seventh still meets each three values together.
+    [pytest.param(KINDS, 7, id="one of each kind"), pytest.param(list(TABLEAUS), 1, id="all", marks=pytest.mark.slow)],
 )
-def test_a_combination_is_refused_at_construction_if_and_only_if_the_table_says_so(solvers):
+def test_a_combination_is_refused_at_construction_if_and_only_if_the_table_says_so(solvers, stride):
     wrong = []
-    for combination in itertools.product(solvers, *FACTORS[1:]):
+    for combination in itertools.islice(itertools.product(solvers, *FACTORS[1:]), 0, None, stride):
         expected = reasons(combination)
         try:
             build(product_loss, combination, ["x"])
@@ -184,7 +185,6 @@ QUICK = [COVER[place] for place in cover(COVER)]
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_pairwise_cover_keeps_structure_and_dtypes():
     keep_structure_and_dtypes(COVER)
 
@@ -224,7 +224,7 @@ def test_a_pairwise_cover_trains_and_traces_the_loss_in_the_first_step_only(comb
     @jax.jit
     def step(params, state, data):
         first = data if policy == "same" else first_stage_batch(data, stages, policy, ["x", "y"])
-        updates, state = tx.update(jax.grad(network_loss)(params, **first), state, params, **data)
+        updates, state = tx.update(network_gradient(params, **first), state, params, **data)
         return optax.apply_updates(params, updates), state
 
     lead = (stages, 4) if policy == "fresh" else (12,)

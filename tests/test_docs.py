@@ -35,7 +35,7 @@ def load(path):
 
 
 def with_python(paths):
-    elsewhere = {"recipes", "physics"}  # test_recipes.py
+    elsewhere = {"recipes", "physics", "extend"}  # test_recipes.py, test_extend.py
     return [pytest.param(p, id=p.stem) for p in paths if p.stem not in elsewhere and blocks(p, "python")]
 
 
@@ -195,7 +195,6 @@ def test_a_fork_rewrites_every_place_and_nothing_else():
     assert "google/flax" in expected
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_the_figures_are_those_that_can_be_drawn_and_every_method_has_its_own_look(tmp_path):
     mpl.use("agg")

@@ -147,7 +147,7 @@ def test_the_way_it_says_integrates_the_flow_with_those_rates(x64):
 
     tx = rk_optax.rk4(loss, 0.5, preconditioner=rk_optax.precondition_by(scale))
     params = {name: jnp.array(1.0) for name in rates}
-    updates, _ = tx.update(jax.grad(loss)(params), tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(jax.jit(jax.grad(loss))(params), tx.init(params), params)
     for name, rate in rates.items():
         np.testing.assert_allclose(1 + updates[name], stability_of_rk4(-0.5 * rate), rtol=1e-12)
 
@@ -331,7 +331,7 @@ def rotation(z, strength=1.0):
 def test_a_smooth_field_that_is_no_gradient_has_products_and_rk4_turns_it_as_it_should(x64):
     z = {"x": jnp.array(1.0), "y": jnp.array(0.0)}
     tx = rk_optax.rk4(None, rk_optax.dal(2.0), grad_fn=rk_optax.SmoothField(rotation))
-    updates, state = tx.update(rotation(z), tx.init(z), z)
+    updates, state = jax.jit(tx.update)(rotation(z), tx.init(z), z)
     np.testing.assert_allclose(state.rule.ratio, 1.0)
     h = float(state.step_size)
     np.testing.assert_allclose(1 + updates["x"], 1 - h**2 / 2 + h**4 / 24, rtol=1e-12)
@@ -352,7 +352,7 @@ def test_a_smooth_field_is_read_for_its_data_and_its_jacobian_is_taken_at_its_da
     tx = rk_optax.rk4(None, rk_optax.dal(2.0), grad_fn=field)
     z = {"x": jnp.array(1.0), "y": jnp.array(0.0)}
     for strength in (1.0, 3.0):
-        _, state = tx.update(rotation(z, strength), tx.init(z), z, strength=strength)
+        _, state = jax.jit(tx.update)(rotation(z, strength), tx.init(z), z, strength=strength)
         np.testing.assert_allclose(state.rule.ratio, strength, rtol=1e-6)
     with pytest.raises(TypeError, match="grad_fn must be callable, got int"):
         rk_optax.SmoothField(3)

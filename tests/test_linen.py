@@ -236,7 +236,6 @@ def test_training_lowers_the_loss():
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_the_state_can_be_donated():
     data = make_data()
     tx = make_rk4(momentum=0.9)

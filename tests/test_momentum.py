@@ -7,13 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import network, network_loss
+from conftest import network, network_gradient, network_loss, poisoned_loss
 from training import assert_close, assert_same, descent_gradient, first_update, trajectory, types
 
 import rk_optax
 from rk_optax import Reason, dal, sgd_g2
-
-pytestmark = pytest.mark.latest
 
 H = 0.3
 
@@ -117,7 +115,6 @@ def test_a_constant_slope_is_descended_at_h_over_one_minus_beta(x64):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_after_sees_params_and_the_keywords_of_update(x64):
     def update(updates, state, params, *, gain, **_):
         return jax.tree.map(lambda u, p: gain * u + p, updates, params), state
@@ -125,14 +122,10 @@ def test_after_sees_params_and_the_keywords_of_update(x64):
     after = optax.GradientTransformationExtraArgs(lambda params: (), update)
     params, data = network64()
     tx = rk_optax.rk4(network_loss, H, after=after)
-    gradient = jax.grad(network_loss)(params, **data)
+    gradient = network_gradient(params, **data)
     updates, _ = tx.update(gradient, tx.init(params), params, gain=3.0, **data)
     plain, _ = first_update(rk_optax.scale_by_rk(network_loss, H), network_loss, params, **data)
     assert_close(updates, jax.tree.map(lambda d, p: -H * (3 * d + p), plain, params))
-
-
-def poisoned_loss(params, x, y, poison=False):
-    return jnp.where(poison, jnp.nan, 1.0) * network_loss(params, x, y)
 
 
 @pytest.mark.covering(most=1)
@@ -140,13 +133,15 @@ def poisoned_loss(params, x, y, poison=False):
 def test_a_refused_step_does_not_coast_and_restores_the_momentum(keywords):
     params, data = network()
     tx = rk_optax.rk4(poisoned_loss, H, weight_decay=0.1, **keywords)
-    gradient = jax.grad(network_loss)(params, **data)
-    _, state = tx.update(gradient, tx.init(params), params, **data)
-    updates, refused = tx.update(gradient, state, params, **data, poison=True)
+    gradient = network_gradient(params, **data)
+    _, state = jax.jit(tx.update)(gradient, tx.init(params), params, **data)
+    updates, refused = jax.jit(tx.update)(gradient, state, params, **data, poison=True)
     assert int(refused.reason) == Reason.NOT_FINITE
     assert_same(updates, jax.tree.map(jnp.zeros_like, params))
     assert_same(refused.after, state.after)
-    assert_same(tx.update(gradient, refused, params, **data)[0], tx.update(gradient, state, params, **data)[0])
+    assert_same(
+        jax.jit(tx.update)(gradient, refused, params, **data)[0], jax.jit(tx.update)(gradient, state, params, **data)[0]
+    )
 
 
 # --- Decoupled weight decay ------------------------------------------------------------------------------------------
@@ -280,8 +275,10 @@ def test_l2_under_a_stage_batch_policy_is_in_every_stage_whole(x64):
     first = rk_optax.first_stage_batch(data, 4, "split", ["x", "y"])
     inside = rk_optax.rk4(network_loss, H, l2=0.4, **options)
     added = rk_optax.rk4(penalised, H, **options)
-    mine, _ = inside.update(jax.grad(network_loss)(params, **first), inside.init(params), params, **data)
-    expected, _ = added.update(jax.grad(penalised)(params, **first), added.init(params), params, **data)
+    mine, _ = jax.jit(inside.update)(network_gradient(params, **first), inside.init(params), params, **data)
+    expected, _ = jax.jit(added.update)(
+        jax.jit(jax.grad(penalised))(params, **first), added.init(params), params, **data
+    )
     assert_close(mine, expected)
 
 
@@ -321,21 +318,22 @@ def test_updates_and_states_keep_the_dtypes_of_params(dtype, kind, x64):
 @pytest.mark.parametrize("name", ["momentum", "weight_decay", "l2"])
 def test_values_may_be_traced_and_injected_and_changed_in_state(name, x64):
     params, data = network64()
-    gradient = jax.grad(network_loss)(params, **data)
+    gradient = network_gradient(params, **data)
 
-    def expected(value):
+    def of(value):
         tx = rk_optax.rk4(network_loss, H, **{name: value})
         state = tx.update(gradient, tx.init(params), params, **data)[1]
         return tx.update(gradient, state, params, **data)[0]
 
-    assert_close(jax.jit(expected)(0.3), expected(0.3))
+    expected = jax.jit(lambda: of(0.3))()
+    assert_close(jax.jit(of)(0.3), expected)
     tx = rk_optax.inject_hyperparams(rk_optax.rk4)(network_loss, learning_rate=H, **{name: 0.9})
     state = tx.init(params)
     update = jax.jit(tx.update)
     for _ in range(2):
         state.hyperparams[name] = jnp.asarray(0.3)
         updates, state = update(gradient, state, params, **data)
-    assert_close(updates, expected(0.3))
+    assert_close(updates, expected)
 
 
 def test_injection_may_leave_them_all_at_their_defaults(x64):

@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from training import exact_flow
+from training import assert_close, assert_same, exact_flow
 
 import rk_optax
 import rk_optax.nnx
@@ -71,14 +71,6 @@ def numbers(node):
 
 def mask_count(model):
     return int(model.dropout.rngs.count[...])
-
-
-def assert_same(actual, expected):
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
-
-
-def assert_close(actual, expected, rtol=1e-5, atol=1e-7):
-    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol, atol), actual, expected)
 
 
 # --- One step, one field ---------------------------------------------------------------------------------------------
@@ -168,7 +160,6 @@ def test_stages_on_the_live_model_are_no_method_of_order_four(x64):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_snapshot_taken_after_the_gradient_is_no_method_of_order_four(x64):
     """The second silent mistake: stages 2 to 4 share a mask, but it is not the one of stage 1."""
     data, model = make_data(np.float64), Net(dtype=jnp.float64)
@@ -198,7 +189,6 @@ def test_statistics_and_random_counts_move_once_per_step_as_in_one_plain_forward
         assert mask_count(model) == i + 1
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_stages_on_the_live_model_move_statistics_and_random_counts_once_per_stage():
     """What take_step is for: the same step by hand moves them four times."""
@@ -427,7 +417,6 @@ def test_fields_and_state_are_the_stock_ones():
         ours.update(model)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_a_restored_state_continues_the_training():
     data = make_data()

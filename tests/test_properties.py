@@ -135,7 +135,6 @@ def traced_update(method, theta, rates, h):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @properties()
 @hypothesis.given(tableaus(), st.lists(fractions(2), min_size=3, max_size=3), RATES, STEPS)
 def test_a_step_with_coefficients_that_are_inputs_is_that_of_the_textbook(x64, tableau, start, rates, h):
@@ -292,7 +291,6 @@ DATA = ("x", "labels", "rng")
 OTHERS = ("value", "grad", "value_fn", "step", "loss", "lables", "X", "rgn", "epoch", "teacher")
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 @properties()
 @hypothesis.given(st.sets(st.sampled_from(DATA)), st.sets(st.sampled_from(OTHERS)), st.sets(st.sampled_from(DATA)))

@@ -115,7 +115,6 @@ def test_the_statistics_of_an_equinox_module_move_once_per_step(x64):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_step_of_an_equinox_module_traces_the_loss_twice_and_never_again():
     traces = []
 

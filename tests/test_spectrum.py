@@ -113,7 +113,9 @@ def test_the_power_method_follows_the_largest_eigenvalue():
     want = np.abs(np.linalg.eigvalsh(dense(network_loss, params, **data))).max()
     product = spectrum.matrix_product(network_loss, params, data=data)
     vector = jax.tree.map(jnp.ones_like, params)
-    _, vector = jax.lax.scan(lambda v, _: spectrum.power_step(product, v)[::-1], vector, length=60)
+    _, vector = jax.jit(lambda v: jax.lax.scan(lambda v, _: spectrum.power_step(product, v)[::-1], v, length=60))(
+        vector
+    )
     assert vector[-1] == pytest.approx(want, rel=1e-4)
     zero, same = spectrum.power_step(lambda v: 0 * v, jnp.ones(3))
     assert zero == 0

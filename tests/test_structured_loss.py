@@ -66,8 +66,8 @@ def least_squares(mean=False, weights=WEIGHTS):
 @pytest.mark.parametrize("mean", [False, True])
 def test_value_and_gradient_are_those_of_the_loss_written_out(mean):
     loss = least_squares(mean)
-    value, gradient = jax.value_and_grad(loss)(PARAMS, **DATA)
-    expected, expected_gradient = jax.value_and_grad(by_hand)(PARAMS, mean)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(PARAMS, **DATA)
+    expected, expected_gradient = jax.jit(jax.value_and_grad(lambda params: by_hand(params, mean)))(PARAMS)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-6), gradient, expected_gradient)
 
@@ -85,29 +85,30 @@ def test_rows_are_the_jacobian_of_the_weighted_residuals(mean, pointwise, x64):
     loss = (
         least_squares(mean) if pointwise else LeastSquares(whole, weights=WEIGHTS, reduction="mean" if mean else "sum")
     )
-    rows = loss.rows(params, DATA)
+    rows = jax.jit(loss.rows)(params, DATA)
     flat = np.concatenate([np.reshape(leaf, (22, -1)) for leaf in jax.tree.leaves(rows.jacobian)], axis=1)
     # Rows come in an order of their own, the same for residuals and Jacobian: compare what does not depend on it.
     theta, unravel = ravel_pytree(params)
     outputs = lambda t: ravel_pytree(loss.outputs(unravel(t), DATA))[0]  # noqa: E731
-    reference, jacobian = np.asarray(outputs(theta)), np.asarray(jax.jit(jax.jacrev(outputs))(theta))
+    reference, jacobian = map(np.asarray, jax.jit(lambda t: (outputs(t), jax.jacrev(outputs)(t)))(theta))
     assert loss.count_rows(params, DATA) == 22 == rows.residual.size
     ours, theirs = np.argsort(rows.residual), np.argsort(reference)
     np.testing.assert_allclose(np.asarray(rows.residual)[ours], reference[theirs], rtol=1e-10)
     np.testing.assert_allclose(flat[ours], jacobian[theirs], rtol=1e-8, atol=1e-12)
-    gradient = jax.grad(by_hand)(params, mean)
+    value, gradient = jax.jit(jax.value_and_grad(lambda params: by_hand(params, mean)))(params)
     np.testing.assert_allclose(np.asarray(rows.residual) @ flat, ravel_pytree(gradient)[0], rtol=1e-6, atol=1e-7)
-    assert 0.5 * rows.residual @ rows.residual == pytest.approx(float(by_hand(params, mean)), rel=1e-6)
+    assert 0.5 * rows.residual @ rows.residual == pytest.approx(float(value), rel=1e-6)
 
 
 def test_rows_of_complex_parameters_are_conjugated_gradients(x64):
     loss = LeastSquares(lambda z: jnp.stack([jnp.real(z[0] * z[1]), jnp.imag(z[0]), jnp.abs(z[1]) ** 2]))
     z = jnp.array([1.0 + 2.0j, -0.5 + 0.3j])
-    rows = loss.rows(z, {})
-    gradient = jnp.conj(jax.grad(loss)(z))
+    rows = jax.jit(loss.rows)(z, {})
+    gradient = jnp.conj(jax.jit(jax.grad(loss))(z))
     np.testing.assert_allclose(rows.residual @ rows.jacobian, gradient, rtol=1e-12)
     direction, small = np.array([0.3 - 1.0j, 2.0 + 0.7j]), 1e-6
-    difference = (loss.outputs(z + small * direction, {}) - loss.outputs(z - small * direction, {})) / (2 * small)
+    outputs = jax.jit(lambda z: loss.outputs(z, {}))
+    difference = (outputs(z + small * direction) - outputs(z - small * direction)) / (2 * small)
     np.testing.assert_allclose(np.real(np.conj(rows.jacobian) @ direction), difference, rtol=1e-7)
 
 
@@ -121,8 +122,8 @@ def test_weights_are_a_number_or_a_prefix_of_one_functions_residuals(weights, ex
 
 
 def test_a_number_weighs_all_functions():
-    heavy = LeastSquares(TERMS, weights=2.0, pointwise=["x", "edge"])(PARAMS, **DATA)
-    light = LeastSquares(TERMS, pointwise=["x", "edge"])(PARAMS, **DATA)
+    heavy = jax.jit(LeastSquares(TERMS, weights=2.0, pointwise=["x", "edge"]))(PARAMS, **DATA)
+    light = jax.jit(LeastSquares(TERMS, pointwise=["x", "edge"]))(PARAMS, **DATA)
     assert float(heavy) == pytest.approx(2 * float(light), rel=1e-6)
 
 
@@ -158,9 +159,10 @@ def test_a_models_loss_is_the_loss_of_its_outputs():
 
     loss, labels = ModelLoss(model, cross_entropy), jnp.array([0, 1, 2, 1, 0])
     plain = lambda params: cross_entropy(model(params, POINTS), labels)  # noqa: E731
-    value, gradient = jax.value_and_grad(loss)(PARAMS, x=POINTS, labels=labels)
-    assert float(value) == pytest.approx(float(plain(PARAMS)))
-    jax.tree.map(np.testing.assert_array_equal, gradient, jax.grad(plain)(PARAMS))
+    value, gradient = jax.jit(jax.value_and_grad(loss))(PARAMS, x=POINTS, labels=labels)
+    expected, expected_gradient = jax.jit(jax.value_and_grad(plain))(PARAMS)
+    assert float(value) == pytest.approx(float(expected))
+    jax.tree.map(np.testing.assert_array_equal, gradient, expected_gradient)
     with pytest.raises(TypeError, match="positional"):
         loss(PARAMS, POINTS, labels)
 
@@ -175,11 +177,12 @@ def test_both_functions_may_take_the_same_data():
 
 def test_data_reach_it_by_name_and_a_misspelt_name_is_told():
     tx = rk_optax.residual_euler(least_squares(), 0.1)
-    grads = jax.grad(least_squares())(PARAMS, **DATA)
+    value_and_gradient = jax.jit(jax.value_and_grad(least_squares()))
+    before, grads = value_and_gradient(PARAMS, **DATA)
     update, state = jax.jit(tx.update)(grads, tx.init(PARAMS), PARAMS, **DATA, value=1.0)
     assert int(state.cost.rows) == 22
-    after = least_squares()(optax.apply_updates(PARAMS, update), **DATA)
-    assert float(after) < float(least_squares()(PARAMS, **DATA))
+    after, _ = value_and_gradient(optax.apply_updates(PARAMS, update), **DATA)
+    assert float(after) < float(before)
     with pytest.raises(TypeError, match="did you mean 'edge'"):
         tx.update(grads, state, PARAMS, x=POINTS, shift=SHIFT, edges=EDGE)
     with pytest.raises(TypeError, match="missing 'shift'"):

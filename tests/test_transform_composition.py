@@ -144,7 +144,6 @@ def test_state_holds_no_name_that_inject_hyperparams_or_a_line_search_owns():
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_an_after_with_a_random_key_in_its_state_is_selected_like_any_other():
     tx = rk_optax.rk4(loss_fn, H, after=optax.add_noise(0.1, 0.5, key=jax.random.key(0)))
     updates, state = jax.jit(tx.update)(PARAMS, tx.init(PARAMS), PARAMS, x=X)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import network, network_loss
+from conftest import network, network_gradient, network_loss
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from training import (
     assert_close,
@@ -96,7 +96,7 @@ def test_under_shard_map_a_reduced_gradient_is_the_gradient_of_the_whole_batch(r
         return jax.lax.pmean(network_loss(params, x, y), "batch")
 
     def mean_gradient(params, x, y):
-        return jax.lax.pmean(jax.grad(network_loss)(params, x, y), "batch")
+        return jax.lax.pmean(network_gradient(params, x, y), "batch")
 
     if reduces == "loss":
         tx, gradient = rk_optax.rk4(mean_loss, 0.5, momentum=0.9), jax.grad(mean_loss)
@@ -151,7 +151,7 @@ def test_no_buffer_is_shared_by_state_params_updates_and_rate(name):
     rate = jnp.float32(0.1)
     params, data = network()
     tx = rk_optax.runge_kutta(network_loss, rate, name, momentum=0.0)
-    grads = jax.grad(network_loss)(params, **data)
+    grads = network_gradient(params, **data)
     state = tx.init(params)
     updates, new_state = tx.update(grads, state, params, **data)
     for held in (state, new_state):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import network, network_loss
+from conftest import network, network_gradient, network_loss
 from training import (
     PARAMS,
     H,
@@ -175,7 +175,7 @@ def test_a_micro_batched_grad_fn_is_the_full_batch(x64, per_update):
 
     def micro_batched(params, x, y):
         parts = jax.tree.map(lambda a: a.reshape(4, 2, *a.shape[1:]), (x, y))
-        gradients = jax.lax.map(lambda part: jax.grad(network_loss)(params, *part), parts)
+        gradients = jax.lax.map(lambda part: network_gradient(params, *part), parts)
         return jax.tree.map(lambda g: jnp.mean(g, axis=0), gradients)
 
     grads = micro_batched(params, **data)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import network, network_loss
+from conftest import network, network_gradient, network_loss
 from training import (
     PARAMS,
     H,
@@ -117,7 +117,7 @@ def test_after_runs_between_the_solver_and_the_step_size(options, after):
 
     @jax.jit
     def step(params, states):
-        direction, solver_state = solver.update(jax.grad(network_loss)(params, **data), states[0], params, **data)
+        direction, solver_state = solver.update(network_gradient(params, **data), states[0], params, **data)
         direction, after_state = after.update(direction, states[1], params)
         return jax.tree.map(lambda p, d: p - H * d, params, direction), (solver_state, after_state)
 

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import network, network_loss
+from conftest import network, network_gradient, network_loss
+from covering import some
 
 import rk_optax
 
@@ -36,18 +37,21 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# Each of the others has a relative among these.
+QUICK = ("rk4", "dal", "rkc", "rosenbrock_euler", "etdrk2", "rows", "rows, path")
+
+
+@pytest.mark.parametrize("name", some(dict(zip(CASES, CASES, strict=True)), *QUICK))
 def test_it_is_the_update_with_the_gradient_of_the_loss(name, x64):
     kind, solver, rule = CASES[name]
     params, data = network(np.float64)
     loss = LOSSES[kind]
     tx = rk_optax.runge_kutta(loss, rule, solver, l2=L2, preconditioner=rk_optax.precondition_by_adagrad())
     together, apart = jax.jit(tx.value_and_update), jax.jit(lambda g, s, p: tx.update(g, s, p, **data))
-    gradient, other = jax.jit(jax.grad(network_loss)), tx.init(params)
-    state = tx.init(params)
+    state = other = tx.init(params)
     for _ in range(2):
         value, updates, state = together(state, params, **data)
-        expected, other = apart(gradient(params, **data), other, params)
+        expected, other = apart(network_gradient(params, **data), other, params)
         jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-7, atol=1e-12), updates, expected)
         squares = sum(np.sum(np.asarray(leaf) ** 2) for leaf in jax.tree.leaves(params))
         hidden = np.tanh(np.asarray(data["x"]) @ np.asarray(params["w1"]) + np.asarray(params["b1"]))
@@ -87,7 +91,14 @@ def test_a_gradient_of_your_own_serves_beside_the_loss():
 def test_a_second_attempt_counts_no_gradient_where_the_first_had_none():
     tx = rk_optax.residual_euler(rk_optax.LeastSquares(lambda w: w - 1), 0.1, finite_derivatives=True)
     _, _, state = jax.jit(tx.value_and_update)(tx.init(jnp.ones(2)), jnp.ones(2))
-    assert int(state.cost.gradients) == 0
+    assert (int(state.cost.gradients), int(state.cost.rows)) == (0, 2)  # which are formed once
+
+
+def test_with_an_update_of_ones_own_there_is_that_alone():
+    tx = rk_optax.euler(lambda w: jnp.sum(w**2), 0.1)
+    other = tx._replace(update=lambda updates, state, params=None, **data: (updates, state))
+    with pytest.raises(ValueError, match="does not know of the init or update that _replace has put here"):
+        other.value_and_update(tx.init(jnp.ones(2)), jnp.ones(2))
 
 
 def test_without_a_loss_there_is_none_to_return():

@@ -1,4 +1,4 @@
-"""What test files share: a loss and its RK4 step by hand, training loops, exact flows, counts of evaluations."""
+"""What test files share: a loss and its RK4 step by hand, training loops, exact flows, curvatures, scales, counts."""
 
 import dataclasses
 import functools
@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import scipy.integrate
+from numpy.polynomial import Chebyshev, Legendre
 
+import rk_optax
 from rk_optax import Cost, DiagonalPreconditioner
 
 H = 0.3
@@ -23,7 +25,7 @@ def loss_fn(params, x):
     return jnp.sum((params["w"] - x) ** 4) / 4 + jnp.sum((params["b"] * jnp.sum(params["w"])) ** 2) / 2
 
 
-def loss_gradient(params, x):
+def loss_gradient(params, x=X):
     """The gradient of `loss_fn`, by hand and in NumPy."""
     total = np.sum(params["w"])
     return {"w": (params["w"] - x) ** 3 + total * np.sum(params["b"] ** 2), "b": params["b"] * total**2}
@@ -52,10 +54,13 @@ def descent_gradient(loss, params, **data):
     return jax.tree.map(jnp.conj, jax.grad(loss)(params, **data))
 
 
-def first_update(tx, loss, params, **data):
-    """The first update of `tx` and the state after it."""
-    params = jax.tree.map(jnp.asarray, params)
-    return tx.update(descent_gradient(loss, params, **data), tx.init(params), params, **data)
+def first_update(tx, loss, params, jit=True, **data):
+    """The first update of `tx` and the state after it, as one program: operations compiled one by one take longer."""
+
+    def update(params, data):
+        return tx.update(descent_gradient(loss, params, **data), tx.init(params), params, **data)
+
+    return (jax.jit(update) if jit else update)(jax.tree.map(jnp.asarray, params), data)
 
 
 def trajectory(tx, loss, params, data, steps, jit=True):
@@ -93,6 +98,17 @@ def train(tx, loss, params, data, steps, jit=True):
     return params, state
 
 
+def steps(tx, loss, w, count=3):
+    """Parameters and state after some updates, in a program that can be compiled, mapped and differentiated."""
+
+    def step(carry, _):
+        w, state = carry
+        updates, state = tx.update(jax.grad(loss)(w), state, w)
+        return (optax.apply_updates(w, updates), state), None
+
+    return jax.lax.scan(step, (w, tx.init(w)), length=count)[0]
+
+
 def assert_close(actual, expected, rtol=1e-12, atol=1e-14):
     """Same structure, nearly the same numbers."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
@@ -105,6 +121,22 @@ def assert_same(actual, expected):
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
+# Each scale from its equation: the running sum or mean after step t (from 1), and P from it.
+SCALE_EQUATIONS = {
+    "adagrad": (lambda v, g, t: v + g**2, lambda v, t: (1 + v) ** -0.5),
+    "rms": (lambda v, g, t: 0.9 * v + 0.1 * g**2, lambda v, t: 1 / (np.sqrt(v) + 0.1)),
+    "adam": (lambda v, g, t: 0.99 * v + 0.01 * g**2, lambda v, t: 1 / (np.sqrt(v / (1 - 0.99**t)) + 0.1)),
+}
+PRECONDITIONERS = {
+    "adagrad": rk_optax.precondition_by_adagrad(),
+    "rms": rk_optax.precondition_by_rms(0.9, 0.1),
+    "adam": rk_optax.precondition_by_adam(0.99, 0.1),
+    "hutchinson": rk_optax.precondition_by_hutchinson(0.9, 0.1, every=2),
+    "clip": rk_optax.precondition_by(optax.clip_by_global_norm(0.5)),
+    "rss": rk_optax.precondition_by(optax.scale_by_rss(1.0, eps=0.0)),
+}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class FixedScale(DiagonalPreconditioner):
     """P = `scale`, a tree like params, whatever the gradient is."""
@@ -113,6 +145,46 @@ class FixedScale(DiagonalPreconditioner):
 
     def update(self, gradient, state, params, field):
         return self.scale, state, Cost()
+
+
+def numpy_dal(c, r, p, form):
+    """The rate of DAL from the curvature r, as the two papers print it."""
+    return min(2 / r**p, c) if form == "clipped" else c / (1 + c / 2 * r**p)
+
+
+@functools.lru_cache
+def dense(loss):
+    """The gradient and the whole Hessian over flattened parameters, of `(params, data)`."""
+
+    def both(params, data):
+        flat, unravel = jax.flatten_util.ravel_pytree(params)
+
+        def flat_loss(theta):
+            return loss(unravel(theta), **data)
+
+        return jax.grad(flat_loss)(flat), jax.hessian(flat_loss)(flat)
+
+    return jax.jit(both)
+
+
+def exact_ratio(loss, params, data=None, scale=None):
+    """‖PHPg‖/‖Pg‖ by a dense Hessian."""
+    gradient, hessian = (np.asarray(a) for a in dense(loss)(params, data or {}))
+    p = 1.0 if scale is None else np.asarray(jax.flatten_util.ravel_pytree(scale)[0])
+    field = p * gradient
+    return np.linalg.norm(p * (hessian @ field)) / np.linalg.norm(field)
+
+
+def stability_polynomial(family, s, damping):
+    """R as a function of hλ, from NumPy's own Chebyshev and Legendre polynomials."""
+    basis = Chebyshev if family.startswith("rkc") else Legendre
+    p = basis.basis(s)
+    w0 = 1 + damping / s**2 if basis is Chebyshev else 1.0
+    first, second = p.deriv()(w0), p.deriv(2)(w0)
+    if family.endswith("1"):
+        return lambda x: p(w0 - x * p(w0) / first) / p(w0)
+    b = second / first**2
+    return lambda x: 1 - b * p(w0) + b * p(w0 - x * first / second)
 
 
 def types(tree):

@@ -44,23 +44,29 @@ class SecantState(NamedTuple):
         a direction uphill shows, H begins again.
         """
         s, y = params - self.params, gradient - self.gradient
-        pushed = real_matmul(self.inverse, y)
+        # In units in which s, y and the gradient are about 1: products of what has the units of the loss overflow.
+        of_s, of_y, of_gradient = (_tree.magnitude(x).astype(s.dtype) for x in (s, y, self.gradient))
+        s, y, unit = s / of_s, y / of_y, of_s / of_y
+        inverse = self.inverse / unit
+        pushed = real_matmul(inverse, y)
         # H⁻¹s for the step s = −αH∇L, exact where nothing stands between the direction and the step.
-        direction = real_matmul(self.inverse, self.gradient)
-        length = -_tree.ratio(_tree.norm(s), _tree.norm(direction)) * real_matmul(s, self.gradient)
+        slope = self.gradient / of_gradient
+        direction = real_matmul(inverse, slope)
+        length = -_tree.ratio(_tree.norm(s), _tree.norm(direction)) * real_matmul(s, slope)
         sy, square = real_matmul(s, y), real_matmul(y, pushed)
         moved = self.seen & (length > 0) & jnp.isfinite(sy + square + length)
         curved = moved & (sy > 0) & (square > 0)
         # Where it is not usable the numbers may be anything, but no 0/0.
         hy, step, change, size = (jnp.where(curved, x, 1) for x in (pushed, s, y, length))
-        new = broyden_inverse(self.inverse, hy, step, change, size, self.fresh)
-        grown = self.inverse + jnp.outer(s, _tree.ratio(3 * s, length))
+        new = unit * broyden_inverse(inverse, hy, step, change, size, self.fresh)
+        grown = self.inverse + jnp.outer(unit * s, _tree.ratio(3 * s, length))
         new = jnp.where(curved, new, jnp.where(moved, grown, self.inverse))
         new = jnp.where(jnp.all(jnp.isfinite(new)), new, self.inverse)
         moving = _tree.norm(jnp.where(gradient == 0, 0, params))
         least = math.sqrt(float(jnp.finfo(params.dtype).eps)) * _tree.ratio(moving, _tree.norm(gradient))
         uphill = jnp.min(jnp.diagonal(new), initial=jnp.inf) <= 0
-        uphill = uphill | (real_matmul(gradient, real_matmul(new, gradient)) < 0)
+        slope = gradient / _tree.magnitude(gradient).astype(gradient.dtype)
+        uphill = uphill | (real_matmul(slope, real_matmul(new, slope)) < 0)
         begins = (~self.seen | uphill) & jnp.isfinite(least)
         first = jnp.maximum(least, 1) * jnp.eye(len(params), dtype=params.dtype)
         new = jnp.where(begins, first, new)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,7 +32,9 @@ class ImplicitState(NamedTuple):
 class _Solved(NamedTuple):
     """How Newton's iteration ended."""
 
-    iterations: jax.Array
+    iterations: jax.Array  # corrections
+    linearisations: jax.Array
+    evaluations: jax.Array  # of the residual
     linear_iterations: jax.Array
     residual: jax.Array
     converged: jax.Array
@@ -40,6 +43,8 @@ class _Solved(NamedTuple):
         """Both, one after the other."""
         return _Solved(
             self.iterations + other.iterations,
+            self.linearisations + other.linearisations,
+            self.evaluations + other.evaluations,
             self.linear_iterations + other.linear_iterations,
             jnp.maximum(self.residual, other.residual),
             self.converged & other.converged,
@@ -53,7 +58,10 @@ class _Correction(NamedTuple):
     products: jax.Array
     left: jax.Array  # relative residual of the linear system
     sound: jax.Array  # bool: no negative curvature was met
-    noise: jax.Array  # what rounding of the positions does to the residual; 0 where that was not asked for
+
+
+# From a right-hand side and the relative residual to reach.
+_Correct = Callable[[PyTree, jax.Array], _Correction]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +76,17 @@ class Implicit(Solver):
     would lose the digits of a tiny h, and the k_i of a stiff field cancel. A stage has converged where its residual, or
     the last correction of a well-solved linear system, is within `tolerance` of d in the norm of P^(−1), or below eight
     times what rounding of θ does: to each number of θ − hd, and to the field, for which one Hessian product is spent
-    where the residual has stopped to fall. On a convex loss that bounds the error.
+    where the residual has stopped to fall. On a convex loss that bounds the error. What the rate of convergence shows
+    is not evaluated: one Hessian serves two corrections where the second will do, and the last residual is then a bound
+    from that rate.
 
     A step whose stages do not converge is refused (NOT_SOLVED), and at a fixed h it will be refused again: shorten h,
     or let `rk_optax.descent_control()` do so. On a loss that is not convex the equations of a long step may have
     several solutions or none.
 
-    Cost: k1, two gradients for each Newton iteration (the linearisation and the residual; for s coupled stages s + 1),
-    and a Hessian product for each linear iteration. Memory: the s stages and a few trees, whatever the iterations.
+    Cost: k1, for each Newton iteration at most two gradients (the linearisation and the residual; for s coupled stages
+    s + 1), and a Hessian product for each linear iteration. Memory: the s stages and a few trees, whatever the
+    iterations.
 
     Args:
       tableau: an implicit tableau, such as `rk_optax.IMPLICIT_TABLEAUS["sdirk3"]`: lower triangular and explicit at
@@ -157,7 +168,7 @@ class Implicit(Solver):
         solve = self._sequential if self._one_by_one else self._coupled
         ds, solved = solve(field, params, k1, h)
         new = ImplicitState(solved.iterations, solved.linear_iterations, solved.residual)
-        gradients = solved.iterations * (2 if self._one_by_one else 1 + tableau.stages)
+        gradients = solved.linearisations + solved.evaluations * (1 if self._one_by_one else tableau.stages)
         quantities: dict[Quantity, Any] = {}
         if "error" in wants and tableau.b_hat is not None:
             quantities["error"] = _tree.scale(h, self._weighted(tableau.b - tableau.b_hat, k1, ds))
@@ -210,14 +221,18 @@ class Implicit(Solver):
                 k = field(_tree.add_scaled(params, -h, d), i + len(self.tableau.a) - len(a))
                 return jax.tree.map(jnp.subtract, d, _tree.add_scaled(known, own, k))
 
-            def correct(d: PyTree, defect: PyTree, stalled: jax.Array) -> _Correction:
+            def linearize(d: PyTree) -> tuple[Linear, _Correct]:
                 product = self.linear_solver.linearized(field, _tree.add_scaled(params, -h, d))
-                found = self.linear_solver.solve(product, h * own, defect, field.scale, **self._linear_limits)
-                noise, spent = _noise(product, params, field.scale, stalled)
-                return _Correction(found.x, found.iterations + spent, found.residual, ~found.negative, own * noise)
+
+                def correct(defect: PyTree, tolerance: jax.Array) -> _Correction:
+                    limits = {"tolerance": tolerance, "max_iterations": self.max_linear_iterations}
+                    found = self.linear_solver.solve(product, h * own, defect, field.scale, **limits)
+                    return _Correction(found.x, found.iterations, found.residual, ~found.negative)
+
+                return product, correct
 
             defect = _tree.scale(-1, _tree.add_scaled(known, own, k1))
-            d, solved = self._newton(defect, residual, correct, params, h, field.scale)
+            d, solved = self._newton(defect, residual, linearize, own, params, h, field.scale)
             ds = jax.tree.map(lambda slots, new: jax.lax.dynamic_update_index_in_dim(slots, new, i, 0), ds, d)
             return (ds, before.then(solved)), None
 
@@ -232,28 +247,31 @@ class Implicit(Solver):
             ks = jax.lax.map(lambda d: field(_tree.add_scaled(params, -h, d), 0), ds)
             return jax.tree.map(jnp.subtract, ds, mixed(a, ks))
 
-        def correct(ds: PyTree, defect: PyTree, stalled: jax.Array) -> _Correction:
+        def linearize(ds: PyTree) -> tuple[Linear, _Correct]:
             centre = _tree.add_scaled(params, -h, combined(np.full(len(a), 1 / len(a)), ds))
             product = self.linear_solver.linearized(field, centre)
-            found = self.linear_solver.solve_coupled(product, h, a, defect, field.scale, **self._linear_limits)
-            noise, spent = _noise(product, params, field.scale, stalled)
-            return _Correction(
-                found.x, found.products + spent, found.residual, jnp.ones([], bool), np.linalg.norm(a) * noise
-            )
+
+            def correct(defect: PyTree, tolerance: jax.Array) -> _Correction:
+                limits = {"tolerance": tolerance, "max_iterations": self.max_linear_iterations}
+                found = self.linear_solver.solve_coupled(product, h, a, defect, field.scale, **limits)
+                return _Correction(found.x, found.products, found.residual, jnp.ones([], bool))
+
+            return product, correct
 
         defect = _tree.scale(-1, mixed(a, _stacked(k1, len(a))))
-        return self._newton(defect, residual, correct, params, h, field.scale)
+        return self._newton(defect, residual, linearize, np.linalg.norm(a), params, h, field.scale)
 
     def _newton(
         self,
         defect: PyTree,
         residual: Callable[[PyTree], PyTree],
-        correct: Callable[[PyTree, PyTree, jax.Array], _Correction],
+        linearize: Callable[[PyTree], tuple[Linear, _Correct]],
+        weight: Any,
         params: PyTree,
         h: Any,
         scale: PyTree | None,
     ) -> tuple[PyTree, _Solved]:
-        """Solves residual(d) = 0 from d = 0, whose residual is `defect`; `correct` solves Newton's linear system.
+        """Solves residual(d) = 0 from d = 0, whose residual is `defect`; `weight` is that of the field in it.
 
         From θ, that is, where the residual is known: h·k of an earlier stage may lead anywhere on a stiff loss.
         """
@@ -275,38 +293,60 @@ class Implicit(Solver):
 
             return jax.tree.map(beyond, x, params)
 
-        def iterate(carry: Any) -> Any:
-            d, defect, before, stalled = carry
-            old = size(defect)
-            correction = correct(d, defect, stalled)
-            d = jax.tree.map(jnp.subtract, d, correction.change)
-            defect = residual(d)
-            new, length = size(defect), size(d)
-            wanted = tolerance * length + 8 * correction.noise
+        def with_one_hessian(carry: Any) -> Any:
+            """Corrections with the Hessian at d: one, and further ones where it will do for them."""
+            d, defect, new, solved, stalled, _ = carry
+            product, correct = linearize(d)
+            noise, spent = _noise(product, params, scale, stalled)
+            solved = solved._replace(
+                linear_iterations=solved.linear_iterations + spent, linearisations=solved.linearisations + 1
+            )
+            rate = jnp.ones_like(new)  # nothing is known of it
+            carry = d, defect, new, solved, rate, jnp.ones([], bool)
+            d, defect, new, solved, rate, _ = jax.lax.while_loop(
+                lambda carry: go_on(carry) & carry[-1], functools.partial(correction, correct, weight * noise), carry
+            )
+            return d, defect, new, solved, rate > 0.1, jnp.ones([], bool)
+
+        def correction(correct: _Correct, noise: jax.Array, carry: Any) -> Any:
+            d, defect, old, before, rate, _ = carry
+            # No more exactly than the stage is wanted: as exactly as it is at first, where Newton may end at once.
+            least = 0.1 * self.tolerance
+            found = correct(defect, jnp.clip(least * _tree.ratio(size(d), old), least, 0.1))
+            d = jax.tree.map(jnp.subtract, d, found.change)
+            length = size(d)
+            wanted = tolerance * length + 8 * noise
+            left = found.left * old
+            # With the same Hessian a correction leaves twice that part of the residual which the first one has left, as
+            # long as third derivatives do not change; ten times that part allows for their change.
+            bound = 10 * rate * old + left
+            foreseen = found.sound & (bound <= wanted)
+            defect = jax.lax.cond(foreseen, lambda: defect, lambda: residual(d))
+            new = jnp.where(foreseen, bound, size(defect)).astype(old.dtype)
             # Rounding in a stiff field keeps the residual up. A small correction then says the same, if well solved.
-            settled = correction.sound & (size(visible(correction.change)) + correction.left * old <= wanted)
+            settled = found.sound & (size(visible(found.change)) + left <= wanted)
             relative = _tree.ratio(new, length).astype(before.residual.dtype)
             solved = _Solved(
                 before.iterations + 1,
-                before.linear_iterations + correction.products,
+                before.linearisations,
+                before.evaluations + (~foreseen).astype(jnp.int32),
+                before.linear_iterations + found.products,
                 relative,
-                (size(visible(defect)) <= wanted) | (settled & jnp.isfinite(relative)),
+                foreseen | (size(visible(defect)) <= wanted) | (settled & jnp.isfinite(relative)),
             )
-            return d, defect, solved, new > 0.1 * old
+            rate = _tree.ratio(new, old)
+            return d, defect, new, solved, rate, 10 * rate * new <= wanted
 
         def go_on(carry: Any) -> jax.Array:
-            solved = carry[2]
+            solved = carry[3]
             return ~solved.converged & (solved.iterations < self.max_iterations) & jnp.isfinite(solved.residual)
 
+        first = size(defect)
         # NaN in k1 is no residual, and is not solved.
-        known = _nothing_solved()._replace(converged=size(defect) == 0)
-        start = jax.tree.map(jnp.zeros_like, defect)
-        d, _, solved, _ = jax.lax.while_loop(go_on, iterate, (start, defect, known, jnp.zeros([], bool)))
+        known = _nothing_solved()._replace(converged=first == 0)
+        start = jax.tree.map(jnp.zeros_like, defect), defect, first, known, jnp.zeros([], bool), jnp.ones([], bool)
+        d, _, _, solved, _, _ = jax.lax.while_loop(go_on, with_one_hessian, start)
         return d, solved
-
-    @property
-    def _linear_limits(self) -> dict[str, Any]:
-        return {"tolerance": 0.1 * self.tolerance, "max_iterations": self.max_linear_iterations}
 
 
 def _over_root(x: PyTree, scale: PyTree | None) -> PyTree:
@@ -335,7 +375,7 @@ def _noise(product: Linear, params: PyTree, scale: PyTree | None, wanted: jax.Ar
 
 def _nothing_solved() -> _Solved:
     zero = jnp.zeros([], jnp.int32)
-    return _Solved(zero, zero, jnp.zeros([], _tree.default_float()), jnp.ones([], bool))
+    return _Solved(zero, zero, zero, zero, jnp.zeros([], _tree.default_float()), jnp.ones([], bool))
 
 
 def _stacked(k: PyTree, count: int) -> PyTree:

@@ -131,7 +131,6 @@ def test_somax_and_optimistix_solve_a_linear_problem_exactly():
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_rivals_are_entrants_of_a_race():
     loss_fn, params, data = problem()
     for config in (

@@ -19,7 +19,7 @@ def test_momentum_times_perturbation_is_kept_exactly():
         return jnp.sum(jnp.cos(end))
 
     along = momentum(layer, block, y, NODES, loss)
-    start = jax.grad(lambda y: loss(integrate(layer, block, y, NODES)))(y)
+    start = jax.jit(jax.grad(lambda y: loss(integrate(layer, block, y, NODES))))(y)
     assert largest_difference(along.momenta[0], start) < 1e-15
     perturbation = jnp.asarray(np.random.default_rng(5).normal(size=y.shape))
 
@@ -50,7 +50,6 @@ def test_energy_drifts_with_the_order_of_the_method(name, expected):
     assert expected - 0.4 < order(drift, (16, 32)) < expected + 0.5
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_energy_changes_where_the_weights_move():

@@ -101,7 +101,7 @@ def test_stabilised_blocks_have_their_order_with_moving_weights(family, expected
         )
 
     assert expected - 0.25 < order(error, (8, 16)) < expected + 0.35
-    gradient = jax.grad(lambda c: integrate(layer, c, y, NODES, Stabilized(family, stages=4)).sum())(block)
+    gradient = jax.jit(jax.grad(lambda c: integrate(layer, c, y, NODES, Stabilized(family, stages=4)).sum()))(block)
     assert all(bool(jnp.any(g != 0)) for g in jax.tree.leaves(gradient))
 
 
@@ -194,7 +194,7 @@ def test_regularisers_have_finite_gradients_also_at_rest():
                            report=["error", "stiffness", "variation"])[1]  # fmt: skip
         return report.error.mean() + report.stiffness.mean() + report.variation
 
-    for gradient in jax.tree.leaves(jax.grad(regulariser, argnums=(0, 1))(rest, jnp.zeros((2, 3)))):
+    for gradient in jax.tree.leaves(jax.jit(jax.grad(regulariser, argnums=(0, 1)))(rest, jnp.zeros((2, 3)))):
         assert np.isfinite(gradient).all()
 
 
@@ -212,9 +212,9 @@ def test_a_local_report_is_that_of_one_step_and_its_gradient_stops_there():
         k = int(np.argmin(np.abs(whole.error[:, 0] - error[0, 0])))
         np.testing.assert_allclose(error[0], whole.error[k], rtol=1e-8)
         np.testing.assert_allclose(stiffness[0], whole.stiffness[k], rtol=1e-8)
-    of_states = jax.grad(lambda states: ask(block, states=states, key=keys[0]).error.mean())(whole.states)
+    of_states = jax.jit(jax.grad(lambda states: ask(block, states=states, key=keys[0]).error.mean()))(whole.states)
     assert not of_states.any()
-    of_theta = jax.grad(lambda c: ask(c, states=whole.states, key=keys[0]).error.mean())(block)
+    of_theta = jax.jit(jax.grad(lambda c: ask(c, states=whole.states, key=keys[0]).error.mean()))(block)
     assert of_theta.theta["kernel"].any()
     with pytest.raises(ValueError, match="local_report has 'error' and 'stiffness'"):
         local_report(layer, block, whole.states, GRID, keys[0], report=["variation"])
@@ -263,8 +263,8 @@ def test_a_step_from_a_random_time_keeps_off_kinks_and_off_the_state_before_it()
         ask(block, states=states, allow_kinks=False)
     with pytest.raises(ValueError, match="times must be"):
         ask(block, states=states, times="any")
-    assert not jax.grad(lambda states: ask(block, states=states).error.mean())(states).any()
-    of_theta = jax.grad(lambda c: ask(c, states=states).error.mean())(block).theta["kernel"]
+    assert not jax.jit(jax.grad(lambda states: ask(block, states=states).error.mean()))(states).any()
+    of_theta = jax.jit(jax.grad(lambda c: ask(c, states=states).error.mean()))(block).theta["kernel"]
     assert np.isfinite(of_theta).all()
     assert of_theta.any()
 
@@ -298,7 +298,7 @@ def test_features_may_be_a_tree_of_any_precision_and_time_may_run_backwards():
     assert largest_difference(back, y) < 1e-5
     traced = jax.jit(lambda grid: integrate(layer, block, y, grid))(jnp.asarray(GRID))
     assert largest_difference(traced, integrate(layer, block, y, GRID)) < 1e-13
-    step = jax.grad(lambda end: integrate(layer, block, y, jnp.array([0.0, 0.5]) * end).sum())(1.0)
+    step = jax.jit(jax.grad(lambda end: integrate(layer, block, y, jnp.array([0.0, 0.5]) * end).sum()))(1.0)
     assert np.isfinite(step)
 
 

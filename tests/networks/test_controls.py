@@ -139,7 +139,6 @@ def _halves(params):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_controls_are_a_pytree_whose_leaves_are_theirs():
     controls = some("linear")
     doubled = jax.jit(lambda c: jax.tree.map(lambda x: 2 * x, c))(controls)

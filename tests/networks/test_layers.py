@@ -19,10 +19,10 @@ def test_double_sym_has_a_symmetric_jacobian_with_eigenvalues_down_to_minus_the_
     theta = initial(jax.random.key(0), double_sym, 3, hidden=4, window=3) | {"bias_out": jnp.ones(3)}
     theta = jax.tree.map(lambda x: x.astype(float), theta)
     y = jnp.asarray(IMAGES[:1])
-    jacobian = jax.jacobian(lambda y: double_sym(theta, y, 0.0).ravel())(y).reshape(60, 60)
+    jacobian = jax.jit(jax.jacobian(lambda y: double_sym(theta, y, 0.0).ravel()))(y).reshape(60, 60)
     np.testing.assert_allclose(jacobian, jacobian.T, atol=1e-14)
     linear = functools.partial(double_sym, activation=lambda x: x)
-    kernel = jax.jacobian(lambda y: linear(theta, y, 0.0).ravel())(y).reshape(60, 60)  # −KᵀK as a matrix
+    kernel = jax.jit(jax.jacobian(lambda y: linear(theta, y, 0.0).ravel()))(y).reshape(60, 60)  # −KᵀK as a matrix
     eigenvalues, bound = np.linalg.eigvalsh(jacobian), np.linalg.norm(kernel, 2)
     assert -bound - 1e-12 <= eigenvalues.min() < eigenvalues.max() <= 1e-12
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.integrate
-from conftest import network, network_loss
+from conftest import network, network_gradient, network_loss
 from covering import some
 from jax.flatten_util import ravel_pytree
 from nodepy.runge_kutta_method import ExplicitRungeKuttaMethod
@@ -158,7 +158,7 @@ def test_ten_steps_are_those_of_diffrax(name, x64):
     h = 0.05
 
     def field(theta):
-        return jax.grad(network_loss)(theta, **data)
+        return network_gradient(theta, **data)
 
     peer = peer_of(name)
     terms = diffrax.ODETerm(lambda t, theta, args: jax.tree.map(jnp.negative, field(theta)))
@@ -397,7 +397,7 @@ def test_the_loss_is_traced_once_by_an_update_whatever_the_number_of_stages(name
         return network_loss(params, x, y)
 
     tx = rk_optax.runge_kutta(loss_fn, 0.1, name)
-    grads = jax.grad(network_loss)(params, **data)
+    grads = network_gradient(params, **data)
     jax.jit(tx.update).lower(grads, tx.init(params), params, **data)
     assert traces["loss"] == (0 if name == "euler" else 1)
 

@@ -180,7 +180,6 @@ def test_the_order_is_kept_with_a_diagonal_that_is_not_the_hessian(solver, order
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_the_error_estimate_of_etdrk2_is_its_distance_from_etd1(x64):
     problem = VectorField(lambda w, stage: jax.grad(loss_fn)(w) + 0.8 * w, l2=0.8)
     w, h = jnp.asarray(THETA), 0.2
@@ -355,7 +354,7 @@ def test_stages_can_see_batches_of_their_own():
 
     tx = rk_optax.runge_kutta(loss, 0.5, Etd(2, "l2"), l2=1.0, stage_batches="fresh", batch_argnames=["x"])
     w, x = np.float32(1.0), np.array([2.0, -1.0], np.float32)
-    updates, _ = tx.update(jnp.asarray(w - x[0]), tx.init(w), w, x=x)
+    updates, _ = jax.jit(tx.update)(jnp.asarray(w - x[0]), tx.init(w), w, x=x)
     k1 = 2 * w - x[0]
     first = -np.expm1(-0.5) / 0.5 * k1
     a = w - 0.5 * first

@@ -178,7 +178,6 @@ def test_a_matrix_beyond_max_rows_is_replaced_by_a_krylov_space_and_the_state_sa
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_an_invariant_krylov_space_ends_early():
     found, *_ = path_of(lambda params: 3.0 * params["a"], RosenbrockEuler(), params={"a": np.ones(5, np.float32)})
     path, h = found.path, jnp.array([0.0, 2.0])

@@ -7,6 +7,7 @@ import pytest
 from training import FixedScale
 
 import rk_optax
+from rk_optax.solver._secant import SecantState
 
 
 def rosenbrock(w):
@@ -89,6 +90,17 @@ def test_the_units_of_the_loss_are_found_from_where_a_step_along_the_gradient_is
         _, updates, state = step(state, w)
         w = w + updates
     np.testing.assert_allclose(w, [1, 1, 1e20], rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+def test_a_secant_is_kept_in_any_units_of_the_loss(scale):
+    """Of scale/2 w·Aw, whose gradient changes by scale·As over a step s along the first one."""
+    matrix, w = np.array([[2.0, 0.5], [0.5, 1.0]]), np.array([0.7, -0.4])
+    state, s = SecantState.empty(2, jnp.float32), -0.1 * matrix @ w
+    for place in (w, w + s):
+        state = state.updated(jnp.asarray(place, jnp.float32), jnp.asarray(scale * (matrix @ place), jnp.float32))
+    np.testing.assert_allclose(np.asarray(state.inverse, float) @ (scale * matrix @ s), s, rtol=1e-4)
+    assert (np.linalg.eigvalsh(np.asarray(state.inverse, float)) > 0).all()
 
 
 def test_a_matrix_that_is_indefinite_by_rounding_begins_again(x64):

@@ -49,8 +49,9 @@ def test_agrees_with_a_plain_loop(task):
 
     tx = optax.sgd(0.1)
     state = tx.init(params)
+    gradient = jax.jit(jax.grad(loss))
     for batch in batch_indices(5, len(data.train.labels), 32, 0, 6):
-        grads = jax.grad(loss)(params, data.train.images[batch], data.train.labels[batch])
+        grads = gradient(params, data.train.images[batch], data.train.labels[batch])
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
     trainer = Trainer(task, make("sgd"), seeds=5, rates=0.1, chunk=3)
@@ -62,7 +63,6 @@ def test_chunks_do_not_matter(task):
     assert_close(final_params(one, 6), final_params(three, 6), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_a_grid_is_its_runs(task):
     grid = final_params(Trainer(task, make("heun"), seeds=(3, 4), rates=(0.1, 0.4), chunk=4), 4)

@@ -51,7 +51,6 @@ def test_the_last_few_checkpoints_are_kept(finished):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_agrees_with_a_loop_over_our_train_state(finished):
     """The oracle: the README's loop with `rk_optax.linen.TrainState`, one jitted step after the other."""
     data, config = load_dataset(TRAIN.data), TRAIN
@@ -229,7 +228,6 @@ def test_schedules(schedule, warmup):
         assert straight == (schedule == "linear")
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_tensorboard(tmp_path):
     path = write_train_config(tmp_path / "tiny.py")

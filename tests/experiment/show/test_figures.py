@@ -9,7 +9,6 @@ from rk_optax.experiment.show.race_summary import on_grid
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_figure_is_drawn(smoke, tmp_path):
     plot_comparison([*smoke.results, *smoke.results[:2]], tmp_path / "comparison.png")
     image = matplotlib.image.imread(tmp_path / "comparison.png")

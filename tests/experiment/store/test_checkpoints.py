@@ -50,7 +50,6 @@ def restore(path, own):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_checkpoint_holds_the_whole_state(saved, path):
     point = restore(path, saved[1])
     assert point.steps == 4
@@ -130,7 +129,6 @@ def test_a_checkpoint_counts_once_it_is_described(saved, path):
     assert restore(path, saved[1]).steps == 4
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_a_damaged_checkpoint_is_one_line(run):
     for file in (run / "checkpoints" / "24").rglob("*"):

@@ -39,7 +39,6 @@ def test_activations_differ():
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_dropout_and_statistics_are_for_training_alone():
     images = jnp.linspace(-1, 1, 4 * 49).reshape(4, 7, 7, 1)
     for name, dropout in [("mlp", 0.5), ("cnn", 0.5)]:
@@ -54,7 +53,6 @@ def test_dropout_and_statistics_are_for_training_alone():
         assert not jnp.allclose(first, other)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_cnn_is_convolutions_and_batch_norm():
     """The oracle: XLA's convolution and the two moments."""

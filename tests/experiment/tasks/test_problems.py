@@ -28,7 +28,6 @@ def test_burgers_solution_solves_the_equation_and_starts_where_it_should():
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_poisson_is_the_problem_as_stated():
     problem = PROBLEMS["poisson"](0)
     x, edge = problem.source["x"], problem.source["x_boundary"]
@@ -70,7 +69,6 @@ def test_the_gp_dual_has_its_minimum_where_the_error_is_zero():
     assert jnp.abs(jax.grad(problem.loss_fn)(best, **problem.source)).max() < 1e-12
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_the_structured_loss_of_digits_is_cross_entropy_with_a_penalty():
     problem = PROBLEMS["digits"](0, l2=1e-2)
