@@ -7,6 +7,7 @@ least squares the rows of the residuals' Jacobian.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import inspect
 import math
@@ -207,7 +208,8 @@ class LeastSquares(ModelLoss):
         """The loss on one of `divisor` points, which estimates the one on all, and its data; None without points.
 
         The points are the first of a fixed random order, so that those of a larger divisor are among those of a
-        smaller one, and points on a grid are not cut into lines.
+        smaller one, and points on a grid are not cut into lines. A function that takes an argument whole, over which
+        another one is mapped, keeps all of it.
         """
         parts: dict[str, tuple[int, np.ndarray]] = {}
         thinned: dict[str, Any] = {}
@@ -220,7 +222,9 @@ class LeastSquares(ModelLoss):
                 thinned.update(jax.tree.map(lambda points, c=chosen: _tree.replicated(points)[c], mapped))
         if not any(len(chosen) < count for count, chosen in parts.values()):
             return None
-        fewer, data = copy.copy(self), {**data, **thinned}
+        fewer = copy.copy(self)
+        fewer._terms = {name: self._keeping_whole(term, data, thinned) for name, term in self._terms.items()}
+        data = {**data, **thinned}
         if self._mean and self._weights is None:
             return fewer, data
         weights = dict.fromkeys(self._terms, 1.0 if self._weights is None else self._weights)
@@ -233,6 +237,19 @@ class LeastSquares(ModelLoss):
             )
         fewer._weights = weights["residual_fn"] if self._single else weights
         return fewer, data
+
+    def _keeping_whole(self, term: DataFunction, data: Mapping[str, Any], thinned: Mapping[str, Any]) -> DataFunction:
+        """`term` with those of the `thinned` arguments that it takes whole bound to what they are in `data`."""
+        mapped = self._pointwise[term.role]
+        kept = {name: value for name, value in _pick(term, data).items() if name in thinned and name not in mapped}
+        if not kept:
+            return term
+
+        def bound(params: PyTree, **rest: Any) -> PyTree:
+            return term(params, {**rest, **kept})
+
+        required, optional = (tuple(n for n in names if n not in kept) for names in (term.required, term.optional))
+        return dataclasses.replace(term, function=bound, required=required, optional=optional)
 
     def _split(self, term: DataFunction, data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """What of a term's data is mapped over points, and what is not."""

@@ -202,6 +202,18 @@ def test_exact_data_never_need_all_points_and_noisy_ones_end_with_all(x64):
     assert losses[-1] == pytest.approx(optimum.cost / 1000, rel=1e-10)
 
 
+def test_a_function_that_sees_all_points_at_once_keeps_them_on_fewer():
+    x, q = np.linspace(0, 1, 100), np.full(100, 0.01)
+    functions = {"at": lambda theta, x: theta * x, "integral": lambda theta, x, q: jnp.sum(q * theta * x)}
+    loss = LeastSquares(functions, pointwise={"at": ["x"]}, weights={"at": 1.0, "integral": 3.0})
+    fewer, data = loss.on_fewer_points({"x": x, "q": q}, 4)
+    chosen = np.random.default_rng(0).permutation(100)[:25]
+    expected = 0.5 * (4 * np.sum((2 * x[chosen]) ** 2) + 3 * np.sum(q * 2 * x) ** 2)
+    assert float(fewer(jnp.asarray(2.0), **data)) == pytest.approx(expected, rel=1e-5)
+    rows = fewer.rows(jnp.asarray(2.0), data)
+    assert float(rows.gradient) == pytest.approx(expected, rel=1e-5)  # of a square of θ = 2
+
+
 def test_fewer_points_are_tried_again_ever_more_rarely(x64):
     states = [state.rule for _, state in run(path_control(), 60, measured(0.3), loss=BY_POINT)]
     tries = [i for i, (a, b) in enumerate(itertools.pairwise(states)) if int(b.failures) > int(a.failures)]
