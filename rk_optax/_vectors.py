@@ -66,6 +66,9 @@ class RealVectors:
         return jax.tree.map(lambda leaf: leaf[0], self.unflatten(vector[None]))
 
 
+jax.tree_util.register_dataclass(RealVectors, ["like"], ["dtype"])
+
+
 def lower_gram(rows: Inexact[Array, "n p"], scale: Float[Array, " p"] | None = None) -> Float[Array, "n n"]:
     """The lower triangle of Re(R Q Rᴴ), block by block: two thirds of the products of the whole."""
     blocks = 3 if len(rows) >= 512 else 1  # to copy the parts of fewer rows takes longer than the products it saves

@@ -143,6 +143,10 @@ class DenseRows(Rows):
         return DenseRows(RealVectors(self.vectors.like, dtype), self.residual, array)
 
 
+# So that rows may go in and out of `jax.jit`.
+jax.tree_util.register_dataclass(DenseRows, ["vectors", "residual", "array"], [])
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class SplitRows(Rows):
     """R split over the points, each device of a mesh with the rows of its own: what is formed of them is added up.
@@ -230,6 +234,9 @@ class SplitRows(Rows):
 
     def _whole(self, function: Callable[..., jax.Array], *args: jax.Array | None) -> jax.Array:
         return _partitioned(function, self.mesh, PartitionSpec())(self.parts, *args)
+
+
+jax.tree_util.register_dataclass(SplitRows, ["vectors", "residual", "parts"], ["mesh"])
 
 
 class Blocks(NamedTuple):

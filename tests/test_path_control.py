@@ -216,10 +216,12 @@ def test_a_function_that_sees_all_points_at_once_keeps_them_on_fewer():
 
 def test_fewer_points_are_tried_again_ever_more_rarely(x64):
     states = [state.rule for _, state in run(path_control(), 60, measured(0.3), loss=BY_POINT)]
-    tries = [i for i, (a, b) in enumerate(itertools.pairwise(states)) if int(b.failures) > int(a.failures)]
-    waits = np.diff(tries)
-    assert len(tries) >= 4
-    assert (waits[1:] >= waits[:-1]).all()
+    failed = [(a, b) for a, b in itertools.pairwise(states) if int(b.failures) > int(a.failures)]
+    assert 4 <= len(failed) <= 10
+    for before, after in failed:
+        assert int(after.wait) == 2 ** int(before.failures)
+        assert int(after.level) == int(before.level) + 1
+    assert sum(int(state.level) == 2 for state in states[30:]) >= 24
 
 
 @pytest.mark.slow
