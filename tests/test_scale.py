@@ -106,7 +106,10 @@ def test_units_and_inert_leaves_change_no_step(optimizer, rule):
         error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
         if not (error < tolerance(optimizer, rule) and np.all(taken == accepted) and not np.any(inert)):
             wrong.append((case, float(error), taken))
-    assert not wrong, wrong
+    assert not wrong, (
+        f"The steps change with the units (of the loss, of the parameters, size of an inert leaf): {wrong}. A rule "
+        "with an argument in units of its own belongs in no line of RULES in tests/registry.py, see CONTRIBUTING.md."
+    )
 
 
 # --- Closed forms ----------------------------------------------------------------------------------------------------
