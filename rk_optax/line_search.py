@@ -39,8 +39,7 @@ class LineSearch(KeptStepSize):
     `rk_optax.path_control` ends lower.
 
     The loss is that of the step's batch, at parameters rounded to their own dtypes. Where no part lowers it, nothing
-    moves and the next step is 16 times shorter;
-    each step that is taken lengthens the next fourfold, up to `step_size`.
+    moves and the next step is 16 times shorter; each step that is taken lengthens the next fourfold, up to `step_size`.
 
     >>> import jax, jax.numpy as jnp, rk_optax
     >>> loss_fn = rk_optax.LeastSquares(lambda w: jnp.array([w[0] - 1, 10 * (w[1] - w[0] ** 2)]))

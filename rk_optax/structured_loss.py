@@ -125,7 +125,7 @@ class LeastSquares(ModelLoss):
             raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}.")
         self._mean = reduction == "mean"
         self._at_once = None if points_at_once is None else _checks.count(points_at_once, "points_at_once")
-        if points_at_once is not None and not any(self._pointwise.values()):
+        if points_at_once is not None and not self.has_points:
             raise ValueError("points_at_once is for functions of single points: name their arguments in pointwise.")
         self._weights = jax.tree.map(_read_weight, weights)
         if isinstance(weights, Mapping) and not self._single and set(weights) != set(self._terms):

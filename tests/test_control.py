@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from diffrax import PIDController
+from training import attempts
 
 import rk_optax
 from rk_optax import (
@@ -34,17 +35,6 @@ def quartic_gradient(theta):
 def valley(theta):
     """Rosenbrock's function as residuals."""
     return jnp.stack([theta[0] - 1, 10 * (theta[1] - theta[0] ** 2)])
-
-
-def attempts(tx, loss, theta, count):
-    """What the state says after each of some updates: h, accepted, and the parameters."""
-    step = jax.jit(lambda theta, state: tx.update(jax.grad(loss)(theta), state, theta))
-    theta, state, seen = jnp.asarray(theta), tx.init(jnp.asarray(theta)), []
-    for _ in range(count):
-        change, state = step(theta, state)
-        theta = theta + change
-        seen.append((float(state.step_size), bool(state.accepted), np.asarray(theta)))
-    return [np.array(column) for column in zip(*seen, strict=True)], state
 
 
 # --- error control ---

@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 from conftest import network, network_loss
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from training import (
+    MESHES,
     PARAMS,
     PRECONDITIONERS,
     SCALE_EQUATIONS,
@@ -17,6 +18,7 @@ from training import (
     X,
     assert_close,
     assert_same,
+    eight_devices,
     first_update,
     loss_fn,
     loss_gradient,
@@ -146,18 +148,10 @@ def elementwise_loss(params):
     return jnp.sum(params["w"] ** 4) / 4
 
 
-needs_explicit_axes = pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="explicit axes need jax.set_mesh")
-
-
-@pytest.fixture(params=["auto", pytest.param("explicit", marks=needs_explicit_axes)])
+@pytest.fixture(params=MESHES)
 def mesh(request):
     """Eight devices along x, with either axis type."""
-    explicit = request.param == "explicit"
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit if explicit else AxisType.Auto,))
-    if not explicit:
-        yield mesh
-        return
-    with jax.set_mesh(mesh):
+    with eight_devices(request.param) as mesh:
         yield mesh
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from training import attempts
 
 import rk_optax
 from rk_optax import (
@@ -18,17 +19,6 @@ from rk_optax import (
 )
 
 pytestmark = pytest.mark.latest
-
-
-def attempts(tx, loss, theta, count):
-    """What the state says after each of some updates: h, accepted, and the parameters."""
-    step = jax.jit(lambda theta, state: tx.update(jax.grad(loss)(theta), state, theta))
-    theta, state, seen = jnp.asarray(theta), tx.init(jnp.asarray(theta)), []
-    for _ in range(count):
-        change, state = step(theta, state)
-        theta = theta + change
-        seen.append((float(state.step_size), bool(state.accepted), np.asarray(theta)))
-    return [np.array(column) for column in zip(*seen, strict=True)], state
 
 
 def solvers():

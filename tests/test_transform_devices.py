@@ -10,8 +10,10 @@ import pytest
 from conftest import network, network_gradient, network_loss
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from training import (
+    MESHES,
     assert_close,
     assert_same,
+    eight_devices,
     first_update,
     make_step,
     train,
@@ -26,19 +28,10 @@ def elementwise_loss(params):
     return jnp.sum(params["w"] ** 4) / 4
 
 
-needs_explicit_axes = pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="explicit axes need jax.set_mesh")
-MESHES = ["auto", pytest.param("explicit", marks=needs_explicit_axes)]
-
-
 @pytest.fixture
 def mesh(request):
     """Eight devices along x, with the axis type that the test asks for."""
-    explicit = request.param == "explicit"
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit if explicit else AxisType.Auto,))
-    if not explicit:
-        yield mesh
-        return
-    with jax.set_mesh(mesh):
+    with eight_devices(request.param) as mesh:
         yield mesh
 
 

@@ -1,5 +1,6 @@
 """What test files share: a loss and its RK4 step by hand, training loops, exact flows, curvatures, scales, counts."""
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any
@@ -9,11 +10,13 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 import scipy.integrate
+from jax.sharding import AxisType
 from numpy.polynomial import Chebyshev, Legendre
 
 import rk_optax
-from rk_optax import Cost, DiagonalPreconditioner
+from rk_optax import Cost, DiagonalPreconditioner, VectorField
 
 H = 0.3
 PARAMS = {"w": np.array([0.5, -0.3, 0.8]), "b": np.array([0.4, -0.2])}
@@ -238,3 +241,39 @@ def exact_flow(gradient, params, time):
 
 
 STAYS = 1 - 1 + 1 / 2 - 1 / 6 + 1 / 24  # what one RK4 step at h·λ = 1 leaves of an offset
+
+
+def attempts(tx, loss, theta, count):
+    """What the state says after each of some updates: h, accepted, and the parameters."""
+    step = jax.jit(lambda theta, state: tx.update(jax.grad(loss)(theta), state, theta))
+    theta, state, seen = jnp.asarray(theta), tx.init(jnp.asarray(theta)), []
+    for _ in range(count):
+        change, state = step(theta, state)
+        theta = theta + change
+        seen.append((float(state.step_size), bool(state.accepted), np.asarray(theta)))
+    return [np.array(column) for column in zip(*seen, strict=True)], state
+
+
+def cubic(theta):
+    """A smooth nonlinear field that NumPy and JAX both take."""
+    return theta**3 + 0.3 * theta[::-1] * theta - 0.2
+
+
+def one_step(solver, field, theta, h, **options):
+    """A solver's step on a field of its own, as one program."""
+    problem = VectorField(lambda theta, stage: field(theta))
+    theta = jnp.asarray(theta)
+    return jax.jit(lambda h: solver.step(problem, theta, field(theta), h, solver.init(theta), **options))(h)
+
+
+needs_explicit_axes = pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="explicit axes need jax.set_mesh")
+MESHES = ["auto", pytest.param("explicit", marks=needs_explicit_axes)]
+
+
+@contextlib.contextmanager
+def eight_devices(axes):
+    """A mesh of eight devices along x, with "auto" axes or, set as JAX's own, "explicit" ones."""
+    explicit = axes == "explicit"
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit if explicit else AxisType.Auto,))
+    with jax.set_mesh(mesh) if explicit else contextlib.nullcontext():
+        yield mesh

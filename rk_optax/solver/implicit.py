@@ -75,9 +75,9 @@ class Implicit(Solver):
     systems are not symmetric, and `linear_solver=rk_optax.Gmres()` solves them. The unknowns are the d_i: positions
     would lose the digits of a tiny h, and the k_i of a stiff field cancel. A stage has converged where its residual, or
     the last correction of a well-solved linear system, is within `tolerance` of d in the norm of P^(−1), or below eight
-    times what rounding of θ does: to each number of θ − hd, and to the field, for which one Hessian product is spent
-    where the residual has stopped to fall. On a convex loss that bounds the error. One Hessian serves two corrections
-    where the rate of convergence says that the second will do.
+    times what rounding of θ does to each number of θ − hd; or the residual below eight times what it does to the field,
+    for which one Hessian product is spent where the residual has stopped to fall. On a convex loss that bounds the
+    error. One Hessian serves two corrections where the rate of convergence says that the second will do.
 
     A step whose stages do not converge is refused (NOT_SOLVED), and at a fixed h it will be refused again: shorten h,
     or let `rk_optax.descent_control()` do so. On a loss that is not convex the equations of a long step may have
@@ -319,8 +319,9 @@ class Implicit(Solver):
             # Evaluated and not foreseen by the rate: that may be small by chance, where two effects cancel.
             defect = residual(d)
             new = size(defect).astype(old.dtype)
-            # Rounding in a stiff field keeps the residual up. A small correction then says the same, if well solved.
-            settled = found.sound & (size(visible(found.change)) + left <= wanted)
+            # Rounding in a stiff field keeps the residual up. A small correction then says the same, if well solved;
+            # not one that is small beside that rounding alone, which grows with the field, as with an exponential.
+            settled = found.sound & (size(visible(found.change)) + left <= tolerance * length)
             relative = _tree.ratio(new, length).astype(before.residual.dtype)
             solved = _Solved(
                 before.iterations + 1,

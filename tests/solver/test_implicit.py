@@ -258,30 +258,6 @@ def test_with_a_real_shift_they_are_those_of_conjugate_gradients(x64):
     assert int(ours.iterations) == int(theirs.iterations) == 2
 
 
-@pytest.mark.covering(most=1)
-@one_of_each
-def test_near_a_minimum_no_step_is_refused_for_the_rounding_of_the_gradient(name):
-    """In float32 the terms of this gradient are a thousand times larger than what is left of it."""
-
-    def valley(w):
-        return jnp.sum(100 * (w[1] - w[0] ** 2) ** 2 + (1 - w[0]) ** 2)
-
-    tx = rk_optax.runge_kutta(valley, 0.03, name)
-
-    @jax.jit
-    def run(w):
-        def step(carry, _):
-            w, state = carry
-            updates, state = tx.update(jax.grad(valley)(w), state, w)
-            return (optax.apply_updates(w, updates), state), None
-
-        return jax.lax.scan(step, (w, tx.init(w)), length=2000)[0]
-
-    w, state = run(jnp.array([0.9, 0.8]))
-    np.testing.assert_allclose(w, 1, atol=2e-4)
-    assert int(state.rejected) == 0
-
-
 # --- Refusals --------------------------------------------------------------------------------------------------------
 
 

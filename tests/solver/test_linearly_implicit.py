@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from curve_fit import THETA, abscissae, curve, effective_gradient, misfit, values
 from jax.flatten_util import ravel_pytree
 from training import FixedScale
 
@@ -16,28 +17,6 @@ from rk_optax.objective import Objective
 from rk_optax.parameter_view import ParameterView
 
 pytestmark = pytest.mark.latest
-
-
-def abscissae():
-    """Where the curve is fitted: a new array, because JAX keeps a constant's buffer whatever the precision is later."""
-    return np.linspace(-1, 1, 7)
-
-
-def values():
-    return np.sin(2 * abscissae())
-
-
-THETA = {"a": np.array([0.7, -0.4]), "b": np.array([[0.3], [0.9]])}
-
-
-def curve(params, x):
-    """A model that is nonlinear in its parameters."""
-    return jnp.tanh(params["a"][0] * x + params["a"][1]) * params["b"][0, 0] + params["b"][1, 0] * x**2
-
-
-def misfit(params):
-    """Residuals of which there are more than parameters."""
-    return {"fit": curve(params, abscissae()) - values(), "pull": 0.5 * params["a"]}
 
 
 def softplus_misfit(outputs):
@@ -81,15 +60,6 @@ def derivatives(loss):
 def matrices(loss, l2=0.0):
     """Gradient, Hessian and Gauss–Newton matrix at THETA, from jacobians of the flattened loss."""
     return [np.asarray(m, np.float64) for m in derivatives(loss)(jax.tree.map(jnp.asarray, THETA), l2)]
-
-
-def effective_gradient(loss, h, solver, params=THETA, **options):
-    """g* at params, flat, and the state."""
-    params = jax.tree.map(jnp.asarray, params)
-    tx = rk_optax.scale_by_rk(loss, h, solver, stage_dtype=None, **options)
-    grads = jax.tree.map(jnp.conj, jax.grad(loss)(params))
-    direction, state = jax.jit(tx.update)(grads, tx.init(params), params)
-    return np.asarray(ravel_pytree(direction)[0]), state
 
 
 def bound(loss, solver, params=THETA, l2=None):

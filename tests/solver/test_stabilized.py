@@ -12,7 +12,7 @@ import sympy
 from conftest import network, network_gradient, network_loss
 from jax.flatten_util import ravel_pytree
 from nodepy.runge_kutta_method import RKC1, RKC2
-from training import stability_polynomial
+from training import cubic, one_step, stability_polynomial
 
 import rk_optax
 from rk_optax import Stabilized, VectorField
@@ -23,17 +23,6 @@ FAMILIES = ["rkc1", "rkc2", "rkl1", "rkl2"]
 THETA = np.array([0.9, -0.4, 0.7, 0.2])
 
 families = pytest.mark.parametrize("family", FAMILIES)
-
-
-def cubic(theta):
-    """A smooth nonlinear field that NumPy and JAX both take."""
-    return theta**3 + 0.3 * theta[::-1] * theta - 0.2
-
-
-def one_step(solver, field, theta, h, **options):
-    problem = VectorField(lambda theta, stage: field(theta))
-    theta = jnp.asarray(theta)
-    return jax.jit(lambda h: solver.step(problem, theta, field(theta), h, solver.init(theta), **options))(h)
 
 
 def diagonal_step(solver, eigenvalues, h):

@@ -7,10 +7,10 @@ import optax
 import pytest
 from conftest import network, network_loss
 from jax.flatten_util import ravel_pytree
-from training import stability_polynomial
+from training import cubic, one_step, stability_polynomial
 
 import rk_optax
-from rk_optax import Reason, Stabilized, VectorField
+from rk_optax import Reason, Stabilized
 
 pytestmark = pytest.mark.latest
 
@@ -19,17 +19,6 @@ THETA = np.array([0.9, -0.4, 0.7, 0.2])
 
 families = pytest.mark.parametrize("family", FAMILIES)
 automatic = pytest.mark.parametrize("family", ["rkc1", "rkl2"])
-
-
-def cubic(theta):
-    """A smooth nonlinear field that NumPy and JAX both take."""
-    return theta**3 + 0.3 * theta[::-1] * theta - 0.2
-
-
-def one_step(solver, field, theta, h, **options):
-    problem = VectorField(lambda theta, stage: field(theta))
-    theta = jnp.asarray(theta)
-    return jax.jit(lambda h: solver.step(problem, theta, field(theta), h, solver.init(theta), **options))(h)
 
 
 # --- the number of stages, chosen by the curvature ---
