@@ -58,13 +58,13 @@ class PathControl(KeptStepSize):
     least loss counts; of all h the largest is taken whose fall of the loss is at least `boldness` of the best. A step
     is taken only if the loss does not rise.
 
-    Use it on data that stay, in either precision: its steps on all points cost more than those of
-    `trust_ratio_control` (in float64 1.7 times as much, in float32 six times) and lead further. Relative errors of one
-    seed in float64, on a 2-D Poisson network of 2,241 weights and 1,020 residuals, after so many processor seconds on a
-    busy machine: 2e-4 (1 s), 2e-5 (3 s) and 3e-6 (5 s), and of the trust ratio 2e-3 (8 s), 3e-4 (11 s) and 6e-5 (25 s).
-    After the first steps the best of the trials is nearly always within a factor of six of the latest h, with all its
-    corrections. A smaller `boldness` goes on with longer steps while their loss is not yet the least: it falls later
-    and may end lower.
+    Use it on data that stay, in either precision: its steps on all points cost more than those of `trust_ratio_control`
+    (in float64 1.8 times as much, in float32 seven times) and lead further. Relative errors of one seed in float64, on
+    a 2-D Poisson network of 2,241 weights and 1,020 residuals, after so many processor seconds on a busy machine: 2e-4
+    (1 s), 2e-5 (3 s) and 3e-6 (5 s), and of the trust ratio 2e-3 (8 s), 3e-4 (11 s) and 6e-5 (25 s). After the first
+    steps the best of the trials is nearly always within a factor of six of the latest h, with all its corrections. A
+    smaller `boldness` goes on with longer steps while their loss is not yet the least: it falls later and may end
+    lower.
 
     It begins with few of the loss's points, where a step costs little and leads nearly as far: `subsets` divides their
     number. Where a step lowers the loss on all points by less than half as much as that on its subset, as logarithms,
