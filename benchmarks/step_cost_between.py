@@ -4,7 +4,8 @@
     python benchmarks/step_cost_between.py OTHER --json FILE --only rk4 rkc   # some rows; those in FILE are kept
 
 Two processes, one for each version, compile the same update (a least-squares loss of a tanh MLP 64-256-256-1 on a batch
-of 128, float32) and take turns in random order; a turn is some updates from the same parameters and state. Columns:
+of 128, in float32 unless `--x64` is given) and take turns in random order; a turn is some updates from the same
+parameters and state. Columns:
 
 ratio     CPU time of an update here over that of the other, median of the ratios of the rounds, and their quartiles:
           whatever else the machine does falls on both.
@@ -22,7 +23,7 @@ import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -33,47 +34,49 @@ FIXED = (
     *("dopri8", "backward_euler", "implicit_midpoint", "trapezoid", "sdirk2", "sdirk3", "radau3", "gauss4", "etd1"),
     *("etdrk2", "rosenbrock_euler", "ros2", "residual_euler"),
 )
-STEP_SIZE = 0.01
+SETTINGS = ("rounds", "seconds", "widths", "batch", "step_size", "x64")
 
 
-def entries() -> dict[str, Callable[[Any, Any], Any]]:
+def entries(step_size: float) -> dict[str, Callable[[Any, Any], Any]]:
     """From the name of a row to a function of the package and the loss that makes its optimizer."""
 
     def fixed(name: str) -> Callable[[Any, Any], Any]:
-        return lambda rk, loss: getattr(rk, name)(loss, STEP_SIZE)
+        return lambda rk, loss: getattr(rk, name)(loss, step_size)
 
     def by_default(name: str) -> Callable[[Any, Any], Any]:
         return lambda rk, loss: getattr(rk, name)(loss)
 
     rows = {name: fixed(name) for name in FIXED}
     for name in ("rkc", "rkl"):
-        rows[f"{name}, 5 stages"] = lambda rk, loss, name=name: getattr(rk, name)(loss, STEP_SIZE, stages=5)
+        rows[f"{name}, 5 stages"] = lambda rk, loss, name=name: getattr(rk, name)(loss, step_size, stages=5)
     for name in ("rkc", "rkl", "rosenbrock_euler", "ros2", "residual_euler"):
         rows[f"{name}, default rule"] = by_default(name)
     return rows | {
         "rk4, descent_control": lambda rk, loss: rk.rk4(loss, rk.descent_control()),
         "bogacki_shampine, error_control": lambda rk, loss: rk.bogacki_shampine(loss, rk.error_control()),
-        "heun, dal product": lambda rk, loss: rk.heun(loss, rk.dal(STEP_SIZE)),
-        "heun, dal difference": lambda rk, loss: rk.heun(loss, rk.dal(STEP_SIZE, estimate="difference")),
-        "heun, dal free": lambda rk, loss: rk.heun(loss, rk.dal(STEP_SIZE, estimate="free")),
-        "euler, sgd_g2": lambda rk, loss: rk.euler(loss, rk.sgd_g2(STEP_SIZE)),
+        "heun, dal product": lambda rk, loss: rk.heun(loss, rk.dal(step_size)),
+        "heun, dal difference": lambda rk, loss: rk.heun(loss, rk.dal(step_size, estimate="difference")),
+        "heun, dal free": lambda rk, loss: rk.heun(loss, rk.dal(step_size, estimate="free")),
+        "euler, sgd_g2": lambda rk, loss: rk.euler(loss, rk.sgd_g2(step_size)),
         "rk4, precondition_by_adam": lambda rk, loss: rk.rk4(
-            loss, STEP_SIZE, preconditioner=rk.precondition_by_adam(), momentum=0.9
+            loss, step_size, preconditioner=rk.precondition_by_adam(), momentum=0.9
         ),
     }
 
 
-def serve(widths: Sequence[int], batch: int) -> None:
+def serve(settings: argparse.Namespace) -> None:
     """Reads the name of a row, or a number of updates, a line each; answers with their work or CPU time."""
     import jax
     import jax.numpy as jnp
 
     import rk_optax
 
+    jax.config.update("jax_enable_x64", settings.x64)
+    widths, dtype = settings.widths, jnp.float64 if settings.x64 else jnp.float32
     rng = np.random.default_rng(0)
     shapes = list(itertools.pairwise(widths))
-    params = [jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[0]), jnp.float32) for shape in shapes]
-    data = {"x": jnp.asarray(rng.normal(size=(batch, widths[0])), jnp.float32)}
+    params = [jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[0]), dtype) for shape in shapes]
+    data = {"x": jnp.asarray(rng.normal(size=(settings.batch, widths[0])), dtype)}
     data["y"] = jnp.sin(data["x"][:, 0])
 
     def residuals(params, x, y):
@@ -83,7 +86,7 @@ def serve(widths: Sequence[int], batch: int) -> None:
         return (x @ last)[:, 0] - y
 
     loss = rk_optax.LeastSquares(residuals, reduction="mean")
-    rows = entries()
+    rows = entries(settings.step_size)
     update: Any = None
     state: Any = None
     for line in sys.stdin:
@@ -105,7 +108,8 @@ class Version:
 
     def __init__(self, folder: pathlib.Path, settings: argparse.Namespace):
         command = [sys.executable, __file__, str(folder), "--serve", "--batch", str(settings.batch)]
-        command += ["--widths", *map(str, settings.widths)]
+        command += ["--widths", *map(str, settings.widths), "--step-size", str(settings.step_size)]
+        command += ["--x64"] if settings.x64 else []
         environment = os.environ | {"PYTHONPATH": str(folder)}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -145,23 +149,25 @@ def compare(here: Version, other: Version, name: str, rounds: int, seconds: floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("other", type=pathlib.Path, help="the folder that holds the other rk_optax")
-    parser.add_argument("--only", nargs="+", choices=list(entries()), metavar="ROW", help="rows to measure; all")
+    parser.add_argument("--only", nargs="+", choices=list(entries(1.0)), metavar="ROW", help="rows to measure; all")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=0.1, help="CPU seconds of a turn")
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 256, 256, 1])
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--step-size", type=float, default=0.01, help="of the rows without a rule")
+    parser.add_argument("--x64", action="store_true", help="in float64")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        return serve(options.widths, options.batch)
+        return serve(options)
     here, other = Version(HERE, options), Version(options.other, options)
-    settings = {name: getattr(options, name) for name in ("rounds", "seconds", "widths", "batch")}
+    settings = {name: getattr(options, name) for name in SETTINGS}
     rows: dict[str, Any] = {}
     if options.json and options.json.exists():
         rows = {row["row"]: row for row in json.loads(options.json.read_text())["rows"]}
     print(f"{'':34}{'ratio':>7} {'quartiles':>13} {'ms':>15} {'work':>11}")
-    for name in options.only or entries():
+    for name in options.only or entries(options.step_size):
         row = rows[name] = compare(here, other, name, options.rounds, options.seconds)
         (q1, q3), (ms, other_ms), (work, other_work) = row["quartiles"], row["ms"], row["work"]
         quartiles = f"{q1:.3f}-{q3:.3f}"
