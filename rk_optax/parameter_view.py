@@ -88,7 +88,9 @@ class ParameterView:
 
     def after(self, emitted: PyTree) -> PyTree:
         """θ once `emitted`, in the dtypes of params, has been added there, as `optax.apply_updates` does it."""
-        return promote(jax.tree.map(jnp.add, self.moving(self.params), emitted), self.stage_dtype)
+        # Without the barrier XLA leaves out the rounding of a sum in half precision that is made wider afterwards.
+        rounded = jax.lax.optimization_barrier(jax.tree.map(jnp.add, self.moving(self.params), emitted))
+        return promote(rounded, self.stage_dtype)
 
     def update(self, emitted: PyTree) -> PyTree:
         """What the caller gets: `emitted` for the leaves that move, zeros for the others."""

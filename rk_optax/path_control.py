@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from rk_optax import _checks, _tree
 from rk_optax.field import Capability, VectorField
-from rk_optax.solver import Cost, Path, Quantity, Step
+from rk_optax.solver import Cost, Path, Quantity, Step, underivable
 from rk_optax.step_size import Attempt, Choice, KeptStepSize, Reason, Verdict
 
 PyTree = Any
@@ -26,7 +26,7 @@ class PathControlState(NamedTuple):
     loss: jax.Array  # shape=(), float: at the params that the latest update left, on its data; ∞ before the first
     fall: jax.Array  # shape=(), float: of the loss, by the latest step; negative where it would have risen
     changing: jax.Array  # shape=(), int32: 0 while the data stay; 2 at an update whose data are new, then less by one
-    divisor: jax.Array  # shape=(), float: of h at the next refusal where the data change; doubles with each in a row
+    divisor: jax.Array  # shape=(), float: of h at the next refusal; doubles with each in a row
     before: jax.Array  # shape=(), float: the loss at the params of the latest update
     predicted: jax.Array  # shape=(), float: the fall that the quadratic model foretold for its linearly implicit step
     level: jax.Array  # shape=(), int32: of the next update: 0 for the fewest points, the last for all
@@ -56,7 +56,8 @@ class PathControl(KeptStepSize):
     squares are then corrected: with the same factor, each correction is one more iteration of simplified Newton from
     the linearly implicit step towards backward Euler, at one evaluation of the residuals. For each h the iterate of
     least loss counts; of all h the largest is taken whose fall of the loss is at least `boldness` of the best. A step
-    is taken only if the loss does not rise.
+    is taken only if the loss does not rise; where momentum, `after` or the rounding of params has made one rise whose
+    trial fell, the next trials are all shorter.
 
     Use it on data that stay, in either precision: its steps on all points cost more than those of `trust_ratio_control`
     (in float64 1.8 times as much, in float32 seven times) and lead further. Relative errors of one seed in float64, on
@@ -123,6 +124,10 @@ class PathControl(KeptStepSize):
             _checks.numbers(self, initial_step_size="positive")
         if self.probes is not None:
             _checks.count(self.probes, "probes")
+            if self.probes == 1:
+                raise ValueError(
+                    "probes must be at least 2, one on either side of h: one alone would not find its way."
+                )
         if self.width is not None:
             _checks.numbers(self, width="growth")
         _checks.numbers(self, boldness="fraction")
@@ -168,7 +173,7 @@ class PathControl(KeptStepSize):
             level=level,
             subset_fall=_logarithmic(chosen.fall, chosen.before).astype(dtype),
         )
-        h, direction = _underivable((chosen.step_size, chosen.direction))
+        h, direction = underivable((chosen.step_size, chosen.direction))
         step = step._replace(direction=direction, state=chosen.solver, refused_state=chosen.solver)
         return Choice(h, step, state, chosen.cost.plus(Cost(losses=field.losses_at(params))))
 
@@ -243,13 +248,18 @@ class PathControl(KeptStepSize):
         h = jnp.where(changing & ~tie, h * factor, h)
         # Where nothing can be told, all has converged, and h must not run away.
         h = jnp.where(tie & (state.next_step_size > 0), state.next_step_size, h)
+        # A trial fell and the step rises, for `after` or the rounding of params. Lest it be chosen for ever, all the
+        # next trials are shorter.
+        last = len(self._fields(attempt.field, attempt.params)) - 1
+        misled = ~accepted & ~tie & ~changing & (state.subset_fall > 0) & (state.level == last)
+        width = jnp.asarray(self._trial_steps(_tree.default_float())[1], dtype)
+        h = jnp.where(misled, h / (width * state.divisor), h)
         divisor = jnp.where(accepted, 2, jnp.minimum(2 * state.divisor, 1024))
         # On a subset of the points: it serves as long as all points have half of its fall, and it has one.
         refused = jnp.where(state.subset_fall > 0, 0, state.refused + 1)
         whole_fall = _logarithmic(fall, before)
         serves = accepted & (state.subset_fall >= 0.01) & (whole_fall >= 0.5 * state.subset_fall)
         serves = serves | ((state.subset_fall <= 0) & (refused < 3) & ~tie)
-        last = len(self._fields(attempt.field, attempt.params)) - 1
         failed = ~serves & ~changing & (state.level < last)
         wait = jnp.where(failed, 2 ** jnp.minimum(state.failures, 16), jnp.maximum(state.wait - 1, 0))
         fewer = ~failed & ~changing & (wait == 0)
@@ -257,17 +267,29 @@ class PathControl(KeptStepSize):
             next_step_size=_bounded(h),
             loss=jnp.where(accepted, after, before),
             fall=fall,
-            divisor=jnp.where(changing & ~tie, divisor, state.divisor).astype(dtype),
+            divisor=jnp.where((changing & ~tie) | accepted | misled, divisor, state.divisor).astype(dtype),
             level=jnp.clip(state.level + failed - fewer, 0, last),
             refused=jnp.where(failed, 0, refused),
             failures=state.failures + failed,
             wait=wait,
         )
-        reason = jnp.where(accepted, Reason.ACCEPTED, jnp.where(tie, Reason.UNRESOLVED, Reason.LOSS_ROSE))
+        reason = jnp.where(tie, Reason.UNRESOLVED, Reason.LOSS_ROSE)
+        reason = jnp.where(attempt.usable & _leads_uphill(attempt), Reason.NOT_DOWNHILL, reason)
+        reason = jnp.where(accepted, Reason.ACCEPTED, reason)
         return Verdict(accepted, reason, new, Cost(losses=1))
 
 
 path_control = PathControl
+
+
+def _leads_uphill(attempt: Attempt) -> jax.Array:
+    """Whether the step goes up the gradient, though so short that g* is the gradient: `after` leads there."""
+    gradient, scale = attempt.k1, attempt.field.scale
+    off = _tree.norm(jax.tree.map(jnp.subtract, attempt.step.direction, gradient))
+    short = off <= 0.1 * _tree.norm(gradient)
+    gradient = gradient if scale is None else jax.tree.map(jnp.divide, gradient, scale)
+    change = jax.tree.map(jnp.subtract, attempt.candidate, attempt.params)
+    return short & (_tree.inner(_tree.unit(gradient)[0], _tree.unit(change)[0]) > 0)
 
 
 def _logarithmic(fall: jax.Array, before: jax.Array) -> jax.Array:
@@ -297,22 +319,6 @@ def _least(path: Path, params: PyTree, h: jax.Array, corrections: int) -> tuple[
     least = jnp.full(h.shape, jnp.inf, jax.eval_shape(path.evaluate, params).loss.dtype)
     _, least, kept = jax.lax.fori_loop(0, corrections + 1, iterate, (start, least, start))
     return least, kept
-
-
-@jax.custom_jvp
-def _underivable(chosen: PyTree) -> PyTree:
-    """What was chosen. Derivatives would be those of the factorisation, NaN where two eigenvalues agree."""
-    return chosen
-
-
-@_underivable.defjvp
-def _(primals: Any, tangents: Any) -> Any:
-    del primals, tangents
-    raise ValueError(
-        "An update of path_control cannot be differentiated: which trial step is the best jumps with what it depends "
-        "on, and its factorisation has no derivative where eigenvalues agree. Differentiate "
-        "through an explicit method, or rosenbrock_euler(curvature='diagonal'), with another rule."
-    )
 
 
 def _bounded(h: jax.Array) -> jax.Array:

@@ -118,8 +118,11 @@ def test_what_iterates_until_it_has_converged_has_jaxs_own_message(make):
         jax.eval_shape(jax.grad(moved), jnp.ones(3))
 
 
+@pytest.mark.parametrize("precise", [False, True])
 @pytest.mark.parametrize("derivative", [jax.grad, jax.jacfwd])
-def test_what_chooses_among_trial_steps_says_that_it_has_no_derivative(derivative):
+def test_what_chooses_among_trial_steps_says_that_it_has_no_derivative(derivative, precise, request):
+    if precise:
+        request.getfixturevalue("x64")
     loss = rk_optax.LeastSquares(lambda w, x: jnp.tanh(w) - x)
 
     def moved(x):
@@ -127,7 +130,7 @@ def test_what_chooses_among_trial_steps_says_that_it_has_no_derivative(derivativ
         return jnp.sum(tx.update(jax.grad(loss)(w, x), tx.init(w), w, x=x)[0])
 
     with pytest.raises(ValueError, match=r"path_control cannot be differentiated.*explicit method"):
-        jax.eval_shape(derivative(moved), jnp.asarray(DATA, jnp.float32))
+        jax.eval_shape(derivative(moved), jnp.asarray(DATA, float))
 
 
 # --- Refused steps ---------------------------------------------------------------------------------------------------

@@ -112,13 +112,14 @@ def test_where_every_part_rises_the_next_step_is_shorter_and_the_one_after_longe
 
 
 @pytest.mark.parametrize("first", [False, True])
-def test_what_is_judged_is_the_step_that_half_precision_leaves(first):
-    """From 3 to 1.003, which bfloat16 makes 1."""
-    tx = rk_optax.residual_euler(rk_optax.LeastSquares(lambda w: w - 1.003), rk_optax.line_search(first=first))
-    w = jnp.full(1, 3, jnp.bfloat16)
+@pytest.mark.parametrize(("start", "wanted", "end"), [(3, 1.003, 1), (256, 257.5, 258)])
+def test_what_is_judged_is_the_step_that_half_precision_leaves(start, wanted, end, first):
+    """Where bfloat16 rounds the update, and where it rounds the sum of parameters and update."""
+    tx = rk_optax.residual_euler(rk_optax.LeastSquares(lambda w: w - wanted), rk_optax.line_search(first=first))
+    w = jnp.full(1, start, jnp.bfloat16)
     _, updates, state = jax.jit(tx.value_and_update)(tx.init(w), w)
-    assert float((w + updates)[0]) == 1
-    assert float(state.rule.least) == pytest.approx(0.5 * 0.003**2, rel=1e-3)
+    assert float((w + updates)[0]) == end
+    assert float(state.rule.least) == pytest.approx(0.5 * (wanted - end) ** 2, rel=1e-3)
 
 
 def test_it_is_refused_where_it_makes_no_sense():

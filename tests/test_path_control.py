@@ -5,6 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.optimize
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -153,6 +154,22 @@ def test_momentum_is_judged_with_the_step(x64):
     assert all(b <= a for a, b in itertools.pairwise(losses))
 
 
+def test_a_step_that_momentum_spoils_is_not_chosen_for_ever(x64):
+    seen = [state for _, state in run(path_control(), 40, {"x": X, "y": target(0.3)}, momentum=0.5)]
+    again = [(a, b) for a, b in itertools.pairwise(seen) if not (a.accepted or b.accepted)]
+    assert len(again) >= 5
+    for before, after in again:
+        assert float(after.step_size) <= 0.51 * float(before.step_size)
+    assert sum(bool(state.accepted) for state in seen[10:]) >= 5
+
+
+def test_where_after_leads_uphill_the_reason_says_so(x64):
+    after = optax.stateless(lambda updates, params: -updates if updates.shape == (4,) else updates)
+    reasons = [int(state.reason) for _, state in run(path_control(), 12, {"x": X, "y": target(0.3)}, after=after)]
+    assert reasons[0] == Reason.LOSS_ROSE
+    assert Reason.NOT_DOWNHILL in reasons
+
+
 def test_other_losses_take_the_least_of_the_trials_in_a_krylov_space(x64):
     def loss(theta):
         return jnp.sum((theta[0] ** 2 - 1) ** 2) + 0.5 * theta[1] ** 2
@@ -176,7 +193,7 @@ def measured(noise):
 
 
 def test_a_step_begins_with_the_points_of_the_coarsest_subset_and_is_judged_on_all(x64):
-    rule = path_control(0.7, probes=1, corrections=0)
+    rule = path_control(0.7, probes=2, corrections=0)
     ((found, state),) = run(rule, 1, measured(0.3), loss=BY_POINT)
     chosen = np.random.default_rng(0).permutation(1000)[:63]  # of 1,000 one in 16, rounded up
     x, y = (value[chosen] for value in measured(0.3).values())
@@ -276,6 +293,7 @@ def test_points_on_eight_devices_are_thinned_as_on_one(axes, x64):
     [
         ({"initial_step_size": 0.0}, "initial_step_size"),
         ({"probes": 0}, "probes"),
+        ({"probes": 1}, "probes must be at least 2"),
         ({"width": 1.0}, "width"),
         ({"boldness": 0.0}, "boldness"),
         ({"boldness": 1.5}, "boldness"),

@@ -122,7 +122,9 @@ class LeastSquaresPath(Path):
         """See `Path.predicted_fall`: h(⟨∇L, g*⟩ + ⟨g*, P⁻¹g*⟩)/2."""
         direction = self._vectors(h, coordinates)
         gradient = self.rows.rmv(self.residual) + self.l2 * self.theta
-        return 0.5 * h * jnp.sum(direction * (gradient[None] + _tree.ratio(direction, self.scale[None])), axis=1)
+        # h·g* first: the product of two gradients may be out of range, in the units of the loss, where the fall is not.
+        slope = gradient[None] + _tree.ratio(direction, self.scale[None])
+        return 0.5 * jnp.sum((h[:, None] * direction) * slope, axis=1)
 
     def loss_at_start(self, params: Tree) -> Float[Array, ""]:
         """See `Path.loss_at_start`; of the residuals that came with the rows."""
@@ -136,7 +138,7 @@ class LeastSquaresPath(Path):
     def evaluate(self, params: Tree) -> Trial:
         """The loss and the residuals at one point."""
         residual = self.field.residual(params)
-        loss = 0.5 * jnp.sum(residual * residual)
+        loss = 0.5 * _tree.inner(residual, residual)
         if self.field.l2 is not None:
             square = _tree.inner(params, params).astype(loss.dtype)
             loss = loss + 0.5 * jnp.asarray(self.field.l2, loss.dtype) * square
@@ -242,8 +244,25 @@ def least_squares_path(field: VectorField, params: Tree, *, parameters: bool) ->
     lower = rows.gram("parameters" if parameters else "residuals", None if field.scale is None else scale)
     if parameters:
         lower = lower + jnp.diag(l2 * scale)
+    lower = underivable(lower)  # JAX would say that the reduction has no derivative, and not what to do
     factor = Tridiagonal.of(lower) if lower.size else Eigenvectors(jnp.zeros(0, real), jnp.zeros((0, 0), real))
     return (ParameterPath if parameters else RowPath)(field, theta, rows, scale, residual, factor)
+
+
+@jax.custom_jvp
+def underivable(tree: Tree) -> Tree:
+    """`tree`. Derivatives would be those of the factorisation, NaN where two eigenvalues agree, if it has any."""
+    return tree
+
+
+@underivable.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    del primals, tangents
+    raise ValueError(
+        "An update of path_control cannot be differentiated: which trial step is the best jumps with what it depends "
+        "on, and its factorisation has no derivative where eigenvalues agree. Differentiate "
+        "through an explicit method, or rosenbrock_euler(curvature='diagonal'), with another rule."
+    )
 
 
 def _singular(
@@ -292,7 +311,8 @@ class KrylovPath(Path):
 
     def predicted_fall(self, h: Float[Array, " k"], coordinates: Float[Array, "k m"]) -> Float[Array, " k"]:
         """See `Path.predicted_fall`."""
-        return 0.5 * h * jnp.sum(coordinates * ((self.size * self.basis[0])[None] + coordinates), axis=1)
+        slope = (self.size * self.basis[0])[None] + coordinates
+        return 0.5 * jnp.sum((h[:, None] * coordinates) * slope, axis=1)  # in this order, as for least squares
 
     def evaluate(self, params: Tree) -> Trial:
         """The loss at one point."""
