@@ -191,11 +191,12 @@ class Update:
         direction, after = self._apply_after(step.direction, state.after, theta, extra_args)
         emitted = view.handed_out(_tree.scale(-h, direction) if self.applies_step_size else direction)
 
-        finite = known_finite
+        finite, begun = known_finite, _tree.all_finite(k1)
         if self.skip_nonfinite:
             # What is emitted, because h·g* may overflow, and g* before an `after` that may clip an infinity.
+            # Stage 1 as well: a step on fewer points is not made of it.
             shown = emitted if self.after is None else (emitted, step.direction)
-            finite = finite & step.finite & _tree.all_finite(shown)
+            finite = finite & begun & step.finite & _tree.all_finite(shown)
         usable = finite & step.solved
         attempt = Attempt(self.solver, field, theta, k1, view.after(emitted), jnp.asarray(h), step, usable)
         verdict, accepted, reason = judged(self.rule, rule_state, attempt, finite)
@@ -205,7 +206,7 @@ class Update:
             emitted,
             after,
             # A stage 1 that is not finite says nothing about h; a later one does.
-            _tree.select(_tree.all_finite(k1), verdict.state, state.rule),
+            _tree.select(begun, verdict.state, state.rule),
             sensible & accepted,
             jnp.where(sensible, reason, Reason.BAD_STEP_SIZE).astype(jnp.int32),
             propose_cost.plus(choose_cost).plus(verdict.cost),

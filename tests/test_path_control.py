@@ -194,15 +194,20 @@ def measured(noise):
 
 def test_a_step_begins_with_the_points_of_the_coarsest_subset_and_is_judged_on_all(x64):
     rule = path_control(0.7, probes=2, corrections=0)
-    ((found, state),) = run(rule, 1, measured(0.3), loss=BY_POINT)
-    chosen = np.random.default_rng(0).permutation(1000)[:63]  # of 1,000 one in 16, rounded up
+    order = np.random.default_rng(0).permutation(1000)
+    chosen = order[:63]  # of 1,000 one in 16, rounded up
+    broken = jax.tree.map(np.array, measured(0.3))
+    broken["y"][order[-1]] = np.nan
+    (_, refused), (found, state) = run(rule, 2, lambda i: measured(0.3) if i else broken, loss=BY_POINT)
+    assert (int(refused.reason), float(refused.rule.loss)) == (Reason.NOT_FINITE, np.inf)  # though the subset is finite
     x, y = (value[chosen] for value in measured(0.3).values())
     jacobian, r = np.asarray(jax.jacfwd(curve)(jnp.asarray(START), x, y)), np.asarray(curve(START, x, y))
     matrix = np.eye(4) + state.step_size * jacobian.T @ jacobian / 63
     np.testing.assert_allclose(found, START - state.step_size * np.linalg.solve(matrix, jacobian.T @ r / 63), rtol=1e-9)
     whole = 0.5 * np.mean(np.asarray(curve(found, *measured(0.3).values())) ** 2)
     assert float(state.rule.loss) == pytest.approx(whole, rel=1e-12)
-    assert (int(state.cost.rows), int(state.cost.losses)) == (63, 1 + 1 + 1)  # one of 63 points counts as one of all
+    # One of 63 points counts as one of all.
+    assert (int(state.cost.rows), int(state.cost.losses)) == (2 * 63, 2 * (1 + 1 + 1))
 
 
 def test_exact_data_never_need_all_points_and_noisy_ones_end_with_all(x64):
