@@ -30,9 +30,25 @@ def residuals(params, unit, length):
 LOSS = rk_optax.LeastSquares(residuals)
 
 
+# And what an optimizer does by another way.
+OPTIMIZERS = ALIASES | {
+    f"{name}, {way}": functools.partial(ALIASES[name], **options)
+    for name, way, options in (
+        ("rosenbrock_euler", "hessian", {"curvature": "hessian"}),
+        ("rosenbrock_euler", "secant", {"curvature": "secant"}),
+        ("rosenbrock_euler", "diagonal", {"curvature": "diagonal"}),
+        ("rosenbrock_euler", "gmres", {"curvature": "hessian", "linear_solver": rk_optax.Gmres()}),
+        ("ros2", "secant", {"curvature": "secant"}),
+        ("residual_euler", "products", {"max_rows": 1}),
+        ("residual_euler", "inertia", {"inertia": 0.5}),
+        ("rkc", "order 2", {"order": 2}),
+    )
+}
+
+
 def builds(optimizer, rule):
     try:
-        ALIASES[optimizer](LOSS, RULES[rule](H))
+        OPTIMIZERS[optimizer](LOSS, RULES[rule](H))
     except ValueError:
         return False
     return True
@@ -43,11 +59,11 @@ HIGH_ORDER = ("dopri5", "tsit5", "dopri8")
 # A solver of each kind, and each rule; the others are slow.
 QUICK = {("heun", rule) for rule in ("constant", "dal, difference", "dal, free")} | {
     *(("rosenbrock_euler", "trust"), ("ros2", "error"), ("euler", "sgd_g2"), ("residual_euler", "path")),
-    *(("rkc", "descent"), ("backward_euler", "descent"), ("etdrk2", "dal")),
+    *(("rkc", "descent"), ("backward_euler", "descent"), ("etdrk2", "dal"), ("rosenbrock_euler, secant", "search")),
 }
 COMBINATIONS = [
     pytest.param(*both, marks=[] if both in QUICK else pytest.mark.slow)
-    for both in itertools.product(ALIASES, RULES)
+    for both in itertools.product(OPTIMIZERS, RULES)
     if builds(*both)
 ]
 
@@ -62,7 +78,7 @@ def three_updates(optimizer, rule):
         longer = 4 if rule == "error" and optimizer in HIGH_ORDER else 1
         h = jnp.float32(longer * H) / c * length * length
         data = {"unit": jnp.sqrt(c), "length": length}
-        tx = ALIASES[optimizer](LOSS, RULES[rule](h))
+        tx = OPTIMIZERS[optimizer](LOSS, RULES[rule](h))
         params = {"w": length * START, "inert": inert * jnp.ones(2)}
         state = tx.init(params)
 
@@ -98,7 +114,7 @@ def test_units_and_inert_leaves_change_no_step(optimizer, rule):
     cases += [(c, c, 1.0) for c in (1e-25, 1e25)]  # h is then a number of float32 too
     cases += [(1.0, 1.0, inert) for inert in (1e-20, 1e20)]
     run = three_updates(optimizer, rule)
-    with jax.numpy_rank_promotion("raise"), jax.debug_nans(True):
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"), jax.debug_nans(True):
         (expected, _, accepted), *results = (run(*case) for case in [(1.0, 1.0, 1.0), *cases])
     assert np.abs(expected[0]).max() > 1e-3
     wrong = []
@@ -135,10 +151,14 @@ def test_a_row_space_system_of_small_residuals_is_solved():
     rows = 1e4 * np.linalg.qr(rng.normal(size=(20, 20)))[0] * np.geomspace(1, 1e-3, 20)
     residual, h = 1e-12 * rng.normal(size=20), 1e-3
     expected = -h * rows.T @ np.linalg.solve(np.eye(20) + h * rows @ rows.T, residual)
+    assert 1e-14 < np.linalg.norm(expected) < 1e-13
     loss = rk_optax.LeastSquares(lambda w: rows.astype(np.float32) @ w + residual.astype(np.float32))
-    update, state = first_update(rk_optax.residual_euler(loss, h), loss, jnp.zeros(20))
-    assert bool(state.accepted)
-    assert np.linalg.norm(update - expected) < 1e-3 * np.linalg.norm(expected)
+    # CG leaves a residual of 1e-3, in a matrix of condition 1e5.
+    by_products = (rk_optax.ResidualEuler(max_rows=1), rk_optax.RosenbrockEuler())
+    for solver, close in ((rk_optax.ResidualEuler(), 1e-3), *((solver, 0.05) for solver in by_products)):
+        update, state = first_update(rk_optax.runge_kutta(loss, h, solver), loss, jnp.zeros(20))
+        assert bool(state.accepted)
+        assert np.linalg.norm(update - expected) < close * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -165,17 +185,23 @@ def test_a_step_however_long_is_the_gauss_newton_step_or_refused(count):
     assert not np.any(found)
 
 
-@pytest.mark.covering(most=1)
-@pytest.mark.parametrize(("size", "inert"), [(1.0, 1e6), (1e-6, 1.0), (1.0, 0.0)])
-def test_the_spectral_radius_does_not_depend_on_what_the_loss_does_not_see(size, inert):
+@pytest.mark.parametrize("kind", ["rkc1", "rkc2", "rkl2"])
+def test_the_spectral_radius_does_not_depend_on_what_the_loss_does_not_see(kind):
+    """1.2 of the largest rate, 229.5, beside an inert leaf of 1e6, for parameters of size 1e-6, and so on."""
     rates = jnp.array([1.0, 30.0, 191.25])
 
     def loss(params):
         return 0.5 * jnp.sum(rates * params["w"] ** 2)
 
-    params = {"w": size * jnp.array([1.0, -2.0, 0.5]), "inert": jnp.full(5, inert)}
-    _, state = first_update(rk_optax.runge_kutta(loss, 1e-3, rk_optax.Stabilized("rkc1")), loss, params)
-    assert float(state.solver.spectral_radius) == pytest.approx(1.2 * 191.25, rel=0.05)
+    @jax.jit
+    @jax.vmap
+    def radius(size, inert):
+        params = {"w": size * jnp.array([1.0, -2.0, 0.5]), "inert": jnp.full(5, inert)}
+        tx = rk_optax.runge_kutta(loss, 1e-3, rk_optax.Stabilized(kind))
+        return tx.update(jax.grad(loss)(params), tx.init(params), params)[1].solver.spectral_radius
+
+    found = radius(jnp.array([1.0, 1e-6, 1.0, 1.0, 1e-20, 1e15]), jnp.array([1e6, 1.0, 0.0, 1e20, 1e20, 1.0]))
+    np.testing.assert_allclose(found, 1.2 * 191.25, rtol=0.05)
 
 
 @pytest.mark.parametrize("inert", [1e4, 1e20])
@@ -195,22 +221,25 @@ def test_newtons_iteration_is_not_cut_short_by_what_the_loss_does_not_see(inert)
 
 @pytest.mark.parametrize("estimate", ["product", "difference"])
 def test_the_curvature_that_dal_sees_has_the_unit_of_the_loss_alone(estimate):
-    """On c·Σλw²/2 beside an inert leaf."""
-    rates, w = np.array([1.0, 30.0, 300.0]), np.array([1.0, -2.0, 0.5])
-    gradient = rates * w
-    expected = np.linalg.norm(rates * gradient) / np.linalg.norm(gradient)
+    """On c·Σλw²/2 beside an inert leaf; of c·Σw² it is 2c, 2e-11 for c = 1e-11."""
+    several, w = np.array([[1.0, 30.0, 300.0], [2.0, 2.0, 2.0]]), np.array([1.0, -2.0, 0.5])
+    expected = np.linalg.norm(several**2 * w, axis=1) / np.linalg.norm(several * w, axis=1)
+    assert expected[1] == 2
 
     @jax.jit
-    @jax.vmap
-    def ratio(c, inert):
+    @functools.partial(jax.vmap, in_axes=(None, 0, 0))
+    @functools.partial(jax.vmap, in_axes=(0, None, None))
+    def ratio(rates, c, inert):
         def loss(params):
-            return 0.5 * c * jnp.sum(jnp.asarray(rates, jnp.float32) * params["w"] ** 2)
+            return 0.5 * c * jnp.sum(rates * params["w"] ** 2)
 
         params = {"w": jnp.asarray(w, jnp.float32), "inert": jnp.full(5, inert)}
         tx = rk_optax.rk4(loss, rk_optax.dal(0.1 / c, estimate=estimate))
         return tx.update(jax.grad(loss)(params), tx.init(params), params)[1].rule.ratio / c
 
-    found = ratio(jnp.array([1.0, 1e-11, 1e10, 1e-25, 1e25, 1.0, 1.0]), jnp.array([1.0] * 5 + [1e6, 1e20]))
+    units, inert = jnp.array([1.0, 1e-11, 1e10, 1e-25, 1e25, 1.0, 1.0]), jnp.array([1.0] * 5 + [1e6, 1e20])
+    found = ratio(jnp.asarray(several, jnp.float32), units, inert)
+    expected = np.broadcast_to(expected, found.shape)
     np.testing.assert_allclose(found, expected, rtol=1e-5 if estimate == "product" else 1e-2)
 
 
