@@ -12,11 +12,7 @@ import jax.numpy as jnp
 
 from rk_optax import _checks, _tree
 from rk_optax.field import Capability, VectorField
-<<<<<<< HEAD
-from rk_optax.solver import Cost, Path, Quantity, Step, underivable
-=======
-from rk_optax.solver import Cost, Path, Quantity, Step, saturating_sum
->>>>>>> ten
+from rk_optax.solver import Cost, Path, Quantity, Step, saturating_sum, underivable
 from rk_optax.step_size import Attempt, Choice, KeptStepSize, Reason, Verdict
 
 PyTree = Any
@@ -281,13 +277,8 @@ class PathControl(KeptStepSize):
             next_step_size=_bounded(h),
             loss=_known(jnp.where(accepted, after, before)),
             fall=fall,
-<<<<<<< HEAD
             divisor=jnp.where((changing & ~tie) | accepted | misled, divisor, state.divisor).astype(dtype),
-            level=jnp.clip(state.level + failed - fewer, 0, last),
-=======
-            divisor=jnp.where(changing & ~tie, divisor, state.divisor).astype(dtype),
             level=jnp.clip(state.level + failed.astype(jnp.int32) - fewer.astype(jnp.int32), 0, last),
->>>>>>> ten
             refused=jnp.where(failed, 0, refused),
             failures=saturating_sum(state.failures, failed),
             wait=wait,
@@ -301,7 +292,6 @@ class PathControl(KeptStepSize):
 path_control = PathControl
 
 
-<<<<<<< HEAD
 def _leads_uphill(attempt: Attempt) -> jax.Array:
     """Whether the step goes up the gradient, though so short that g* is the gradient: `after` leads there."""
     gradient, scale = attempt.k1, attempt.field.scale
@@ -310,11 +300,11 @@ def _leads_uphill(attempt: Attempt) -> jax.Array:
     gradient = gradient if scale is None else jax.tree.map(jnp.divide, gradient, scale)
     change = jax.tree.map(jnp.subtract, attempt.candidate, attempt.params)
     return short & (_tree.inner(_tree.unit(gradient)[0], _tree.unit(change)[0]) > 0)
-=======
+
+
 def _known(loss: jax.Array) -> jax.Array:
     """It, or the largest number in place of one that is not finite, for ∞ says that there has been none."""
     return jnp.where(jnp.isfinite(loss), loss, jnp.finfo(loss.dtype).max)
->>>>>>> ten
 
 
 def _logarithmic(fall: jax.Array, before: jax.Array) -> jax.Array:
