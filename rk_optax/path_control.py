@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from rk_optax import _checks, _tree
+from rk_optax._anderson import History, anderson
 from rk_optax.field import Capability, VectorField
-from rk_optax.solver import Cost, Path, Quantity, Step, saturating_sum, underivable
+from rk_optax.solver import Cost, Factored, Path, Quantity, Step, saturating_sum, underivable
 from rk_optax.step_size import Attempt, Choice, KeptStepSize, Reason, Verdict
 
 PyTree = Any
 Number = float | jax.Array
+_BEYOND = float(__import__("os").environ.get("BEYOND", "0.3"))
 
 
 class PathControlState(NamedTuple):
@@ -34,6 +36,7 @@ class PathControlState(NamedTuple):
     refused: jax.Array  # shape=(), int32: steps in a row that no trial of the same points was worth
     failures: jax.Array  # shape=(), int32: how often fewer points did not serve, of the data that have stayed since
     wait: jax.Array  # shape=(), int32: updates until fewer points are tried again
+    precise: jax.Array  # shape=(), bool: whether the next step on all points is by singular values
 
 
 class _Chosen(NamedTuple):
@@ -44,6 +47,7 @@ class _Chosen(NamedTuple):
     fall: jax.Array  # of the loss on the points of the path
     before: jax.Array  # that loss
     predicted: jax.Array  # its fall by the linearly implicit step of the same h, by the quadratic model
+    beyond: jax.Array  # h over the longest that a Gram matrix resolves
     cost: Cost
     solver: PyTree  # its state
 
@@ -115,8 +119,9 @@ class PathControl(KeptStepSize):
     probes: int | None = None
     width: Number | None = None
     boldness: Number = 1.0
-    corrections: int = 4
+    corrections: int | None = None
     subsets: tuple[int, ...] = (16, 4)
+    precise: bool = True
     needs: ClassVar[frozenset[Capability]] = frozenset({"loss", "deterministic"})
     wants: ClassVar[frozenset[Quantity]] = frozenset({"path"})
 
@@ -132,7 +137,7 @@ class PathControl(KeptStepSize):
         if self.width is not None:
             _checks.numbers(self, width="growth")
         _checks.numbers(self, boldness="fraction")
-        if self.corrections != 0 or isinstance(self.corrections, bool):
+        if self.corrections is not None and (self.corrections != 0 or isinstance(self.corrections, bool)):
             _checks.count(self.corrections, "corrections")
         object.__setattr__(self, "subsets", tuple(self.subsets))
         for divisor in self.subsets:
@@ -148,7 +153,9 @@ class PathControl(KeptStepSize):
         values = {"next_step_size": first, "loss": jnp.inf, "fall": 0, "divisor": 2, "before": 0, "predicted": 0}
         scalars = {name: jnp.full([], value, _tree.default_float()) for name, value in values.items()}
         counts = {name: jnp.zeros([], jnp.int32) for name in ("changing", "level", "refused", "failures", "wait")}
-        return PathControlState(**scalars, **counts, subset_fall=jnp.zeros([], _tree.default_float()))
+        return PathControlState(
+            **scalars, **counts, subset_fall=jnp.zeros([], _tree.default_float()), precise=jnp.zeros([], bool)
+        )
 
     def seen(self, field: VectorField, params: PyTree) -> VectorField:
         """The field, with fewer points only where some of its subsets are worth a step."""
@@ -167,12 +174,20 @@ class PathControl(KeptStepSize):
         changing = jnp.where(stayed, jnp.maximum(state.changing - 1, 0), 2)
         new = changing == 2
         fields = self._fields(field, params)
-        level = jnp.where(changing == 0, jnp.minimum(state.level, len(fields) - 1), len(fields) - 1)
+        last = len(fields) - 1
+        level = jnp.where(changing == 0, jnp.minimum(state.level, last), last)
 
-        def on(part: VectorField) -> Callable[[], _Chosen]:
-            return lambda: self._chosen(part, field, before, params, h, changing == 0, step)
+        def on(part: VectorField, form: Quantity) -> Callable[[], _Chosen]:
+            return lambda: self._chosen(part, field, before, params, h, changing == 0, step.quantities[form])
 
-        chosen = jax.lax.switch(level, [on(part) for part in fields])
+        branches = [on(part, "path") for part in fields]
+        on_all, precise = (changing == 0) & (level == last), jnp.zeros([], bool)
+        if self.precise and "precise_path" in step.quantities:
+            branches.append(on(field, "precise_path"))
+            precise = on_all & state.precise
+        chosen = jax.lax.switch(level + precise.astype(level.dtype), branches)
+        # Back where h is clearly shorter again, lest the two take turns.
+        beyond = chosen.beyond > jnp.where(precise, 0.01, 1) * _BEYOND
         state = state._replace(
             changing=changing,
             before=before,
@@ -182,6 +197,7 @@ class PathControl(KeptStepSize):
             failures=jnp.where(new, 0, state.failures),
             wait=jnp.where(new, 0, state.wait),
             subset_fall=_logarithmic(chosen.fall, chosen.before).astype(dtype),
+            precise=jnp.where(on_all, beyond, state.precise),
         )
         h, direction = underivable((chosen.step_size, chosen.direction))
         step = step._replace(direction=direction, state=chosen.solver, refused_state=chosen.solver)
@@ -200,15 +216,14 @@ class PathControl(KeptStepSize):
         params: PyTree,
         h: jax.Array,
         several: jax.Array,
-        step: Step,
+        factored: Callable[[VectorField], Factored],
     ) -> _Chosen:
         """The best of `several` trial steps on the points of `part`, or the one of h; `before` is the loss on all."""
-        path, cost, solver = step.quantities["path"](part)
+        path, cost, solver = factored(part)
         dtype = path.typical.dtype
         h = jnp.where(h > 0, h, path.typical).astype(dtype)
         before = (before if part is whole else path.loss_at_start(params)).astype(dtype)
-        probes, width = self._trial_steps(dtype)
-        corrections = self.corrections if path.correctable else 0
+        probes, width, corrections = self._trial_steps(path, dtype)
 
         def best() -> tuple[jax.Array, jax.Array, jax.Array]:
             exponents = jnp.linspace(-1.0, 1.0, probes, dtype=dtype)
@@ -234,12 +249,20 @@ class PathControl(KeptStepSize):
             cost = Cost(*(-(-count * n // of) for count in work))._replace(rows=work.rows)
         predicted = path.predicted_fall(h[None], path.start(h[None]))[0]
         direction = jax.tree.map(lambda leaf: leaf[0], path.direction(h[None], coordinates[None]))
-        return _Chosen(h, direction, fall, before, predicted, cost, solver)
+        beyond = ((h * jnp.finfo(dtype).eps) * path.largest).astype(dtype)
+        return _Chosen(h, direction, fall, before, predicted, beyond, cost, solver)
 
-    def _trial_steps(self, dtype: Any) -> tuple[int, Number]:
-        """How many, and how far from h the outermost. In float32 the factor takes most of a step: more cost little."""
-        probes, width = (6, 6.0) if jnp.finfo(dtype).bits >= 64 else (16, 30.0)
-        return probes if self.probes is None else self.probes, width if self.width is None else self.width
+    def _trial_steps(self, path: Path, dtype: Any) -> tuple[int, Number, int]:
+        """How many, how far from h the outermost, and their corrections: more where the factor takes most of a step."""
+        probes, width, corrections = (4, 6.0, 6) if jnp.finfo(dtype).bits >= 64 else (16, 30.0, 4)
+        if path.precise and jnp.finfo(dtype).bits >= 64:
+            probes, corrections = 6, 12
+        probes = probes if self.probes is None else self.probes
+        corrections = corrections if self.corrections is None else self.corrections
+        return probes, self._width(dtype), corrections if path.correctable else 0
+
+    def _width(self, dtype: Any) -> Number:
+        return (6.0 if jnp.finfo(dtype).bits >= 64 else 30.0) if self.width is None else self.width
 
     def judge(self, state: PathControlState, attempt: Attempt) -> Verdict:
         """Accepts where the loss does not rise, momentum and all. Costs a loss."""
@@ -262,7 +285,7 @@ class PathControl(KeptStepSize):
         # next trials are shorter.
         last = len(self._fields(attempt.field, attempt.params)) - 1
         misled = ~accepted & ~tie & ~changing & (state.subset_fall > 0) & (state.level == last)
-        width = jnp.asarray(self._trial_steps(_tree.default_float())[1], dtype)
+        width = jnp.asarray(self._width(_tree.default_float()), dtype)
         h = jnp.where(misled, h / (width * state.divisor), h)
         divisor = jnp.where(accepted, 2, jnp.minimum(2 * state.divisor, 1024))
         # On a subset of the points: it serves as long as all points have half of its fall, and it has one.
@@ -316,8 +339,8 @@ def _logarithmic(fall: jax.Array, before: jax.Array) -> jax.Array:
 def _least(path: Path, params: PyTree, h: jax.Array, corrections: int) -> tuple[jax.Array, jax.Array]:
     """For each h the least of the losses that its iterates reach, and the coordinates of that iterate."""
 
-    def iterate(_: Any, carry: Any) -> Any:
-        coordinates, least, kept = carry
+    def iterate(count: jax.Array, carry: Any) -> Any:
+        coordinates, least, kept, history = carry
         direction = path.direction(h, coordinates)
 
         def trial(i: jax.Array) -> Any:
@@ -328,11 +351,14 @@ def _least(path: Path, params: PyTree, h: jax.Array, corrections: int) -> tuple[
         trials = jax.lax.map(trial, jnp.arange(len(h)))
         better = trials.loss < least
         kept = jnp.where(better[:, None], coordinates, kept)
-        return path.corrected(h, coordinates, trials.response), jnp.where(better, trials.loss, least), kept
+        corrected = path.corrected(h, coordinates, trials.response)
+        accelerated, history = anderson(coordinates, corrected - coordinates, history, count)
+        return accelerated, jnp.where(better, trials.loss, least), kept, history
 
     start = path.start(h)
     least = jnp.full(h.shape, jnp.inf, jax.eval_shape(path.evaluate, params).loss.dtype)
-    _, least, kept = jax.lax.fori_loop(0, corrections + 1, iterate, (start, least, start))
+    history = History.of(start, min(corrections, 3))
+    _, least, kept, _ = jax.lax.fori_loop(0, corrections + 1, iterate, (start, least, start, history))
     return least, kept
 
 

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from rk_optax.field import Capability, VectorField
 
 PyTree = Any
-Quantity = Literal["error", "curvature", "predicted_fall", "path", "last_stage", "dense", "stages"]
+Quantity = Literal[
+    "error", "curvature", "predicted_fall", "path", "precise_path", "last_stage", "dense", "stages"
+]
 """What a solver can return of a step beside its direction, where a step-size rule wants it:
 
 error: estimate of the local error, like params and in its units (those of θ, not of g*).
@@ -21,6 +23,7 @@ curvature: ‖k1 − k2‖/(a21 h ‖k1‖), about ‖Hg‖/‖g‖, a scalar; �
 predicted_fall: of the loss, by the solver's own quadratic model, a scalar.
 path: the steps of all h from one factorisation, as a function that makes it of this step's field, or of
     `VectorField.on_fewer_points` of that; see `Factored` and `Path`.
+precise_path: the same by a factorisation that costs more and keeps more digits; it comes with `path`, where there is one.
 last_stage: the field at the end of the step, like params, where the method evaluates it there.
 dense: the published interpolant of the step, a function σ ↦ D(σ), like params, with θ(t + σh) = θ − h·D(σ).
 stages: k_1 to k_s, a tuple of trees like params, of all of a tableau's stages.
@@ -148,6 +151,7 @@ _ABOUT: dict[Quantity, tuple[str, str]] = {
         "Use it with rosenbrock_euler or residual_euler, or descent_control() with this solver",
     ),
     "path": ("the steps of all h from one factorisation", "Use it with residual_euler or rosenbrock_euler"),
+    "precise_path": ("the same with more digits", "Use it with residual_euler, in float64"),
     "last_stage": ("the field at the end of the step", "Use a solver whose last stage is the next first one"),
     "dense": ("dense output", "Use an explicit solver"),
     "stages": ("the stages of an explicit method of at least two", "Use a tableau, such as 'heun' or 'rk4'"),

@@ -29,6 +29,11 @@ class ShiftedFactor(abc.ABC):
     def mean(self) -> Float[Array, ""]:
         """The mean eigenvalue of A."""
 
+    @property
+    @abc.abstractmethod
+    def norm(self) -> Float[Array, ""]:
+        """The largest eigenvalue of A, or a little more."""
+
     @abc.abstractmethod
     def coordinates(self, x: Float[Array, "k m"]) -> Float[Array, "k n"]:
         """Wᵀx."""
@@ -58,6 +63,11 @@ class Eigenvectors(ShiftedFactor):
     def mean(self) -> Float[Array, ""]:
         """See `ShiftedFactor.mean`."""
         return jnp.mean(self.eigenvalues) if self.eigenvalues.size else jnp.zeros([], self.eigenvalues.dtype)
+
+    @property
+    def norm(self) -> Float[Array, ""]:
+        """See `ShiftedFactor.norm`."""
+        return jnp.max(self.eigenvalues, initial=0)
 
     def coordinates(self, x: Float[Array, "k m"]) -> Float[Array, "k n"]:
         """See `ShiftedFactor.coordinates`."""
@@ -113,6 +123,12 @@ class Tridiagonal(ShiftedFactor):
         """See `ShiftedFactor.mean`."""
         return jnp.mean(self.diagonal)
 
+    @property
+    def norm(self) -> Float[Array, ""]:
+        """See `ShiftedFactor.norm`: by the circles of Gershgorin."""
+        beside = jnp.pad(jnp.abs(self.off), 1)
+        return jnp.max(jnp.abs(self.diagonal) + beside[:-1] + beside[1:])
+
     def coordinates(self, x: Float[Array, "k m"]) -> Float[Array, "k n"]:
         """See `ShiftedFactor.coordinates`."""
         return jax.lax.scan(self._reflect, x, (self.reflectors, self.triangles))[0]
@@ -131,8 +147,7 @@ class Tridiagonal(ShiftedFactor):
 
     def solve(self, h: Float[Array, " k"], z: Float[Array, "#k n"]) -> Float[Array, "k n"]:
         """See `ShiftedFactor.solve`. Of (I/m + (h/m)D) x = z/m with m = max(1, h‖D‖), in which nothing overflows."""
-        beside = jnp.pad(jnp.abs(self.off), 1)
-        norm = jnp.max(jnp.abs(self.diagonal) + beside[:-1] + beside[1:])
+        norm = self.norm
         inverse = _tree.ratio(jnp.ones_like(norm), norm)
         # Rounding may have made the least eigenvalues a little negative.
         shift = 0.5 * float(jnp.finfo(norm.dtype).eps)

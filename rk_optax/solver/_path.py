@@ -42,14 +42,22 @@ class Path(abc.ABC):
 
     Attributes:
       correctable: whether `corrected` improves anything: where the loss is least squares and its rows are at hand.
+      precise: whether by the singular values of the rows and not by their Gram matrix, of which rounding hides the
+        eigenvalues below that of the largest.
     """
 
     correctable: ClassVar[bool] = False
+    precise: ClassVar[bool] = False
 
     @property
     @abc.abstractmethod
     def typical(self) -> Float[Array, ""]:
         """A step size to begin with: one at which the larger eigenvalues are stiff and the others are not."""
+
+    @property
+    def largest(self) -> Float[Array, ""]:
+        """An upper bound of the Gram matrix's largest eigenvalue; 0 where there is none."""
+        return jnp.zeros([])
 
     @abc.abstractmethod
     def start(self, h: Float[Array, " k"]) -> Float[Array, "k m"]:
@@ -108,6 +116,11 @@ class LeastSquaresPath(Path):
         """The reciprocal of the mean eigenvalue."""
         mean = self.factor.mean
         return jnp.where(mean > 0, _tree.ratio(jnp.ones_like(mean), mean), 1)
+
+    @property
+    def largest(self) -> Float[Array, ""]:
+        """See `Path.largest`."""
+        return self.factor.norm
 
     @property
     def l2(self) -> Float[Array, ""]:
@@ -201,6 +214,7 @@ class SingularPath(RowPath):
     singular: Float[Array, " m"]  # S^½
     right: Float[Array, "p m"]  # V
     decayed: bool = False  # whether λ is in further rows, √λ I, with the residuals √λ θ
+    precise: ClassVar[bool] = True
 
     @property
     def l2(self) -> Float[Array, ""]:
@@ -225,14 +239,19 @@ class SingularPath(RowPath):
         return real_matmul(coordinates * self.singular[None], self.right.T) * jnp.sqrt(self.scale)[None]
 
 
-def least_squares_path(field: VectorField, params: Tree, *, parameters: bool) -> LeastSquaresPath:
-    """The path at `params`, in the space of the `parameters` or of the residuals. Costs the rows."""
+def least_squares_path(
+    field: VectorField, params: Tree, *, parameters: bool, precise: bool = False
+) -> LeastSquaresPath:
+    """The path at `params`, in the space of the `parameters` or of the residuals. Costs the rows.
+
+    In float32 it is by singular values always, and if `precise`, wherever all rows are in one array.
+    """
     real = _tree.default_float()
     rows = field.rows(params).astype(real)
     vectors, residual = rows.vectors, rows.residual.astype(real)
     theta, scale = vectors.flatten(params), vectors.diagonal(field.scale)
     l2 = jnp.asarray(0.0 if field.l2 is None else field.l2, real)
-    if jnp.finfo(real).bits < 64 and min(rows.shape) > 0:
+    if (jnp.finfo(real).bits < 64 or (precise and isinstance(rows, DenseRows))) and min(rows.shape) > 0:
         matrix, decayed = rows.matrix(), parameters and field.l2 is not None
         if decayed:
             matrix = SingularPath.with_decay(matrix, jnp.eye(len(theta), dtype=real), l2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -177,7 +178,7 @@ class ResidualEuler(Solver):
         size = _real_size(params)
         by_products = self._matrix_free.step(field, params, k1, 0.0, (), wants=frozenset({"path"})).quantities["path"]
 
-        def path(field: VectorField) -> Factored:
+        def path(field: VectorField, *, precise: bool = False) -> Factored:
             count = field.count_rows(params)
             # With both, the N×N matrix would change with h.
             parameters = size <= count or (field.l2 is not None and field.scale is not None)
@@ -185,9 +186,13 @@ class ResidualEuler(Solver):
                 found = by_products(field)
                 return found._replace(state=_state(_PRODUCTS, found.state.iterations, found.state.residual))
             new = _state(_PARAMETERS if parameters else _ROWS, jnp.zeros([], jnp.int32), jnp.zeros([]))
-            return Factored(least_squares_path(field, params, parameters=parameters), Cost(rows=count), new)
+            found = least_squares_path(field, params, parameters=parameters, precise=precise)
+            return Factored(found, Cost(rows=count), new)
 
-        return Step(k1, Cost(gradients=0 if field.knows_rows(params) else 1), quantities={"path": path})
+        quantities: dict[Quantity, Any] = {"path": path}
+        if all(jnp.finfo(leaf.dtype).bits >= 64 for leaf in jax.tree.leaves(params)):
+            quantities["precise_path"] = functools.partial(path, precise=True)
+        return Step(k1, Cost(gradients=0 if field.knows_rows(params) else 1), quantities=quantities)
 
     def _by_products(self, step: Step) -> Step:
         new = _state(_PRODUCTS, step.state.iterations, step.state.residual)
