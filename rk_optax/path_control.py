@@ -18,7 +18,7 @@ from rk_optax.step_size import Attempt, Choice, KeptStepSize, Reason, Verdict
 
 PyTree = Any
 Number = float | jax.Array
-_BEYOND = float(__import__("os").environ.get("BEYOND", "0.3"))
+_BEYOND = 0.3  # of the h at which rounding hides all smaller eigenvalues than 1/h: from here on they are noisy
 
 
 class PathControlState(NamedTuple):
@@ -254,12 +254,17 @@ class PathControl(KeptStepSize):
 
     def _trial_steps(self, path: Path, dtype: Any) -> tuple[int, Number, int]:
         """How many, how far from h the outermost, and their corrections: more where the factor takes most of a step."""
-        probes, width, corrections = (4, 6.0, 6) if jnp.finfo(dtype).bits >= 64 else (16, 30.0, 4)
-        if path.precise and jnp.finfo(dtype).bits >= 64:
-            probes, corrections = 6, 12
+        double = jnp.finfo(dtype).bits >= 64
+        if not path.correctable:
+            probes, corrections = 6 if double else 16, 0
+        elif path.precise:
+            probes, corrections = (6, 12) if double else (8, 10)
+        else:
+            probes, corrections = 4, 6
         probes = probes if self.probes is None else self.probes
-        corrections = corrections if self.corrections is None else self.corrections
-        return probes, self._width(dtype), corrections if path.correctable else 0
+        if path.correctable and self.corrections is not None:
+            corrections = self.corrections
+        return probes, self._width(dtype), corrections
 
     def _width(self, dtype: Any) -> Number:
         return (6.0 if jnp.finfo(dtype).bits >= 64 else 30.0) if self.width is None else self.width
