@@ -153,19 +153,20 @@ def test_in_float32_a_step_has_the_digits_that_the_gram_matrix_lost(form):
 @pytest.mark.parametrize("unit", [1e12, 1e-12])
 @pytest.mark.parametrize("solver", [ResidualEuler(), RosenbrockEuler(max_iterations=9)], ids=["rows", "krylov"])
 def test_a_fall_is_foretold_in_units_in_which_the_square_of_a_gradient_is_no_number(solver, unit):
-    h = jnp.array([0.3], jnp.float32)
-    plain = path_of(many, solver)[0].path
-    other = path_of(LeastSquares(many, weights=unit**2), solver)[0].path
-    found = other.predicted_fall(h / unit**2, other.start(h / unit**2))
-    assert float(found[0]) / unit**2 == pytest.approx(float(plain.predicted_fall(h, plain.start(h))[0]), rel=1e-4)
+    def fall(weight):
+        h = jnp.array([0.3 / weight], jnp.float32)
+        look = lambda found, field: found.path.predicted_fall(h, found.path.start(h))  # noqa: E731
+        return float(path_of(LeastSquares(many, weights=weight), look, solver)[0][0])
+
+    assert fall(unit**2) / unit**2 == pytest.approx(fall(1.0), rel=1e-4)
 
 
 def test_the_loss_of_a_trial_is_summed_in_float32_where_parameters_are_of_half_precision():
     half = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), THETA)
-    found, field, *_ = path_of(LeastSquares(lambda p: p["a"] - p["b"][:, 0]), params=half)
-    trial = found.path.evaluate(half)
-    assert trial.loss.dtype == jnp.float32
-    assert float(trial.loss) == float(field.loss(half))
+    look = lambda found, field: (found.path.evaluate(half).loss, field.loss(half))  # noqa: E731
+    (trial, loss), *_ = path_of(LeastSquares(lambda p: p["a"] - p["b"][:, 0]), look, params=half)
+    assert trial.dtype == jnp.float32
+    assert float(trial) == float(loss)
 
 
 def test_complex_leaves_are_pairs_of_reals_on_the_path(x64):
