@@ -144,6 +144,11 @@ class PathControl(KeptStepSize):
         counts = {name: jnp.zeros([], jnp.int32) for name in ("changing", "level", "refused", "failures", "wait")}
         return PathControlState(**scalars, **counts, subset_fall=jnp.zeros([], _tree.default_float()))
 
+    def seen(self, field: VectorField, params: PyTree) -> VectorField:
+        """The field, with fewer points only where some of its subsets are worth a step."""
+        subsets = len(self._fields(field, params)) > 1
+        return field if subsets else dataclasses.replace(field, fewer_points=None)
+
     def choose(
         self, state: PathControlState, field: VectorField, params: PyTree, k1: PyTree, h: Any, step: Step
     ) -> Choice:

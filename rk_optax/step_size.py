@@ -133,6 +133,11 @@ class StepSizeRule(abc.ABC):
         del params
         return ()
 
+    def seen(self, field: VectorField, params: PyTree) -> VectorField:
+        """The field as far as the rule uses it, from which the solver sees what its stage 1 is for."""
+        del params
+        return field
+
     @abc.abstractmethod
     def propose(self, count: jax.Array, state: PyTree, field: VectorField, params: PyTree, k1: PyTree) -> Proposal:
         """Chooses h before a step, from the (preconditioned) field and its stage 1 at params."""

@@ -142,6 +142,7 @@ class Update:
             refuse_masked_nodes(updates)
             incoming = view.taken_in(updates, "updates")
         field = self.objective.bind(extra_args, view, with_loss=updates is None)
+        field = self.rule.seen(field, view.theta)
         if updates is None:
             k1, field = self.solver.start(field, view.theta, wants=self.rule.wants)
             loss = field.loss(view.theta)

@@ -79,6 +79,14 @@ def test_nothing_is_evaluated_twice(solver, rule, passes, losses, gradients, eva
     assert (int(state.cost.losses), int(state.cost.gradients)) == (losses, gradients)
 
 
+@pytest.mark.parametrize(("subsets", "points", "gradients"), [((), 64, 0), ((4,), 64, 0), ((4,), 240, 1)])
+def test_a_path_on_all_points_alone_begins_with_the_rows(subsets, points, gradients):
+    loss = rk_optax.LeastSquares(lambda w, x: w * x - 1, pointwise=["x"], reduction="mean")
+    tx = rk_optax.residual_euler(loss, rk_optax.path_control(probes=2, corrections=0, subsets=subsets))
+    _, _, state = jax.jit(tx.value_and_update)(tx.init(jnp.ones([])), jnp.ones([]), x=jnp.linspace(1.0, 2.0, points))
+    assert int(state.cost.gradients) == gradients
+
+
 def test_a_gradient_of_your_own_serves_beside_the_loss():
     params, data = network()
     tx = rk_optax.rk4(network_loss, 0.1, grad_fn=lambda p, x, y: jax.tree.map(jnp.zeros_like, p))

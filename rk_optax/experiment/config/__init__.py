@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
 import tyro
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
@@ -76,6 +76,15 @@ else:
     )
 
 
+def _known(title: str, entries: Mapping[str, str]) -> Any:
+    """The help of a field whose values stand in a registry."""
+    return tyro.conf.arg(help=f"{title}. " + "; ".join(f"{name}: {about}" for name, about in entries.items()))
+
+
+_DATASETS = _known("Data set", {name: f"{source.about} ({source.kind})" for name, source in DATASETS.items()})
+_MODELS = _known("Architecture", {name: f"takes {' or '.join(model.takes)}" for name, model in MODELS.items()})
+
+
 class _Checked:
     """Strict: no number for a string, no bool for a number, no list for a tuple, no field that is not declared."""
 
@@ -86,21 +95,21 @@ class _Checked:
 class DataConfig(_Checked):
     """The data set and how it is split and batched."""
 
-    name: DatasetName = "digits"
-    """Data set: digits are those inside scikit-learn, sums a text of sums in words, to be predicted by characters."""
+    name: Annotated[DatasetName, _DATASETS] = "digits"
+    """Data set, a key of DATASETS in rk_optax/experiment/tasks/data.py."""
     data_dir: Annotated[Path | None, tyro.conf.arg(aliases=("--data-dir",)), AfterValidator(_from_anywhere)] = None
     """Directory of the four IDX files of mnist or fashion_mnist, which are fetched from OpenML without it; or of the
     six files of the binary version of cifar10, which needs it."""
     validation_fraction: Fraction = 0.15
     """Fraction of the examples (of the training part, where a data set has parts) on which learning rates are tuned."""
     test_fraction: Fraction = 0.2
-    """Fraction of the digits or sums on which accuracies are reported; MNIST's kin have a test part of their own."""
+    """Fraction of the examples on which accuracies are reported, of a data set without a test part of its own."""
     split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the stratified split, the same for every run."""
     batch_size: Positive | None = 256
     """Examples per batch; None takes the whole training set at every step."""
     context: Positive = 64
-    """Characters of an example of sums."""
+    """Characters of an example of a text."""
 
     @model_validator(mode="after")
     def _leaves_training_examples(self) -> Self:
@@ -113,9 +122,8 @@ class DataConfig(_Checked):
 class ModelConfig(_Checked):
     """The network and its loss."""
 
-    name: ModelName = "mlp"
-    """Architecture: transformer is for sums, the others are for images; rk_net and rk_conv_net are Runge-Kutta methods
-    of their features."""
+    name: Annotated[ModelName, _MODELS] = "mlp"
+    """Architecture, a key of MODELS in rk_optax/experiment/tasks/models.py."""
     hidden: tuple[Positive, ...] = (64, 64)
     """Widths of the hidden layers of an mlp, channels of the convolutions of a cnn."""
     activation: Literal["tanh", "relu", "gelu"] = "tanh"

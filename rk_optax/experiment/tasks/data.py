@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from sklearn.datasets import fetch_openml, load_digits
@@ -13,7 +13,7 @@ from sklearn.model_selection import train_test_split
 from rk_optax.experiment.errors import UsageError
 from rk_optax.experiment.tasks import cifar, idx, text
 from rk_optax.experiment.tasks.models import MODELS
-from rk_optax.experiment.tasks.task import Array
+from rk_optax.experiment.tasks.task import Array, Kind
 
 if TYPE_CHECKING:  # the configuration knows what is here
     from rk_optax.experiment.config import DataConfig, ModelConfig
@@ -22,8 +22,9 @@ if TYPE_CHECKING:  # the configuration knows what is here
 class Split(NamedTuple):
     """Inputs and the labels that they should be given, int32.
 
-    Images (example, row, column, channel) are float32 in [0, 1] and have a label each. A text has tokens (example,
-    position) for images, int32, and the token that comes next for a label at every position.
+    Images (example, row, column, channel) are float32 in [0, 1] and have a label each, as features (example, feature)
+    have. A text has tokens (example, position) for images, int32, and the token that comes next for a label at every
+    position.
     """
 
     images: Array
@@ -43,9 +44,15 @@ def load_dataset(config: DataConfig) -> Dataset:
     """Loads and splits the data: the same configuration always gives the same split.
 
     Raises:
-        UsageError: if the data cannot be had, or the split leaves too few examples, or fewer than a batch.
+        UsageError: if the data cannot be had, or are not of their kind, or the split leaves too few examples, or fewer
+            than a batch.
     """
-    train, validation, test, classes = DATASETS[config.name].load(config)
+    load, kind, _ = DATASETS[config.name]
+    train, validation, test, classes = load(config)
+    if train.images.ndim != _AXES[kind]:
+        raise UsageError(
+            f"data.name = {config.name!r}: examples of shape {train.images.shape[1:]} are no {kind}, as DATASETS has it"
+        )
     if config.batch_size is not None and config.batch_size > len(train.labels):
         raise UsageError(
             f"data.batch_size = {config.batch_size} is more than the {len(train.labels)} training "
@@ -61,8 +68,14 @@ def check_kind(data: DataConfig, model: ModelConfig) -> None:
         UsageError: if it does not.
     """
     takes, given = MODELS[model.name].takes, DATASETS[data.name].kind
-    if takes != given:
-        raise UsageError(f"model.name = {model.name!r} takes {takes}, and data.name = {data.name!r} is {given}")
+    if given in takes:
+        return
+    models = [name for name, architecture in MODELS.items() if given in architecture.takes]
+    datasets = [name for name, source in DATASETS.items() if source.kind in takes]
+    raise UsageError(
+        f"model.name = {model.name!r} takes {' or '.join(takes)}, and data.name = {data.name!r} is {given}: take "
+        f"{' or '.join(models)} for these data, or {' or '.join(datasets)} for this network"
+    )
 
 
 def batch_indices(seed: int, examples: int, batch_size: int | None, start: int, count: int) -> np.ndarray:
@@ -164,19 +177,21 @@ def _fetch(name: str) -> tuple[idx.Labelled, idx.Labelled]:
 
 
 class Source(NamedTuple):
-    """How a data set is had, and what its examples are."""
+    """How a data set is had, what its examples are, and what the help of the command line says of it."""
 
     load: Callable[[DataConfig], Dataset]
-    kind: Literal["images", "text"]
+    kind: Kind
+    about: str
 
 
+_AXES: dict[Kind, int] = {"images": 4, "features": 2, "text": 2}  # of examples
 _OPENML = {"mnist": "mnist_784", "fashion_mnist": "Fashion-MNIST"}
 _OPENML_EXAMPLES, _OPENML_TRAINING = 70_000, 60_000  # the training part comes first
 # A new data set needs a line here.
 DATASETS = {
-    "digits": Source(_digits, "images"),
-    "mnist": Source(_mnist, "images"),
-    "fashion_mnist": Source(_mnist, "images"),
-    "cifar10": Source(_cifar10, "images"),
-    "sums": Source(_sums, "text"),
+    "digits": Source(_digits, "images", "those inside scikit-learn"),
+    "mnist": Source(_mnist, "images", "handwritten digits"),
+    "fashion_mnist": Source(_mnist, "images", "pieces of clothing"),
+    "cifar10": Source(_cifar10, "images", "coloured photographs, from --data-dir"),
+    "sums": Source(_sums, "text", "sums in words, to be predicted by characters"),
 }

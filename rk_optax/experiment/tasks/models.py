@@ -7,13 +7,14 @@ stream `dropout` and moves whatever statistics it keeps in the collection `batch
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from rk_optax.experiment.tasks.rk_net import ConvRKNet, RKNet
+from rk_optax.experiment.tasks.task import Kind
 
 if TYPE_CHECKING:  # the configuration knows what is here
     from rk_optax.experiment.config import ModelConfig
@@ -98,24 +99,24 @@ class Architecture(NamedTuple):
     """How a network is built of a configuration, its activation and a number of classes, and what it takes."""
 
     build: Callable[[ModelConfig, Callable[[jax.Array], jax.Array], int], nn.Module]
-    takes: Literal["images", "text"]
+    takes: tuple[Kind, ...]
     refines: bool = False  # whether it can be evaluated on a finer grid, `model.apply(..., refined=True)`
 
 
 # A new network needs a line here.
 MODELS = {
-    "mlp": Architecture(lambda c, act, classes: MLP(c.hidden, classes, act, c.dropout), "images"),
-    "cnn": Architecture(lambda c, act, classes: CNN(c.hidden, classes, act, c.dropout), "images"),
+    "mlp": Architecture(lambda c, act, classes: MLP(c.hidden, classes, act, c.dropout), ("images", "features")),
+    "cnn": Architecture(lambda c, act, classes: CNN(c.hidden, classes, act, c.dropout), ("images",)),
     "transformer": Architecture(
-        lambda c, act, classes: Transformer(c.width, c.blocks, c.heads, classes, act, c.dropout), "text"
+        lambda c, act, classes: Transformer(c.width, c.blocks, c.heads, classes, act, c.dropout), ("text",)
     ),
     "rk_net": Architecture(
         lambda c, act, classes: RKNet(c.width, c.depth, c.steps, c.method, c.layer, classes, act),
-        "images",
+        ("images", "features"),
         refines=True,
     ),
     "rk_conv_net": Architecture(
-        lambda c, act, classes: ConvRKNet(c.steps, c.method, classes, activation=act), "images", refines=True
+        lambda c, act, classes: ConvRKNet(c.steps, c.method, classes, activation=act), ("images",), refines=True
     ),
 }
 

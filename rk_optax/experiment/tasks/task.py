@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -10,6 +10,8 @@ import numpy as np
 Array: TypeAlias = np.ndarray | jax.Array  # on the host, then on a device
 Params: TypeAlias = Any  # a pytree of arrays
 Data: TypeAlias = dict[str, Any]  # what a loss takes beside the parameters, by name
+# What the examples of a data set are, and a network takes: (row, column, channel) or one axis of float32, or tokens.
+Kind: TypeAlias = Literal["images", "features", "text"]
 
 
 class Variables(NamedTuple):

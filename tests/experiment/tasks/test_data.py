@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 
-from rk_optax.experiment.config import DataConfig
+from rk_optax.experiment.config import DataConfig, ModelConfig
 from rk_optax.experiment.errors import UsageError
-from rk_optax.experiment.tasks.data import batch_indices, load_dataset
+from rk_optax.experiment.tasks.data import DATASETS, Dataset, Source, Split, batch_indices, load_dataset
+from rk_optax.experiment.tasks.supervised import build_task
 from rk_optax.experiment.tasks.text import sums
 
 
@@ -107,3 +108,31 @@ def test_sums_are_split_as_whole_lines():
 def test_sums_have_to_fill_a_context():
     with pytest.raises(UsageError, match="a part has no 100000 characters"):
         load_dataset(DataConfig("sums", context=100_000))
+
+
+def wine(config):
+    """Rows of a table with a label each, as a data set of one's own may have them."""
+    from sklearn.datasets import load_wine
+
+    features, labels = load_wine(return_X_y=True)
+    whole = Split(features.astype(np.float32), labels.astype(np.int32))
+    return Dataset(whole, whole, whole, classes=3)
+
+
+def test_a_network_that_does_not_go_with_the_data_is_refused_with_those_that_do(monkeypatch):
+    monkeypatch.setitem(DATASETS, "wine", Source(wine, "features", "three cultivars"))
+    data = DataConfig(name="wine", batch_size=None)
+    with pytest.raises(UsageError) as raised:
+        build_task(data, ModelConfig(name="cnn"))
+    assert str(raised.value) == (
+        "model.name = 'cnn' takes images, and data.name = 'wine' is features: take mlp or rk_net for these data, or "
+        "digits or mnist or fashion_mnist or cifar10 for this network"
+    )
+    task = build_task(data, ModelConfig(hidden=(4,)))
+    assert task.score(*task.init(0)[:2], task.dataset.test).loss.shape == ()
+
+
+def test_examples_that_are_not_of_their_kind_are_refused(monkeypatch):
+    monkeypatch.setitem(DATASETS, "wine", Source(wine, "images", "three cultivars"))
+    with pytest.raises(UsageError, match=r"data\.name = 'wine': examples of shape \(13,\) are no images"):
+        build_task(DataConfig(name="wine"), ModelConfig(name="cnn"))
