@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,11 @@ from rk_optax.parameter_view import ParameterView, check_kinds, check_like_param
 from rk_optax.stage_batches import StageBatches
 from rk_optax.stochastic_field import StochasticField
 from rk_optax.structured_loss import LeastSquares, ModelLoss
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+    from rk_optax._tree import Tree
 
 PyTree = Any
 _WHO = "This solver, learning rate or preconditioner"
@@ -33,7 +38,7 @@ class Objective:
         has_aux: bool = False,
         argnames: Sequence[str] | None = None,
         needs: frozenset[Capability] = frozenset(),
-        l2: float | jax.Array | None = None,
+        l2: float | Float[Array, ""] | None = None,
         stage_batches: StageBatches | None = None,
     ):
         """Reads the functions.
@@ -97,14 +102,14 @@ class Objective:
         return field.decayed(self._l2)
 
     def _field_of_loss(self, loss: DataFunction, data: Mapping[str, Any], view: ParameterView) -> VectorField:
-        def value(moving: PyTree, stage: Any = 0) -> jax.Array:
+        def value(moving: Tree, stage: Any = 0) -> Float[Array, ""]:
             return scalar_loss(_evaluated(loss, view, moving, self._batches.at(data, stage)), self._has_aux)
 
-        def field(moving: PyTree, stage: Any = 0) -> PyTree:
+        def field(moving: Tree, stage: Any = 0) -> Tree:
             # Optax's convention: descent follows the conjugate of what jax.grad returns.
             return jax.tree.map(jnp.conj, jax.grad(value)(moving, stage))
 
-        def both(moving: PyTree) -> tuple[jax.Array, PyTree]:
+        def both(moving: Tree) -> tuple[Float[Array, ""], Tree]:
             loss, gradient = jax.value_and_grad(value)(moving)
             return loss, jax.tree.map(jnp.conj, gradient)
 
@@ -135,7 +140,7 @@ class Objective:
     ) -> VectorField:
         own = gradient.function.data_of_stage if isinstance(gradient.function, StochasticField) else None
 
-        def field(moving: PyTree, stage: Any = 0) -> PyTree:
+        def field(moving: Tree, stage: Any = 0) -> Tree:
             seen = self._batches.at(data, stage)
             result = _evaluated(gradient, view, moving, seen if own is None else own(seen, stage))
             return _tree.cast_like(view.moving(_checked_gradient(result, view.params, self._has_aux)), moving)
@@ -180,11 +185,11 @@ def _offers(loss_fn: Any, grad_fn: Any) -> frozenset[Capability]:
 
 
 def _bound_structure(loss: ModelLoss, data: Mapping[str, Any], view: ParameterView) -> BoundStructure:
-    def outputs(moving: PyTree) -> PyTree:
+    def outputs(moving: Tree) -> PyTree:
         with explained("the model of loss_fn", view, data):
             return loss.outputs(view.whole(moving), data)
 
-    def of_outputs(values: PyTree) -> jax.Array:
+    def of_outputs(values: PyTree) -> Float[Array, ""]:
         return loss.of_outputs(values, data)
 
     if not isinstance(loss, LeastSquares):
@@ -198,12 +203,12 @@ def _bound_structure(loss: ModelLoss, data: Mapping[str, Any], view: ParameterVi
     )
 
 
-def _evaluated(function: DataFunction, view: ParameterView, moving: PyTree, data: Mapping[str, Any]) -> Any:
+def _evaluated(function: DataFunction, view: ParameterView, moving: Tree, data: Mapping[str, Any]) -> Any:
     with explained(function.role, view, data):
         return function(view.whole(moving), data)
 
 
-def scalar_loss(result: Any, has_aux: bool, role: str = "loss_fn") -> jax.Array:
+def scalar_loss(result: Any, has_aux: bool, role: str = "loss_fn") -> Float[Array, ""]:
     """What a loss returned, without aux: a real scalar, or a TypeError that says what it is instead."""
     if has_aux:
         if not (isinstance(result, tuple | list) and len(result) == 2):
@@ -223,7 +228,7 @@ def scalar_loss(result: Any, has_aux: bool, role: str = "loss_fn") -> jax.Array:
     return jnp.asarray(result)
 
 
-def _checked_gradient(result: Any, params: PyTree, has_aux: bool) -> PyTree:
+def _checked_gradient(result: Any, params: PyTree, has_aux: bool) -> Tree:
     if has_aux:
         if not (isinstance(result, tuple | list) and len(result) == 2):
             raise TypeError(f"With has_aux=True, grad_fn must return (gradient, aux), got {type(result).__name__}.")

@@ -12,7 +12,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.core
@@ -22,6 +22,11 @@ import numpy as np
 from rk_optax import _checks, _tree
 from rk_optax._arguments import DataFunction, read_data_function
 from rk_optax.rows import BlockedRows, Blocks, Rows, mesh_of, rows_of, vectors_of
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+    from rk_optax._tree import Tree
 
 PyTree = Any
 
@@ -46,7 +51,7 @@ class ModelLoss:
       TypeError, ValueError: a function whose arguments cannot be read by name, or is not callable.
     """
 
-    def __init__(self, model_fn: Callable[..., PyTree], output_loss: Callable[..., jax.Array]):
+    def __init__(self, model_fn: Callable[..., PyTree], output_loss: Callable[..., Float[Array, ""]]):
         self._model = read_data_function(model_fn, "model_fn")
         self._output_loss = read_data_function(output_loss, "output_loss")
         self.__signature__ = _joint_signature([self._model, self._output_loss])
@@ -55,11 +60,11 @@ class ModelLoss:
         """The model's outputs."""
         return self._model(params, _pick(self._model, data))
 
-    def of_outputs(self, outputs: PyTree, data: Mapping[str, Any]) -> jax.Array:
+    def of_outputs(self, outputs: PyTree, data: Mapping[str, Any]) -> Float[Array, ""]:
         """The loss as a function of the outputs."""
         return self._output_loss(outputs, _pick(self._output_loss, data))
 
-    def __call__(self, params: PyTree, *args: Any, **data: Any) -> jax.Array:
+    def __call__(self, params: PyTree, *args: Any, **data: Any) -> Float[Array, ""]:
         """The loss, a scalar."""
         try:
             bound = self.__signature__.bind(params, *args, **data).arguments
@@ -158,19 +163,21 @@ class LeastSquares(ModelLoss):
         """The residuals as a tree, weights folded in."""
         return self._weighted(self._residuals(params, data))
 
-    def of_outputs(self, outputs: PyTree, data: Mapping[str, Any]) -> jax.Array:
+    def of_outputs(self, outputs: PyTree, data: Mapping[str, Any]) -> Float[Array, ""]:
         """Half the sum of squares."""
         del data
         return 0.5 * _tree.inner(outputs, outputs)
 
-    def rows(self, params: PyTree, data: Mapping[str, Any], whole: Callable[[PyTree], PyTree] = lambda p: p) -> Rows:
+    def rows(self, params: Tree, data: Mapping[str, Any], whole: Callable[[Tree], PyTree] = lambda p: p) -> Rows:
         """All residuals and the rows of their Jacobian with respect to `params`, of which `whole` makes the model's."""
         weights = self._row_weights(whole(params), data)
         terms = []
         for name, term in self._terms.items():
             mapped, rest = self._split(term, data)
 
-            def flat(p: PyTree, points: Mapping[str, Any], term: DataFunction = term, rest: Any = rest) -> jax.Array:
+            def flat(
+                p: Tree, points: Mapping[str, Any], term: DataFunction = term, rest: Any = rest
+            ) -> Float[Array, " k"]:
                 leaves = _tree.replicated(jax.tree.leaves(term(whole(p), {**rest, **points})))
                 return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
 
@@ -189,7 +196,7 @@ class LeastSquares(ModelLoss):
         )
         return BlockedRows(vectors_of(params, [residual]), residual, blocks)
 
-    def residual(self, params: PyTree, data: Mapping[str, Any]) -> jax.Array:
+    def residual(self, params: PyTree, data: Mapping[str, Any]) -> Float[Array, " n"]:
         """The residuals alone, flat, weights folded in, in the order of `rows`; shape (N,)."""
         trees = self.outputs(params, data)
         trees = {"residual_fn": trees} if self._single else trees
@@ -286,7 +293,7 @@ class LeastSquares(ModelLoss):
                     "imaginary parts as two residuals."
                 )
 
-        def scaled(weight: Any, leaf: Any) -> jax.Array:
+        def scaled(weight: Any, leaf: Any) -> Float[Array, ...]:
             leaf = jnp.asarray(leaf)
             weight = jnp.asarray(weight, leaf.dtype)
             if weight.ndim and weight.shape != leaf.shape:
@@ -306,14 +313,14 @@ class LeastSquares(ModelLoss):
                 f"weights must be a number or a prefix of the residuals; they do not fit: {error}"
             ) from None
 
-    def _row_weights(self, params: PyTree, data: Mapping[str, Any]) -> dict[str, jax.Array]:
+    def _row_weights(self, params: PyTree, data: Mapping[str, Any]) -> dict[str, Float[Array, " n"]]:
         """The factor of every residual, flat by function and in the order of its rows."""
         shapes = jax.eval_shape(lambda: self._residuals(params, data))
         ones = self._weighted(jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes))
         ones = {"residual_fn": ones} if self._single else ones
         return {name: self._flat(ones[name], term, data) for name, term in self._terms.items()}
 
-    def _flat(self, tree: PyTree, term: DataFunction, data: Mapping[str, Any]) -> jax.Array:
+    def _flat(self, tree: PyTree, term: DataFunction, data: Mapping[str, Any]) -> Float[Array, " n"]:
         """One function's residuals in the order of its rows: over points first, then over those of a point."""
         leaves = _tree.replicated(jax.tree.leaves(tree))  # leaves split in different ways cannot be put together
         if self._split(term, data)[0]:
@@ -331,7 +338,8 @@ def _read_weight(weight: Any) -> Any:
     return weight
 
 
-def _rows_of(flat: Callable[..., jax.Array], params: PyTree, points: Any) -> tuple[jax.Array, PyTree]:
+def _rows_of(flat: Callable[..., Float[Array, " k"]], params: Tree, points: Any) -> tuple[Float[Array, " k"], Tree]:
+    """The residuals at one point, and for each a tree like params: the leaves of the second have an axis k in front."""
     residual, transpose = jax.vjp(lambda p: flat(p, points), params)
     return residual, jax.vmap(lambda unit: transpose(unit)[0])(jnp.eye(residual.size, dtype=residual.dtype))
 

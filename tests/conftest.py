@@ -20,12 +20,22 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import atexit
 import ctypes
 import functools
 import gc
 import math
 import platform
+import shutil
+import tempfile
 from pathlib import Path
+
+# What one worker has compiled no other compiles again, nor does it itself once its caches were cleared (`Memory`).
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs = tempfile.mkdtemp(prefix="rk_optax-programs-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
+    atexit.register(shutil.rmtree, programs, ignore_errors=True)
 
 import covering
 import jax

@@ -188,7 +188,7 @@ _AXES: dict[Kind, int] = {"images": 4, "features": 2, "text": 2}  # of examples
 _OPENML = {"mnist": "mnist_784", "fashion_mnist": "Fashion-MNIST"}
 _OPENML_EXAMPLES, _OPENML_TRAINING = 70_000, 60_000  # the training part comes first
 # A new data set needs a line here.
-DATASETS = {
+DATASETS: dict[str, Source] = {
     "digits": Source(_digits, "images", "those inside scikit-learn"),
     "mnist": Source(_mnist, "images", "handwritten digits"),
     "fashion_mnist": Source(_mnist, "images", "pieces of clothing"),

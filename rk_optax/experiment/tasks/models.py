@@ -104,7 +104,7 @@ class Architecture(NamedTuple):
 
 
 # A new network needs a line here.
-MODELS = {
+MODELS: dict[str, Architecture] = {
     "mlp": Architecture(lambda c, act, classes: MLP(c.hidden, classes, act, c.dropout), ("images", "features")),
     "cnn": Architecture(lambda c, act, classes: CNN(c.hidden, classes, act, c.dropout), ("images",)),
     "transformer": Architecture(
