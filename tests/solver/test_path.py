@@ -33,27 +33,43 @@ def few(params):
 RESIDUALS = {"parameters": many, "rows": few}
 
 
-def path_of(residuals, solver=None, *, l2=None, scale=None, params=THETA):
-    """The path, the field, params flat, and the function that makes trees of vectors."""
+def path_of(residuals, look, solver=None, *, l2=None, scale=None, params=THETA):
+    """`look(found, field)` of the path and the field, all in one program; params flat, and what makes trees of them."""
     solver = ResidualEuler() if solver is None else solver
     params = jax.tree.map(jnp.asarray, params)
     loss = residuals if isinstance(residuals, LeastSquares) else LeastSquares(residuals)
-    field = Objective(loss, needs=solver.needs, l2=l2).bind({}, ParameterView.of(params, stage_dtype=None))
     theta, unravel = ravel_pytree(params)
-    if scale is not None:
-        tree = unravel(jnp.asarray(scale))
-        field = field.preconditioned(lambda g: jax.tree.map(jnp.multiply, tree, g), tree)
-    step = solver.step(field, params, field(params), 0.0, solver.init(params), wants=frozenset({"path"}))
-    return step.quantities["path"](field), field, np.asarray(theta, np.result_type(theta.dtype, float)), unravel
+
+    @jax.jit
+    def seen(params):
+        field = Objective(loss, needs=solver.needs, l2=l2).bind({}, ParameterView.of(params, stage_dtype=None))
+        if scale is not None:
+            tree = unravel(jnp.asarray(scale))
+            field = field.preconditioned(lambda g: jax.tree.map(jnp.multiply, tree, g), tree)
+        step = solver.step(field, params, field(params), 0.0, solver.init(params), wants=frozenset({"path"}))
+        return look(step.quantities["path"](field), field)
+
+    return seen(params), np.asarray(theta, np.result_type(theta.dtype, float)), unravel
+
+
+def directions_at(sizes, *more):
+    """A look at the directions of linearly implicit steps, and at `more(found, coordinates)`."""
+
+    def look(found, field):
+        h = jnp.asarray(sizes)
+        coordinates = found.path.start(h)
+        return found.path.direction(h, coordinates), *(part(found, coordinates) for part in more)
+
+    return look
 
 
 def dense(residuals, theta, unravel):
-    flat = lambda t: ravel_pytree(residuals(unravel(t)))[0]  # noqa: E731
-    return flat, np.asarray(jax.jacfwd(flat)(theta), float), np.asarray(flat(theta), float)
+    flat = jax.jit(lambda t: ravel_pytree(residuals(unravel(t)))[0])
+    return flat, np.asarray(jax.jit(jax.jacfwd(flat))(theta), float), np.asarray(flat(theta), float)
 
 
 def rows_of(tree):
-    return np.stack([ravel_pytree(jax.tree.map(lambda leaf, i=i: leaf[i], tree))[0] for i in range(len(SIZES))])
+    return np.concatenate([np.reshape(leaf, (len(leaf), -1)) for leaf in jax.tree.leaves(tree)], axis=1)
 
 
 @pytest.fixture(params=[64, 32])
@@ -68,32 +84,43 @@ def eps(request):
 @pytest.mark.parametrize(("l2", "scale"), [(None, None), (0.3, None), (None, P), (0.3, P)])
 @pytest.mark.parametrize("form", RESIDUALS)
 def test_one_factorisation_has_the_steps_and_falls_of_all_step_sizes(form, l2, scale, eps):
-    found, _, theta, unravel = path_of(RESIDUALS[form], l2=l2, scale=scale)
-    path = found.path
+    look = directions_at(
+        SIZES,
+        lambda found, coordinates: found.path.predicted_fall(jnp.asarray(SIZES), coordinates),
+        lambda found, _: (found.state.form, found.path.factor.size),
+    )
+    (directions, falls, (found_form, size)), theta, unravel = path_of(RESIDUALS[form], look, l2=l2, scale=scale)
     _, jacobian, residual = dense(RESIDUALS[form], theta, unravel)
     matrix = jacobian.T @ jacobian + (l2 or 0) * np.eye(4)
     gradient = jacobian.T @ residual + (l2 or 0) * theta
     diagonal = np.ones(4) if scale is None else scale
-    coordinates = path.start(jnp.asarray(SIZES))
-    directions = rows_of(path.direction(jnp.asarray(SIZES), coordinates))
-    falls = path.predicted_fall(jnp.asarray(SIZES), coordinates)
-    for h, direction, fall in zip(SIZES, directions, falls, strict=True):
+    for h, direction, fall in zip(SIZES, rows_of(directions), falls, strict=True):
         expected = np.linalg.solve(np.eye(4) + h * diagonal[:, None] * matrix, diagonal * gradient)
         np.testing.assert_allclose(direction, expected, rtol=1e4 * eps, atol=100 * eps * np.abs(expected).max())
         wanted = h * gradient @ expected - 0.5 * h**2 * expected @ matrix @ expected
         assert fall == pytest.approx(wanted, rel=2e4 * eps)
     # With both a preconditioner and l2 the matrix of the residuals would change with h.
     by_parameters = form == "parameters" or (l2 and scale is not None)
-    assert int(found.state.form) == bool(by_parameters)
-    assert path.factor.size == (4 if by_parameters else 3)
+    assert int(found_form) == bool(by_parameters)
+    assert size == (4 if by_parameters else 3)
 
 
 @pytest.mark.covering(most=1)
 @pytest.mark.parametrize(("l2", "scale"), [(None, None), (0.3, None), (0.3, P)])
 @pytest.mark.parametrize("form", RESIDUALS)
 def test_corrections_lead_to_backward_euler_with_the_jacobian_of_its_start(form, l2, scale, eps):
-    found, field, theta, unravel = path_of(RESIDUALS[form], l2=l2, scale=scale)
-    path, h = found.path, jnp.array([0.3])
+    def look(found, field):
+        path, h = found.path, jnp.array([0.3])
+
+        def iterate(coordinates, _):
+            direction = jax.tree.map(lambda leaf: leaf[0], path.direction(h, coordinates))
+            point = jax.tree.map(lambda p, d: jnp.asarray(p, d.dtype) - 0.3 * d, THETA, direction)
+            trial = path.evaluate(point)
+            return path.corrected(h, coordinates, trial.response[None]), (point, trial.loss, field.loss(point))
+
+        return jax.lax.scan(iterate, path.start(h), None, length=8)[1]
+
+    (points, losses, of_field), theta, unravel = path_of(RESIDUALS[form], look, l2=l2, scale=scale)
     flat, jacobian, _ = dense(RESIDUALS[form], theta, unravel)
     diagonal = np.ones(4) if scale is None else scale
 
@@ -101,14 +128,8 @@ def test_corrections_lead_to_backward_euler_with_the_jacobian_of_its_start(form,
         return t - theta + 0.3 * diagonal * (jacobian.T @ np.asarray(flat(t)) + (l2 or 0) * t)
 
     end = scipy.optimize.root(left, theta, tol=1e-13).x
-    coordinates, errors = path.start(h), []
-    for _ in range(8):
-        direction = jax.tree.map(lambda leaf: leaf[0], path.direction(h, coordinates))
-        point = theta - 0.3 * np.asarray(ravel_pytree(direction)[0])
-        errors.append(np.linalg.norm(point - end))
-        trial = path.evaluate(unravel(jnp.asarray(point)))
-        assert float(trial.loss) == pytest.approx(float(field.loss(unravel(jnp.asarray(point)))), rel=100 * eps)
-        coordinates = path.corrected(h, coordinates, trial.response[None])
+    np.testing.assert_allclose(losses, of_field, rtol=100 * eps)
+    errors = np.linalg.norm(rows_of(points) - end, axis=1)
     assert errors[0] > 1e-4
     assert errors[1] < 0.4 * errors[0]
     assert errors[-1] < 1e-3 * errors[0] + 20 * eps
@@ -121,11 +142,10 @@ def test_in_float32_a_step_has_the_digits_that_the_gram_matrix_lost(form):
     left, right = (np.linalg.qr(rng.normal(size=(n, 6)))[0] for n in ((9, 6) if form == "parameters" else (6, 9)))
     matrix = ((left * np.logspace(0, -5, 6)) @ right.T).astype(np.float32)
     theta = {"a": rng.normal(size=matrix.shape[1]).astype(np.float32)}
-    found, _, flat, _ = path_of(lambda p: matrix @ p["a"], params=theta)
-    path, h = found.path, jnp.array([1e11])
+    (direction,), flat, _ = path_of(lambda p: matrix @ p["a"], directions_at([1e11]), params=theta)
     wide = matrix.astype(float)
     expected = np.linalg.lstsq(np.vstack([wide, np.eye(len(flat)) * 1e11**-0.5]), np.append(wide @ flat, 0 * flat))[0]
-    moved = 1e11 * np.asarray(path.direction(h, path.start(h))["a"][0], float)
+    moved = 1e11 * np.asarray(direction["a"][0], float)
     # The rounding of a singular value of 1e-5 itself is 0.006 of it; of its square, 600 times that.
     np.testing.assert_allclose(moved, expected, atol=0.02 * np.abs(expected).max())
 
@@ -137,48 +157,48 @@ def test_complex_leaves_are_pairs_of_reals_on_the_path(x64):
         u, v = params["z"]
         return jnp.stack([jnp.real(u * v), jnp.imag(u) - 0.5, jnp.abs(v) ** 2])
 
-    found, *_ = path_of(residuals, params={"z": z})
-    pairs = jnp.concatenate([z.real, z.imag])
+    (direction,), *_ = path_of(residuals, directions_at([0.7]), params={"z": z})
+    pairs = np.concatenate([z.real, z.imag])
     of_pairs = lambda t: residuals({"z": t[:2] + 1j * t[2:]})  # noqa: E731
-    jacobian, r = np.asarray(jax.jacfwd(of_pairs)(pairs)), np.asarray(of_pairs(pairs))
+    jacobian, r = map(np.asarray, jax.jit(lambda t: (jax.jacfwd(of_pairs)(t), of_pairs(t)))(pairs))
     expected = np.linalg.solve(np.eye(4) + 0.7 * jacobian.T @ jacobian, jacobian.T @ r)
-    path, h = found.path, jnp.array([0.7])
-    np.testing.assert_allclose(path.direction(h, path.start(h))["z"][0], expected[:2] + 1j * expected[2:], rtol=1e-10)
+    np.testing.assert_allclose(direction["z"][0], expected[:2] + 1j * expected[2:], rtol=1e-10)
 
 
 @pytest.mark.covering(most=1)
 @pytest.mark.parametrize("curvature", ["gauss_newton", "hessian"])
 @pytest.mark.parametrize("scale", [None, P])
 def test_a_krylov_space_of_full_dimension_has_the_exact_steps_with_absolute_eigenvalues(curvature, scale, x64):
-    found, _, theta, unravel = path_of(many, RosenbrockEuler(curvature, max_iterations=9), scale=scale)
+    look = directions_at(SIZES, lambda found, _: found.state.negative_curvature, lambda found, _: found.cost.products)
+    solver = RosenbrockEuler(curvature, max_iterations=9)
+    (directions, negative, products), theta, unravel = path_of(many, look, solver, scale=scale)
     flat, jacobian, residual = dense(many, theta, unravel)
     matrix = jacobian.T @ jacobian
     if curvature == "hessian":
-        matrix = np.asarray(jax.hessian(lambda t: 0.5 * jnp.sum(flat(t) ** 2))(jnp.asarray(theta)))
+        matrix = np.asarray(jax.jit(jax.hessian(lambda t: 0.5 * jnp.sum(flat(t) ** 2)))(jnp.asarray(theta)))
     root = np.sqrt(np.ones(4) if scale is None else scale)
     s, v = np.linalg.eigh(root[:, None] * matrix * root)
-    assert (s.min() < -1e-3) == (curvature == "hessian") == bool(found.state.negative_curvature)
-    path = found.path
-    directions = rows_of(path.direction(jnp.asarray(SIZES), path.start(jnp.asarray(SIZES))))
-    for h, direction in zip(SIZES, directions, strict=True):
+    assert (s.min() < -1e-3) == (curvature == "hessian") == bool(negative)
+    for h, direction in zip(SIZES, rows_of(directions), strict=True):
         inner = v.T @ (root * (jacobian.T @ residual)) / (1 + h * np.abs(s))
         np.testing.assert_allclose(direction, root * (v @ inner), rtol=1e-7, atol=1e-12)
-    assert int(found.cost.products) == 4
+    assert int(products) == 4
 
 
 @pytest.mark.slow
 def test_a_matrix_beyond_max_rows_is_replaced_by_a_krylov_space_and_the_state_says_so(x64):
-    direct, *_ = path_of(many)
-    products, *_ = path_of(many, ResidualEuler(max_rows=3, max_iterations=4))
-    assert [int(s.state.form) for s in (direct, products)] == [1, 2]
-    assert (int(products.cost.rows), int(products.cost.products)) == (0, 4)
-    h = jnp.asarray(SIZES)
-    a, b = (rows_of(s.path.direction(h, s.path.start(h))) for s in (direct, products))
-    np.testing.assert_allclose(a, b, rtol=1e-7)
+    look = directions_at(SIZES, lambda found, _: found.state.form, lambda found, _: found.cost)
+    (direct, form, _), *_ = path_of(many, look)
+    (products, other, cost), *_ = path_of(many, look, ResidualEuler(max_rows=3, max_iterations=4))
+    assert (int(form), int(other)) == (1, 2)
+    assert (int(cost.rows), int(cost.products)) == (0, 4)
+    np.testing.assert_allclose(rows_of(direct), rows_of(products), rtol=1e-7)
 
 
 @pytest.mark.slow
 def test_an_invariant_krylov_space_ends_early():
-    found, *_ = path_of(lambda params: 3.0 * params["a"], RosenbrockEuler(), params={"a": np.ones(5, np.float32)})
-    path, h = found.path, jnp.array([0.0, 2.0])
-    np.testing.assert_allclose(path.direction(h, path.start(h))["a"][1], 9 / (1 + 2 * 9), rtol=1e-5)
+    look = directions_at([0.0, 2.0])
+    (found,), *_ = path_of(
+        lambda params: 3.0 * params["a"], look, RosenbrockEuler(), params={"a": np.ones(5, np.float32)}
+    )
+    np.testing.assert_allclose(found["a"][1], 9 / (1 + 2 * 9), rtol=1e-5)

@@ -1,5 +1,7 @@
 """The curvature that steps have shown: its linear system, its secants, and how it descends."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,27 +30,41 @@ def flat(tree):
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
-@pytest.mark.parametrize("h", [1e-3, 1.0, 1e3, 1e20])
-@pytest.mark.parametrize("scale", [None, np.array([0.5, 2.0, 3.0])], ids=["", "preconditioned"])
-def test_the_step_solves_the_system_with_a_matrix_that_maps_the_latest_step_to_the_change_of_the_gradient(
-    h, scale, x64
-):
-    tree = None if scale is None else {"a": jnp.asarray(scale[:2]), "b": jnp.asarray(scale[2:])}
-    given = {} if tree is None else {"preconditioner": FixedScale(tree)}
+@functools.cache
+def after_three_steps(scale):
+    """Places, the state there, and one more update of step size h, of programs that all h share."""
+    given = {}
+    if scale is not None:
+        given = {"preconditioner": FixedScale({"a": jnp.array(scale[:2]), "b": jnp.array(scale[2:])})}
     tx = rk_optax.runge_kutta(rosenbrock, 2e-3, rk_optax.RosenbrockEuler("secant"), **given)
-    long = rk_optax.scale_by_rk(rosenbrock, h, rk_optax.RosenbrockEuler("secant"), **given)
+
+    @jax.jit
+    def long(h, state, w):
+        tx = rk_optax.scale_by_rk(rosenbrock, lambda count: h, rk_optax.RosenbrockEuler("secant"), **given)
+        return tx.update(jax.grad(rosenbrock)(w), state, w)
+
     w, places = start(), []
     state, step = tx.init(w), jax.jit(tx.value_and_update)
     for _ in range(3):
-        places.append(flat(w))
+        places.append(w)
         _, updates, state = step(state, w)
         w = jax.tree.map(jnp.add, w, updates)
-    direction, state = jax.jit(long.update)(jax.grad(rosenbrock)(w), state, w)
+    return [*places, w], state, long
+
+
+@pytest.mark.parametrize("h", [1e-3, 1.0, 1e3, 1e20])
+@pytest.mark.parametrize("scale", [None, (0.5, 2.0, 3.0)], ids=["", "preconditioned"])
+def test_the_step_solves_the_system_with_a_matrix_that_maps_the_latest_step_to_the_change_of_the_gradient(
+    h, scale, x64
+):
+    places, state, long = after_three_steps(scale)
+    w, places = places[-1], [flat(place) for place in places[:-1]]
+    direction, state = long(h, state, w)
     inverse, theta = np.asarray(state.solver.secant.inverse), flat(w)
     s, y = theta - places[-1], gradient(theta) - gradient(places[-1])
     np.testing.assert_allclose(inverse @ y, s, rtol=1e-8)
     assert (np.linalg.eigvalsh(inverse) > 0).all()
-    p = np.ones(3) if scale is None else scale
+    p = np.ones(3) if scale is None else np.array(scale)
     expected = np.linalg.solve(np.eye(3) + h * p[:, None] * np.linalg.inv(inverse), p * gradient(theta))
     np.testing.assert_allclose(flat(direction), expected, rtol=1e-6)
 
@@ -96,9 +112,9 @@ def test_the_units_of_the_loss_are_found_from_where_a_step_along_the_gradient_is
 def test_a_secant_is_kept_in_any_units_of_the_loss(scale):
     """Of scale/2 w·Aw, whose gradient changes by scale·As over a step s along the first one."""
     matrix, w = np.array([[2.0, 0.5], [0.5, 1.0]]), np.array([0.7, -0.4])
-    state, s = SecantState.empty(2, jnp.float32), -0.1 * matrix @ w
+    state, s, updated = SecantState.empty(2, jnp.float32), -0.1 * matrix @ w, jax.jit(SecantState.updated)
     for place in (w, w + s):
-        state = state.updated(jnp.asarray(place, jnp.float32), jnp.asarray(scale * (matrix @ place), jnp.float32))
+        state = updated(state, np.asarray(place, np.float32), np.asarray(scale * (matrix @ place), np.float32))
     np.testing.assert_allclose(np.asarray(state.inverse, float) @ (scale * matrix @ s), s, rtol=1e-4)
     assert (np.linalg.eigvalsh(np.asarray(state.inverse, float)) > 0).all()
 
@@ -125,11 +141,13 @@ def test_its_state_keeps_its_types_in_a_wider_stage_dtype(x64):
 def test_ros2_takes_it_too(x64):
     """Any matrix will do: halving h divides the error of one second-order step by eight."""
 
+    @jax.jit
+    def updates(h):
+        tx = rk_optax.runge_kutta(rosenbrock, lambda count: h, rk_optax.Ros2("secant"))
+        return tx.value_and_update(tx.init(start()), start())[1]
+
     def after(h):
-        tx = rk_optax.runge_kutta(rosenbrock, h, rk_optax.Ros2("secant"))
-        w = start()
-        _, updates, _ = tx.value_and_update(tx.init(w), w)
-        return flat(w) + flat(updates)
+        return flat(start()) + flat(updates(h))
 
     def fine(h):
         w, theta = 2000, flat(start())
