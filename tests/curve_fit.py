@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
+from training import first_update
 
 import rk_optax
 
@@ -32,8 +32,6 @@ def misfit(params):
 
 def effective_gradient(loss, h, solver, params=THETA, **options):
     """g* at params, flat, and the state."""
-    params = jax.tree.map(jnp.asarray, params)
     tx = rk_optax.scale_by_rk(loss, h, solver, stage_dtype=None, **options)
-    grads = jax.tree.map(jnp.conj, jax.grad(loss)(params))
-    direction, state = jax.jit(tx.update)(grads, tx.init(params), params)
-    return np.asarray(ravel_pytree(direction)[0]), state
+    direction, state = first_update(tx, loss, params)
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(direction)]), state

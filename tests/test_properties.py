@@ -270,7 +270,7 @@ def keyword_sets(draw):
     return chosen, wrong
 
 
-@properties()
+@properties(2)
 @hypothesis.given(keyword_sets(), st.sampled_from(["euler", "heun", "rk4", "dopri5"]))
 def test_a_set_of_keywords_works_or_the_message_names_a_wrong_one(keywords, method):
     chosen, wrong = keywords

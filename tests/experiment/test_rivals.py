@@ -57,7 +57,8 @@ def test_engd_w_steps_by_the_damped_least_squares_solution(points):
     new, _ = run(engd_w(loss_fn, 0.25, damping), loss_fn, params, data, 1)
     np.testing.assert_allclose(jax.flatten_util.ravel_pytree(new)[0], flat + 0.25 * step, rtol=1e-9)
     # Without a rate it takes the best of a grid of 31.
-    best = min((float(loss_fn(unravel(flat + rate * step), **data)), rate) for rate in 0.5 ** np.arange(31))[1]
+    losses = jax.jit(jax.vmap(lambda rate: loss_fn(unravel(flat + rate * step), **data)))
+    best = 0.5 ** float(np.argmin(losses(0.5 ** np.arange(31))))
     new, state = run(engd_w(loss_fn, None, damping), loss_fn, params, data, 1)
     np.testing.assert_allclose(jax.flatten_util.ravel_pytree(new)[0], flat + best * step, rtol=1e-9)
     assert (int(state.cost.rows), int(state.cost.losses)) == (points, 31)
@@ -88,7 +89,7 @@ def test_broydens_inverse_fulfils_the_secant_equation_and_stays_positive(fresh):
     hessian = rng.normal(size=(6, 6))
     y = hessian @ hessian.T @ s
     length = s @ np.linalg.solve(inverse, s)
-    new = np.asarray(broyden_inverse(*map(jnp.asarray, (inverse, inverse @ y, s, y, length)), fresh))
+    new = np.asarray(jax.jit(broyden_inverse)(inverse, inverse @ y, s, y, length, fresh))
     np.testing.assert_allclose(new @ y, s, rtol=0, atol=1e-14 * np.linalg.norm(new, 2) * np.linalg.norm(y))
     np.testing.assert_allclose(new, new.T, rtol=1e-12)
     assert np.linalg.eigvalsh(new)[0] > 0

@@ -43,9 +43,11 @@ def test_energy_drifts_with_the_order_of_the_method(name, expected):
     y = features()
 
     def drift(n):
-        energy = momentum(autonomous, block, y, np.linspace(0, 1, n + 1), lambda end: jnp.sum(end**2), name).energy
+        grid = np.linspace(0, 1, n + 1)
+        along = jax.jit(lambda y: momentum(autonomous, block, y, grid, lambda end: jnp.sum(end**2), name).energy)
+        energy = np.asarray(along(y))
         assert energy.shape == (n + 1, 4)
-        return float(jnp.abs(energy - energy[-1]).max())
+        return float(np.abs(energy - energy[-1]).max())
 
     assert expected - 0.4 < order(drift, (16, 32)) < expected + 0.5
 

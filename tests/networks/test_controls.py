@@ -56,14 +56,13 @@ def test_refining_leaves_the_function_and_its_variation_unchanged(basis):
         "legendre": some("legendre", (0, 3)),
         "matrix": some(MATRIX, size=2),
     }[basis]
-    fine = coarse.refine(7 if basis == "legendre" else (0, 0.1, 0.5, 1, 1.9, 2, 3))
+    fine = jax.jit(lambda c: c.refine(7 if basis == "legendre" else (0, 0.1, 0.5, 1, 1.9, 2, 3)))(coarse)
     assert fine.size > coarse.size or basis == "matrix"
-    assert largest_difference(coarse.at(TIMES), fine.at(TIMES)) < 2e-15
-    np.testing.assert_allclose(
-        fine.total_variation(), coarse.total_variation(), rtol=1e-12 if fine.basis != "legendre" else 1e-2
-    )
-    if basis != "constant":
-        np.testing.assert_allclose(fine.total_variation(2), coarse.total_variation(2), rtol=1e-12)
+    seen = jax.jit(lambda c: (c.at(TIMES), [c.total_variation(p) for p in ((1,) if basis == "constant" else (1, 2))]))
+    (before, (of_before, *square)), (after, (of_after, *of_square)) = seen(coarse), seen(fine)
+    assert largest_difference(before, after) < 2e-15
+    np.testing.assert_allclose(of_after, of_before, rtol=1e-12 if fine.basis != "legendre" else 1e-2)
+    np.testing.assert_allclose(of_square, square, rtol=1e-12)
 
 
 @pytest.mark.covering(most=1)
@@ -74,8 +73,8 @@ def test_total_variation_is_the_integral_of_the_slope(p):
     slopes = np.diff([1, 3, 2.5, 2.5]) / np.diff(NODES)
     np.testing.assert_allclose(kinked.total_variation(p), np.sum(np.diff(NODES) * np.abs(slopes) ** p))
     smooth = Controls(jnp.array([0.0, 1.0, 0.5]), (0, 3), "legendre")
-    slope = jax.grad(lambda t: smooth.at(t))
-    integral = quad(lambda t: abs(float(slope(jnp.asarray(t)))) ** p, 0, 3, points=[1.0])[0]
+    slope = jax.jit(jax.grad(lambda t: smooth.at(t)))
+    integral = quad(lambda t: abs(float(slope(t))) ** p, 0, 3, points=[1.0])[0]
     np.testing.assert_allclose(smooth.total_variation(p), integral, rtol=1e-9 if p == 2 else 2e-2)
 
 
@@ -87,11 +86,16 @@ def test_gradients_and_their_squares_refine_as_densities():
         return jnp.sum((controls.theta[1:] + controls.theta[:-1]) / 2 * h)
 
     coarse, finer = Controls(jnp.zeros(4), NODES), (0, 0.25, 0.5, 1, 2, 2.5, 3)
-    gradient = jax.grad(integral)
-    expected = gradient(coarse.refine(finer)).theta
-    np.testing.assert_allclose(gradient(coarse).refine(finer, power=1).theta, expected, atol=1e-15)
-    square = jax.tree.map(jnp.square, gradient(coarse))
-    np.testing.assert_allclose(square.refine(finer, power=2).theta, expected**2, atol=1e-15)
+
+    @jax.jit
+    def refined(coarse):
+        gradient = jax.grad(integral)
+        square = jax.tree.map(jnp.square, gradient(coarse))
+        return gradient(coarse.refine(finer)), gradient(coarse).refine(finer, power=1), square.refine(finer, power=2)
+
+    expected, of_gradient, of_square = (np.asarray(controls.theta) for controls in refined(coarse))
+    np.testing.assert_allclose(of_gradient, expected, atol=1e-15)
+    np.testing.assert_allclose(of_square, expected**2, atol=1e-15)
 
 
 @pytest.mark.slow
@@ -116,8 +120,10 @@ def test_the_state_of_any_optimizer_is_refined_by_what_its_fields_hold_or_refuse
     gradient, finer = jax.tree.map(jnp.ones_like, params), (0, 0.5, 1)
 
     def refined(tx, field, **options):
-        state = refine_state(tx.update(gradient, tx.init(params), params)[1], finer, **options)
-        return getattr(state[0], field)["nu"].theta
+        def state_after(gradient, params):
+            return refine_state(tx.update(gradient, tx.init(params), params)[1], finer, **options)
+
+        return getattr(jax.jit(state_after)(gradient, params)[0], field)["nu"].theta
 
     quarter, half = np.array([0.25, 0.5, 0.25]), np.array([0.5, 0.5, 0.5])
     np.testing.assert_allclose(refined(optax.adam(0.1, b1=0.0), "mu"), quarter / 0.5)

@@ -78,16 +78,17 @@ def test_a_linen_block_of_a_pure_layer_inside_a_network_trains_with_a_report():
 def test_one_dropout_mask_serves_a_whole_call_and_the_next_has_another(kind):
     if kind == "linen":
         block = RKBlock(LinenLayer(0.5), nodes=NODES, grid=np.linspace(0, 2, 9), report=["states"])
-        variables = block.init({"params": jax.random.key(0), "dropout": jax.random.key(0)}, Y)
+        variables = jax.jit(block.init)({"params": jax.random.key(0), "dropout": jax.random.key(0)}, Y)
         keys = iter(jax.random.split(jax.random.key(1)))
-        call = lambda: block.apply(variables, Y, rngs={"dropout": next(keys)})[1].states  # noqa: E731
+        apply = jax.jit(lambda key: block.apply(variables, Y, rngs={"dropout": key})[1].states)
+        call = lambda: apply(next(keys))  # noqa: E731
     else:
         block = rk_optax.nnx.RKBlock(
             lambda rngs: NnxLayer(rngs, 0.3), NODES, grid=np.linspace(0, 2, 9), report=["states"], rngs=nnx.Rngs(0)
         )
         apply = nnx.jit(lambda block, y: block(y)[1].states)
         call = lambda: apply(block, Y)  # noqa: E731
-    first, second = call(), call()
+    first, second = map(np.asarray, (call(), call()))
     still = np.asarray(first == first[0]).all(axis=0)  # dropped at every stage of every step
     assert 0 < still.sum() < still.size
     moves = np.asarray(first[1:] != first[:-1])

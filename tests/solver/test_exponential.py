@@ -270,9 +270,9 @@ def test_a_step_costs_one_gradient_for_each_order_and_a_product_now_and_then(ord
     counted = Evaluations(loss_fn)
     tx = rk_optax.runge_kutta(counted.function, 0.01, Etd(order, DiagonalCurvature(every=2)))
     w, costs, seen = jnp.asarray(THETA, jnp.float32), [], []
-    state, step = tx.init(w), jax.jit(tx.update)
+    gradient, state, step = jax.jit(jax.grad(loss_fn))(w), tx.init(w), jax.jit(tx.update)
     for _ in range(3):
-        _, state = jax.block_until_ready(step(jax.grad(loss_fn)(w), state, w))
+        _, state = jax.block_until_ready(step(gradient, state, w))
         costs.append((int(state.cost.gradients), int(state.cost.products)))
         seen.append(counted.take())
     assert costs == [(order, 1), (2 * order, 1), (3 * order, 2)]

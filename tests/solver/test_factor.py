@@ -36,6 +36,13 @@ def eigenvectors(matrix):
     return Eigenvectors(*jnp.linalg.eigh(jnp.asarray(matrix)))
 
 
+@jax.jit
+def steps(matrix, h, b):
+    """(I + hA)⁻¹b of all h."""
+    f = tridiagonal(matrix)
+    return f.vectors(f.solve(h, f.coordinates(b)))
+
+
 @pytest.mark.parametrize("name", MATRICES)
 @pytest.mark.parametrize("factor", [tridiagonal, eigenvectors])
 def test_the_shifted_systems_of_all_h_are_solved(factor, name, x64):
@@ -59,10 +66,8 @@ def test_the_shifted_systems_of_all_h_are_solved(factor, name, x64):
 
 @pytest.mark.parametrize("unit", [1e-150, 1.0, 1e150])
 def test_no_h_overflows_and_rounding_leaves_no_negative_eigenvalue(unit, x64):
-    f = tridiagonal(gram(9) * unit)
-    h = jnp.array([1e11, 1e17, 1e140]) / unit
-    b = jnp.asarray(gram(9)[:1])  # in the range of A, so all of it is damped
-    found = f.vectors(f.solve(h, f.coordinates(b)))
+    h = np.array([1e11, 1e17, 1e140]) / unit
+    found = np.asarray(steps(gram(9) * unit, h, gram(9)[:1]))  # b in the range of A, so all of it is damped
     nearest = np.linalg.lstsq(gram(9), gram(9)[0], rcond=1e-12)[0]
     np.testing.assert_allclose(1e11 * found[0], nearest, atol=1e-3)
     assert np.all(np.abs(found[1:]) <= 1e-12)  # what is lost to rounding is no step
@@ -70,14 +75,9 @@ def test_no_h_overflows_and_rounding_leaves_no_negative_eigenvalue(unit, x64):
 
 def test_many_matrices_at_once(x64):
     matrices = np.stack([gram(5, seed) for seed in range(3)])
-    h, b = jnp.array([2.0]), np.ones((1, 5))
-
-    def solve(matrix):
-        f = tridiagonal(matrix)
-        return f.vectors(f.solve(h, f.coordinates(b)))[0]
-
+    found = jax.jit(jax.vmap(steps, (0, None, None)))(matrices, np.array([2.0]), np.ones((1, 5)))[:, 0]
     expected = np.linalg.solve(np.eye(5) + 2 * matrices, np.ones((3, 5, 1)))[..., 0]
-    np.testing.assert_allclose(jax.jit(jax.vmap(solve))(matrices), expected, rtol=1e-9)
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize("shape", [(2, 5), (520, 3)])  # at once, and by blocks
@@ -86,5 +86,5 @@ def test_the_lower_triangle_of_a_gram_matrix(shape, scaled, x64):
     rng = np.random.default_rng(0)
     rows, scale = rng.normal(size=shape), rng.uniform(size=shape[1])
     expected = np.tril(rows @ np.diag(scale if scaled else np.ones(shape[1])) @ rows.T)
-    found = np.tril(lower_gram(jnp.asarray(rows), jnp.asarray(scale) if scaled else None))
+    found = np.tril(jax.jit(lower_gram)(rows, scale if scaled else None))
     np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-13)
