@@ -3,8 +3,6 @@ import itertools
 import pytest
 from covering import cover, some
 
-pytestmark = pytest.mark.latest
-
 SIZES = [(1,), (7,), (3, 5), (2, 2, 2), (6, 4, 3, 2)]
 
 

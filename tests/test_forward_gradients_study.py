@@ -5,9 +5,6 @@ import runpy
 from pathlib import Path
 
 import numpy as np
-import pytest
-
-pytestmark = pytest.mark.latest
 
 ROOT = Path(__file__).parents[1]
 STUDY = runpy.run_path(str(ROOT / "benchmarks" / "forward_gradients.py"))

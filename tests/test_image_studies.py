@@ -10,8 +10,6 @@ import pytest
 from rk_optax.experiment.config import CompareConfig, load
 from rk_optax.experiment.runs.plan import make_plan
 
-pytestmark = pytest.mark.latest
-
 ROOT = Path(__file__).parents[1]
 STUDY = runpy.run_path(str(ROOT / "benchmarks" / "image_studies.py"))
 STUDIES = STUDY["STUDIES"]

@@ -10,8 +10,6 @@ from nodepy.runge_kutta_method import ExplicitRungeKuttaMethod
 
 from rk_optax.methods import TABLEAUS, rk2, rk3, rk4_family
 
-pytestmark = pytest.mark.latest
-
 
 def nodepy_order(a, b):
     return ExplicitRungeKuttaMethod(a, b).order(tol=1e-9)

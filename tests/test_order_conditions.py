@@ -8,8 +8,6 @@ import pytest
 from rk_optax._order_conditions import _trees, missed_condition
 from rk_optax.tableau import ButcherTableau
 
-pytestmark = pytest.mark.latest
-
 
 def gauss(stages):
     """The implicit Gauss method of order 2s, by collocation."""

@@ -8,8 +8,6 @@ import pytest
 
 from rk_optax.experiment.config import RaceConfig, load
 
-pytestmark = pytest.mark.latest
-
 ROOT = Path(__file__).parents[1]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("race_*.json"))
 table = runpy.run_path(str(ROOT / "benchmarks" / "races.py"))["table"]

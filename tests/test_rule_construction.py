@@ -11,8 +11,6 @@ from training import first_update, steps
 import rk_optax
 from rk_optax import LeastSquares
 
-pytestmark = pytest.mark.latest
-
 CURVATURE = np.array([1.0, 3.0], np.float32)
 
 

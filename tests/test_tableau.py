@@ -21,8 +21,6 @@ from rk_optax import methods
 from rk_optax.methods import TABLEAUS
 from rk_optax.tableau import ButcherTableau
 
-pytestmark = pytest.mark.latest
-
 KNOWN = ["euler", "heun", "midpoint", "ralston", "kutta3", "heun3", "ralston3", "ssprk3", "bogacki_shampine"]
 KNOWN += ["rk4", "rk38", "ralston4", "fehlberg45", "cash_karp", "dopri5", "tsit5", "dopri8"]
 NAMES = list(TABLEAUS)

@@ -13,8 +13,6 @@ import rk_optax
 from rk_optax import IMPLICIT_TABLEAUS, ButcherTableau, Explicit, Implicit, VectorField
 from rk_optax.solver import as_solver
 
-pytestmark = pytest.mark.latest
-
 named = pytest.mark.parametrize("name", IMPLICIT_TABLEAUS)
 
 THETA = np.array([0.9, -0.4, 0.7])
