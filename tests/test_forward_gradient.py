@@ -9,8 +9,6 @@ import pytest
 
 import rk_optax
 
-pytestmark = pytest.mark.latest
-
 H = np.array([[1.0, 0.4], [0.4, 0.6]])
 W = np.array([1.0, -2.0])
 KEY = jax.random.key(3)

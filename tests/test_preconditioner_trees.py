@@ -29,8 +29,6 @@ from training import (
 
 import rk_optax
 
-pytestmark = pytest.mark.latest
-
 EVERY = pytest.mark.parametrize("name", PRECONDITIONERS)
 
 

@@ -18,8 +18,6 @@ from rk_optax import (
     trust_ratio_control,
 )
 
-pytestmark = pytest.mark.latest
-
 
 def solvers():
     """Each rule with a solver that it goes with, and momentum where it may have it."""

@@ -10,9 +10,6 @@ from training import assert_same, first_update, trajectory
 import rk_optax
 from rk_optax import Reason, sgd_g2
 
-pytestmark = pytest.mark.latest
-
-
 # --- SGD-G2 ----------------------------------------------------------------------------------------------------------
 
 

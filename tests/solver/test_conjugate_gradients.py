@@ -6,8 +6,6 @@ import pytest
 
 from rk_optax.solver._linear import conjugate_gradients
 
-pytestmark = pytest.mark.latest
-
 
 def numpy_cg(a, b, tolerance, most):
     """Textbook CG from 0 with Steihaug's exit."""
