@@ -9,8 +9,6 @@ import pytest
 from rk_optax import forward_gradient
 from rk_optax.linen import LocalLoss, activity_forward_gradient
 
-pytestmark = pytest.mark.latest
-
 KEY = jax.random.key(5)
 rng = np.random.default_rng(0)
 X, Y = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3, 4), (3,)))

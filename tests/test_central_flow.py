@@ -8,8 +8,6 @@ import pytest
 import rk_optax
 from rk_optax.central_flow import complementary
 
-pytestmark = pytest.mark.latest
-
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 
 

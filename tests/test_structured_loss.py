@@ -10,8 +10,6 @@ from jax.flatten_util import ravel_pytree
 import rk_optax
 from rk_optax import LeastSquares, ModelLoss
 
-pytestmark = pytest.mark.latest
-
 RNG = np.random.default_rng(0)
 PARAMS = {"w": RNG.normal(size=(2, 3)).astype(np.float32), "b": RNG.normal(size=3).astype(np.float32)}
 POINTS = RNG.normal(size=(5, 2)).astype(np.float32)

@@ -14,8 +14,6 @@ from jax.flatten_util import ravel_pytree
 import rk_optax
 from rk_optax import LeastSquares, ModelLoss, Ros2, RosenbrockEuler, VectorField
 
-pytestmark = pytest.mark.latest
-
 
 def half_square(outputs):
     return 0.5 * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(outputs))
