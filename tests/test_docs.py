@@ -36,7 +36,12 @@ def load(path):
 
 def with_python(paths):
     elsewhere = {"recipes", "physics", "extend"}  # test_recipes.py, test_extend.py
-    return [pytest.param(p, id=p.stem) for p in paths if p.stem not in elsewhere and blocks(p, "python")]
+    long = {"forward-gradients", "games"}
+    return [
+        pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in long else [])
+        for p in paths
+        if p.stem not in elsewhere and blocks(p, "python")
+    ]
 
 
 # --- Blocks ----------------------------------------------------------------------------------------------------------

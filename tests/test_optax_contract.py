@@ -102,7 +102,7 @@ def dtypes(tree):
     return jax.tree.map(lambda leaf: leaf.dtype, tree)
 
 
-@pytest.mark.covering
+@pytest.mark.covering(most=3)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64])
 def test_optimisation_ends_at_the_minimum(optimizer, dtype):
     factory, keywords = optimizer
@@ -216,6 +216,7 @@ def test_mixed_dtypes_stay_as_they_are(optimizer, x64):
     assert dtypes(jax.eval_shape(optax.apply_updates, params, updates)) == MIXED
 
 
+@pytest.mark.covering(most=3)
 def test_gradient_accumulation_waits_without_an_error(optimizer):
     factory, keywords = optimizer
     tx = optax.MultiSteps(factory(sum_of_squares, **keywords), every_k_schedule=4)
@@ -229,6 +230,7 @@ def test_gradient_accumulation_waits_without_an_error(optimizer):
         assert updates.dtype == dtype
 
 
+@pytest.mark.covering(most=3)
 def test_a_constant_schedule_is_the_constant(optimizer):
     factory, keywords = optimizer
     scheduled = {**keywords, "learning_rate": optax.constant_schedule(keywords["learning_rate"])}

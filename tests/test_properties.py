@@ -158,7 +158,7 @@ LEAVES = st.tuples(
 )
 
 
-@properties(4)
+@properties(8)
 @hypothesis.given(nested(LEAVES), st.sampled_from(sorted(STABILITY)), st.booleans(), st.booleans())
 def test_updates_are_like_the_parameters_whatever_those_are(tree, method, momentum, broken):
     """And a step that is refused is zero and leaves the state as it was."""
@@ -363,7 +363,7 @@ def runner(rule):
     return run
 
 
-@pytest.mark.covering(most=3)
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("rule", RULES)
 @properties()
 @hypothesis.given(st.lists(st.sampled_from(KINDS), min_size=LENGTH, max_size=LENGTH))

@@ -58,6 +58,7 @@ def loss_of(name):
 # --- scale ---
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "trust_ratio"])
 def test_a_multiple_of_the_loss_with_h_in_its_units_changes_nothing(name):
     @jax.jit
@@ -93,6 +94,7 @@ def test_a_multiple_of_the_parameters_with_h_in_its_units_changes_nothing(name):
     np.testing.assert_allclose(w, np.broadcast_to(w[0], w.shape), rtol=1e-3)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("name", ["dal", "dal, clipped", "dal, free", "sgd_g2", "error", "descent"])
 def test_an_inert_leaf_of_any_size_changes_nothing(name):
     def loss(params):
@@ -380,6 +382,7 @@ def bent(w):
     return jnp.sum(CURVATURE * w[:2] ** 2) + w[0] ** 3 / 3 + jnp.cos(w[1])
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("trust_ratio", "dal, clipped")])
 def test_the_gradient_through_two_updates_is_right(name, x64):
     def end(x):

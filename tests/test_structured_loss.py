@@ -191,9 +191,13 @@ def test_a_structured_loss_is_a_loss_for_every_solver():
     loss = least_squares()
     plain = rk_optax.heun(lambda params, x, shift, edge: by_hand(params, False), 0.05)
     ours = rk_optax.heun(loss, 0.05)
-    grads = jax.grad(loss)(PARAMS, **DATA)
-    expected, _ = plain.update(grads, plain.init(PARAMS), PARAMS, **DATA)
-    found, _ = ours.update(grads, ours.init(PARAMS), PARAMS, **DATA)
+
+    @jax.jit
+    def both(params, data):
+        grads = jax.grad(loss)(params, **data)
+        return [tx.update(grads, tx.init(params), params, **data)[0] for tx in (plain, ours)]
+
+    expected, found = both(PARAMS, DATA)
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-6), found, expected)
 
 
@@ -296,11 +300,12 @@ def test_a_constraint_over_points_that_are_pointwise_elsewhere_and_a_weight_for_
         reduction="mean",
     )
     params = jax.tree.map(jnp.asarray, AB)
-    assert float(loss(params, x=NODES)) == pytest.approx(of_nodes(AB, weights, 3.0), rel=1e-12)
-    rows = loss.rows(params, {"x": NODES})
+    value, flat, residual, rows = jax.jit(
+        lambda p, data: (*jax.value_and_grad(loss)(p, **data), loss.residual(p, data), loss.rows(p, data))
+    )(params, {"x": NODES})
+    assert float(value) == pytest.approx(of_nodes(AB, weights, 3.0), rel=1e-12)
     assert rows.residual.shape == (6,)  # and not ten, of an integral over each point
-    np.testing.assert_allclose(loss.residual(params, {"x": NODES}), rows.residual)
-    flat = jax.grad(lambda p: loss(p, x=NODES))(params)
+    np.testing.assert_allclose(residual, rows.residual)
     for name in AB:
         np.testing.assert_allclose(rows.jacobian[name] @ rows.residual, flat[name], rtol=1e-12)
     tx = rk_optax.residual_euler(loss, rk_optax.path_control())
@@ -327,11 +332,16 @@ def test_a_term_without_points_contributes_nothing(reduction):
     loss = LeastSquares(functions, pointwise=["x", "edge"], **options)
     alone = LeastSquares({"inside": at_point}, pointwise="x", **options)
     params, none = jax.tree.map(jnp.float32, AB), np.zeros((0,), np.float32)
-    assert float(loss(params, x=NODES, edge=none)) == pytest.approx(float(alone(params, x=NODES)))
-    gradient = jax.grad(lambda p: loss(p, x=NODES, edge=none))(params)
+
+    @jax.jit
+    def seen(params, data):
+        rows, residual = loss.rows(params, data).residual, loss.residual(params, data)
+        return jax.value_and_grad(loss)(params, **data), alone(params, x=data["x"]), rows, residual
+
+    (value, gradient), without, rows, residual = seen(params, {"x": NODES, "edge": none})
+    assert float(value) == pytest.approx(float(without))
     assert float(gradient["b"]) == 0
-    assert loss.rows(params, {"x": NODES, "edge": none}).residual.shape == (5,)
-    assert loss.residual(params, {"x": NODES, "edge": none}).shape == (5,)
+    assert rows.shape == residual.shape == (5,)
 
 
 def test_mistakes_of_a_least_squares_loss_are_named():

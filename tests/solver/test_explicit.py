@@ -243,6 +243,7 @@ def test_one_step_on_a_quadratic_is_the_stability_polynomial(name, x64):
 
 # Hairer and Wanner, "Solving Ordinary Differential Equations II", table IV.2.1 for R of s = p stages: 2, 2, 2.513,
 # 2.785. The others are the roots of |R(-x)| = 1 of the published polynomials.
+@pytest.mark.covering(most=4)
 @pytest.mark.parametrize(
     ("name", "limit"),
     [

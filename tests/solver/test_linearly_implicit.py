@@ -130,6 +130,7 @@ def test_more_residuals_than_rows_allowed_are_solved_by_cg(x64):
     np.testing.assert_allclose(by_cg, direct, rtol=1e-9)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("h", [1.0, 1e6])
 @pytest.mark.parametrize("shape", [(30, 50), (50, 30)], ids=["rows", "parameters"])
 def test_the_residual_in_the_state_is_that_of_the_step_also_where_the_rows_depend_on_each_other(shape, h):
@@ -144,6 +145,7 @@ def test_the_residual_in_the_state_is_that_of_the_step_also_where_the_rows_depen
     assert 0.5 * wrong < float(state.solver.residual) < 2 * wrong + 1e-6
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("reached", [0.0, 1.0], ids=["no Jacobian", "orthogonal to its range"])
 @pytest.mark.parametrize("count", [3, 8], ids=["rows", "parameters"])
 def test_where_no_step_lowers_the_residuals_cg_leaves_at_once(count, reached):
