@@ -11,8 +11,6 @@ from rk_optax import LeastSquares, ResidualEuler, RosenbrockEuler
 from rk_optax.objective import Objective
 from rk_optax.parameter_view import ParameterView
 
-pytestmark = pytest.mark.latest
-
 X = np.linspace(-1, 1, 7)
 THETA = {"a": np.array([0.7, -0.4]), "b": np.array([[0.3], [0.9]])}
 P = np.array([0.5, 2.0, 0.1, 3.0])
