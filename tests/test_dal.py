@@ -14,8 +14,6 @@ from training import assert_close, exact_ratio, first_update, numpy_dal, traject
 import rk_optax
 from rk_optax import dal
 
-pytestmark = pytest.mark.latest
-
 C = 0.4
 ESTIMATES = ["product", "difference", "free"]
 

@@ -15,8 +15,6 @@ from flax import nnx
 import rk_optax
 import rk_optax.nnx
 
-pytestmark = pytest.mark.latest
-
 W, X = jnp.ones(3), jnp.zeros(3)
 
 

@@ -13,8 +13,6 @@ import scipy.integrate
 import rk_optax
 from rk_optax import Drift, PlayerGradients, game
 
-pytestmark = pytest.mark.latest
-
 BILINEAR = {"x": lambda p: p["x"] * p["y"], "y": lambda p: -p["x"] * p["y"]}
 START = {"x": 0.6, "y": -0.8}
 

@@ -13,8 +13,6 @@ from training import Evaluations, assert_close, assert_same, exact_ratio, numpy_
 import rk_optax
 from rk_optax import Cost, Reason, dal, sgd_g2
 
-pytestmark = pytest.mark.latest
-
 C = 0.4
 ESTIMATES = ["product", "difference", "free"]
 

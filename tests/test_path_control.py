@@ -52,14 +52,17 @@ def run(rule, count, data, start=START, **options):
     return seen
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("boldness", [0.1, 0.6, 1.0])
 @pytest.mark.parametrize("corrections", [0, 3])
 def test_it_takes_the_longest_trial_step_with_a_fair_part_of_the_best_fall(boldness, corrections, x64):
     y, theta, h = target(), START, 0.7
     rule = path_control(h, probes=7, width=20.0, boldness=boldness, corrections=corrections)
+    fitted = jax.jit(lambda t: curve(t, X, y))
+    slopes = jax.jit(jax.jacfwd(fitted))
     for found, state in run(rule, 4, {"x": X, "y": y}):
-        residual = lambda t: np.asarray(curve(t, X, y))  # noqa: E731
-        jacobian, r = np.asarray(jax.jacfwd(curve)(jnp.asarray(theta), X, y)), residual(theta)
+        residual = lambda t: np.asarray(fitted(t))  # noqa: E731
+        jacobian, r = np.asarray(slopes(theta)), residual(theta)
         losses, ends = [], []
         sizes = h * 20.0 ** np.linspace(-1, 1, 7)
         for size in sizes:

@@ -26,8 +26,6 @@ from training import (
 import rk_optax
 from rk_optax import Reason
 
-pytestmark = pytest.mark.latest
-
 EVERY = pytest.mark.parametrize("name", PRECONDITIONERS)
 
 

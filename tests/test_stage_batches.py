@@ -13,8 +13,6 @@ from training import assert_close, assert_same
 import rk_optax
 from rk_optax import first_stage_batch
 
-pytestmark = pytest.mark.latest
-
 H = 0.3
 W = np.array([0.5, -0.3, 0.8])
 RNG = np.random.default_rng(0)

@@ -15,8 +15,6 @@ from rk_optax import DiagonalCurvature, Etd, Reason, Ros2, RosenbrockEuler
 from rk_optax.field import VectorField
 from rk_optax.solver.exponential import phi1, phi2
 
-pytestmark = pytest.mark.latest
-
 ONCE = DiagonalCurvature(every=10**6)  # D of the start for good, so that nothing but h changes
 THETA = np.array([0.9, -0.4, 0.7])
 CURVATURE = np.array([1.0, 5.0, 20.0])

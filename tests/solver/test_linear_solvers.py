@@ -13,8 +13,6 @@ import rk_optax
 from rk_optax import IMPLICIT_TABLEAUS, ConjugateGradients, Gmres, Implicit, Ros2, RosenbrockEuler
 from rk_optax.solver._linear import gmres
 
-pytestmark = pytest.mark.latest
-
 # --- GMRES against dense algebra -------------------------------------------------------------------------------------
 
 

@@ -17,8 +17,6 @@ from training import cubic, one_step, stability_polynomial
 import rk_optax
 from rk_optax import Stabilized, VectorField
 
-pytestmark = pytest.mark.latest
-
 FAMILIES = ["rkc1", "rkc2", "rkl1", "rkl2"]
 THETA = np.array([0.9, -0.4, 0.7, 0.2])
 
