@@ -8,6 +8,7 @@ from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from rk_optax import _checks
@@ -252,9 +253,7 @@ def _after_solver(
     if momentum is None:
         if nesterov:
             raise ValueError("nesterov=True does nothing without momentum: pass momentum=0.9, say.")
-        if after is not None:
-            _check_after(after)
-        return after
+        return None if after is None else _checked_after(after)
     if after is not None:
         raise ValueError(
             "momentum and after are two ways to say what stands between solver and step size; pass one: "
@@ -263,7 +262,8 @@ def _after_solver(
     return optax.trace(_checks.number(momentum, "momentum", "decay"), nesterov=nesterov)
 
 
-def _check_after(after: Any) -> None:
+def _checked_after(after: Any) -> optax.GradientTransformation:
+    """It, if it is a transformation between solver and step size."""
     if isinstance(after, Preconditioner):
         raise TypeError("after is a Preconditioner, which acts on every stage: pass it as preconditioner=.")
     if isinstance(after, type) or not (hasattr(after, "init") and hasattr(after, "update")):
@@ -271,32 +271,58 @@ def _check_after(after: Any) -> None:
             f"after must be an optax.GradientTransformation, got {type(after).__name__}"
             + (f" {after.__name__}: call it." if isinstance(after, type) else ".")
         )
-    if _turns_round(after):
+    if _refuse_whole_optimizers(after, np.zeros(1)):
+        return after
+
+    def init(params: Any) -> Any:
+        """It was made for a tree of its own, as optax.multi_transform is: now there is one."""
+        _refuse_whole_optimizers(after, params)
+        return after.init(params)
+
+    return after._replace(init=init)
+
+
+def _refuse_whole_optimizers(after: optax.GradientTransformation, params: Any) -> bool:
+    """Raises where `after` has a minus sign of its own in a leaf like one of params; returns whether that was seen."""
+    turns = _turns_round(after, jax.tree.map(lambda leaf: np.zeros((1,) * np.ndim(leaf), np.float32), params))
+    if turns:
         raise ValueError(
             "after turns gradients into descent directions, as optax.adam and every whole optimizer does, and the step "
             "size does so once more: the loss would rise. Pass the part without sign and learning rate: "
             "after=optax.scale_by_adam(), optax.trace(0.9), ..."
         )
+    return turns is not None
 
 
-def _turns_round(after: optax.GradientTransformation) -> bool:
-    """Whether a gradient of ±1 comes out with the other sign, both times."""
+def _turns_round(after: optax.GradientTransformation, place: Any) -> bool | None:
+    """Whether gradients of ±1, the same in each of some steps, come out of a leaf with the other sign, if it shows."""
 
-    def probe(sign: float) -> jax.Array:
-        gradient, state, turned = jnp.full([1], sign), after.init(place), jnp.zeros([1])
-        known = {"value": jnp.zeros([]), "grad": gradient, "value_fn": lambda params: jnp.sum(sign * params)}
-        for _ in range(3):  # optax.rprop emits 0 first
-            turned, state = optax.with_extra_args_support(after).update(gradient, state, place, **known)
-            if jnp.any(turned != 0):
+    def probe(sign: float, with_keywords: bool) -> list[np.ndarray]:
+        params = jax.tree.map(jnp.asarray, place)
+        gradient, state = jax.tree.map(lambda leaf: jnp.full_like(leaf, sign), params), after.init(params)
+        total = list(jax.tree.leaves(place))
+
+        def loss(params: Any, obj_fn: Any = None) -> jax.Array:
+            del obj_fn  # optax.contrib.sophia takes one, and a line search hands it on to value_fn
+            # Far above the bounds that methods of Polyak's kind are given.
+            return 1e3 + sum(jnp.sum(sign * leaf) for leaf in jax.tree.leaves(params))
+
+        known = {"value": loss(params), "grad": gradient, "value_fn": loss, "obj_fn": loss} if with_keywords else {}
+        for count in range(10):  # the first may emit 0, as in a warm-up, or go uphill, as optax.contrib.sam does
+            turned, state = optax.with_extra_args_support(after).update(gradient, state, params, **known)
+            total = [a + np.asarray(b) for a, b in zip(total, jax.tree.leaves(turned), strict=True)]
+            if count and any(leaf.any() for leaf in total):
                 break
-        return jnp.asarray(turned)
+        return total
 
     with jax.ensure_compile_time_eval():
-        place = jnp.zeros([1])
-        try:
-            return bool(((probe(1.0) < 0) & (probe(-1.0) > 0)).all())
-        except Exception:  # made for a tree of its own or other keywords, or traced: nothing can be said
-            return False
+        for with_keywords in (True, False):
+            try:
+                up, down = probe(1.0, with_keywords), probe(-1.0, with_keywords)
+            except Exception:  # other keywords, a tree of its own, or traced: nothing can be said
+                continue
+            return any(bool(((a < 0) & (b > 0)).all()) for a, b in zip(up, down, strict=True))
+    return None
 
 
 # Functions, and numbers that the program is compiled for; the others, such as rates, may be traced.

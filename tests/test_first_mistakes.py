@@ -1,6 +1,7 @@
 """What a new user does wrong first: each mistake is quoted, and the message names the argument and the remedy."""
 
 import functools
+import inspect
 
 import equinox as eqx
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from covering import some
 from flax import nnx
 
 import rk_optax
@@ -71,12 +73,61 @@ def test_a_keyword_of_another_transformation_is_no_misspelling_of_an_argument_wi
 # --- after= ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", ["sgd", "adam", "adamw", "lion", "rmsprop", "adagrad", "lamb", "adafactor", "sm3", "rprop"]
-)
-def test_after_a_whole_optimizer_would_ascend_and_is_refused(name):
+# Whatever has a rate of its own is taken for a whole optimizer, and so are these.
+WHOLE = {
+    "polyak_sgd": lambda: optax.polyak_sgd(),
+    "mechanize": lambda: optax.contrib.mechanize(optax.sgd(0.1)),
+    "dpsgd": lambda: optax.contrib.dpsgd(0.1, 1.0, 0.1, seed=0),
+    "schedule_free": lambda: optax.contrib.schedule_free(optax.sgd(0.1), 0.1),
+    "sam": lambda: optax.contrib.sam(optax.sgd(0.1), optax.chain(optax.contrib.normalize(), optax.sgd(0.05))),
+    "in a chain": lambda: optax.chain(optax.clip(1.0), optax.adam(0.1), optax.apply_every(4)),
+    "with a warm-up": lambda: optax.adam(optax.linear_schedule(0.0, 0.1, 100)),
+    "noisy_sgd": lambda: optax.noisy_sgd(0.1, key=jax.random.key(0)),
+}
+# Parts that are named like the others and put the minus sign in themselves.
+TURNING = {"scale_by_learning_rate", "scale_by_madgrad", "scale_by_cocob"}
+NEEDED = {"k": 1, "step_size": 0.1, "step_size_fn": lambda count: 0.1, "max_backtracking_steps": 3}
+NEEDED |= {"max_linesearch_steps": 3, "learning_rate": 0.1}
+
+
+def transformations():
+    """What Optax has, made with its defaults, by its name: whole optimizers, and `scale_by_...`."""
+    for module in (optax, optax.contrib):
+        for name, make in vars(module).items():
+            if not inspect.isfunction(make) or name.startswith("_") or name in WHOLE:
+                continue
+            parameters = inspect.signature(make).parameters
+            rate = {"learning_rate"} & set(parameters)
+            if rate or name.startswith("scale_by_"):
+                needed = rate | {key for key, p in parameters.items() if p.default is p.empty}
+                yield name, functools.partial(make, **{key: NEEDED[key] for key in needed})
+
+
+OF_OPTAX = dict(transformations())
+ENDING = {name: make for name, make in OF_OPTAX.items() if not name.startswith("scale_by_") or name in TURNING} | WHOLE
+KEEPING = {name: make for name, make in OF_OPTAX.items() if name not in ENDING}
+SEEN_FIRST = ("sgd", "adam", "rprop", "polyak_sgd", "sam", "in a chain")
+
+
+@pytest.mark.parametrize("make", some(ENDING, *SEEN_FIRST))
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_after_a_whole_optimizer_would_ascend_and_is_refused(make):
     with pytest.raises(ValueError, match=r"after.*the loss would rise.*optax\.scale_by_adam\(\)"):
-        rk_optax.rk4(loss_fn, 0.1, after=getattr(optax, name)(1e-3))
+        rk_optax.rk4(loss_fn, 0.1, after=make())
+
+
+def test_after_whole_optimizers_for_some_leaves_of_a_tree_is_refused_when_the_tree_is_known():
+    parts = {"a": optax.scale_by_adam(), "b": optax.sgd(0.1)}
+    tx = rk_optax.rk4(
+        lambda p: p["x"] ** 2 + p["y"] ** 2, 0.1, after=optax.multi_transform(parts, {"x": "a", "y": "b"})
+    )
+    with pytest.raises(ValueError, match=r"after.*the loss would rise"):
+        jax.eval_shape(tx.init, {"x": jnp.zeros([]), "y": jnp.zeros([])})
+
+
+@pytest.mark.parametrize("make", some(KEEPING, "scale_by_rprop", "scale_by_polyak", "scale_by_lbfgs"))
+def test_after_any_part_of_one_is_taken(make):
+    rk_optax.rk4(loss_fn, 0.1, after=make())
 
 
 @pytest.mark.parametrize(
