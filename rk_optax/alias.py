@@ -391,7 +391,7 @@ def etdrk2(
 
 
 def _search_for_secants() -> LearningRate:
-    # The first step is one along the gradient, in units of its own: it may have to be far shorter.
+    # How far the first step goes is a guess: it may have to be far shorter.
     return line_search(first=True, parts=24)
 
 

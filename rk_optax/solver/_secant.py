@@ -6,7 +6,6 @@ The self-scaled Broyden method with Al-Baali's parameters, as `SSBroyden2` of Ur
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -25,23 +24,25 @@ class SecantState(NamedTuple):
     params: jax.Array  # shape=(P,): θ of the latest update
     gradient: jax.Array  # shape=(P,): ∇L there
     seen: jax.Array  # shape=(), bool: whether there was one
-    fresh: jax.Array  # shape=(), bool: whether H is still the identity
+    fresh: jax.Array  # shape=(), bool: whether H is still a multiple of the identity, and takes its scale from a step
 
     @classmethod
     def empty(cls, size: int, dtype: Any) -> SecantState:
-        """No step yet: H = I."""
+        """No step yet, and no H: the identity stands for one."""
         zeros, again = jnp.zeros(size, dtype), jnp.zeros(size, dtype)  # separate buffers, which can be donated
         return cls(jnp.eye(size, dtype=dtype), zeros, again, jnp.array(False), jnp.array(True))
 
     def updated(self, params: jax.Array, gradient: jax.Array) -> SecantState:
         """With the step that has led to `params`.
 
-        H begins as the identity, or larger where a step along the gradient would be lost in the rounding of the
-        parameters that have one: no secant would ever come of it.
+        H begins as γI. No curvature has been seen yet that would fix γ, whose unit is that of θ²/L, so the step -γ∇L is
+        made a tenth as long as the parameters that have a gradient: a multiple of the loss or of the parameters changes
+        nothing but units. A line search shortens what is too long, and the first secant gives H its scale. Where all
+        these parameters are 0 no length is known, and that of the step is 1, as in L-BFGS-B.
 
         Along a step without positive curvature B = H⁻¹ is quartered, so that the steps grow until they have left such a
         place: nothing else would, without a line search that lengthens them. Where rounding has made H indefinite, as
-        a direction uphill shows, H begins again.
+        a direction uphill shows, H begins again, with the scale of the latest secant if there is one.
         """
         s, y = params - self.params, gradient - self.gradient
         # In units in which s, y and the gradient are about 1: products of what has the units of the loss overflow.
@@ -62,16 +63,16 @@ class SecantState(NamedTuple):
         grown = self.inverse + jnp.outer(unit * s, _tree.ratio(3 * s, length))
         new = jnp.where(curved, new, jnp.where(moved, grown, self.inverse))
         new = jnp.where(jnp.all(jnp.isfinite(new)), new, self.inverse)
-        moving = _tree.norm(jnp.where(gradient == 0, 0, params))
-        least = math.sqrt(float(jnp.finfo(params.dtype).eps)) * _tree.ratio(moving, _tree.norm(gradient))
         uphill = jnp.min(jnp.diagonal(new), initial=jnp.inf) <= 0
         slope = gradient / _tree.magnitude(gradient).astype(gradient.dtype)
         uphill = uphill | (real_matmul(slope, real_matmul(new, slope)) < 0)
-        begins = (~self.seen | uphill) & jnp.isfinite(least)
-        first = jnp.maximum(least, 1) * jnp.eye(len(params), dtype=params.dtype)
-        new = jnp.where(begins, first, new)
-        fresh = (self.fresh & ~moved) | begins
-        return SecantState(new, params, gradient, self.seen | jnp.isfinite(least), fresh)
+        reach = 0.1 * _tree.norm(jnp.where(gradient == 0, 0, params))
+        first = _tree.ratio(jnp.where(reach == 0, 1, reach), _tree.norm(gradient))
+        known = jnp.isfinite(first) & (first > 0)
+        begins = (~self.seen | uphill) & known
+        first = jnp.where(curved, unit * _tree.ratio(sy, real_matmul(y, y)), first)
+        new = jnp.where(begins, first * jnp.eye(len(params), dtype=params.dtype), new)
+        return SecantState(new, params, gradient, self.seen | known, (self.fresh & ~moved) | begins)
 
     def solve(self, c: Any, scale: jax.Array, b: jax.Array) -> jax.Array:
         """X of (I + c·PH⁻¹) x = b: H (H + cP)⁻¹ b, for a diagonal P > 0 (`scale`)."""
@@ -104,7 +105,7 @@ def broyden_inverse(
       s: the step.
       y: the change of the gradient over it, with s·y > 0.
       length: s·H⁻¹s.
-      fresh: whether H is the identity, and takes its scale from this step.
+      fresh: whether H is a multiple of the identity, and takes its scale from this step.
     """
     size, sy, square = len(s), real_matmul(s, y), real_matmul(y, pushed)
     b, h = length / sy, square / sy
