@@ -23,7 +23,7 @@ class PathControlState(NamedTuple):
     """State of `PathControl`."""
 
     next_step_size: jax.Array  # shape=(), float: about which the next trial steps lie; 0 before the first
-    loss: jax.Array  # shape=(), float: at the params that the latest update left, on its data; ∞ before the first
+    loss: jax.Array  # shape=(), float: at the params that the latest update left, on its data; ∞ before the first alone
     fall: jax.Array  # shape=(), float: of the loss, by the latest step; negative where it would have risen
     changing: jax.Array  # shape=(), int32: 0 while the data stay; 2 at an update whose data are new, then less by one
     divisor: jax.Array  # shape=(), float: of h at the next refusal where the data change; doubles with each in a row
@@ -32,7 +32,7 @@ class PathControlState(NamedTuple):
     level: jax.Array  # shape=(), int32: of the next update: 0 for the fewest points, the last for all
     subset_fall: jax.Array  # shape=(), float: logarithm of the subset's loss before the latest step over that after it
     refused: jax.Array  # shape=(), int32: steps in a row that no trial of the same points was worth
-    failures: jax.Array  # shape=(), int32: how often fewer points did not serve
+    failures: jax.Array  # shape=(), int32: how often fewer points did not serve, of the data that have stayed since
     wait: jax.Array  # shape=(), int32: updates until fewer points are tried again
 
 
@@ -68,9 +68,10 @@ class PathControl(KeptStepSize):
 
     It begins with few of the loss's points, where a step costs little and leads nearly as far: `subsets` divides their
     number. Where a step lowers the loss on all points by less than half as much as that on its subset, as logarithms,
-    the next ones have more of them: one, then two, four ... before fewer are tried again. A step on a subset, too, is
-    taken only if the loss on all points does not rise. That needs `rk_optax.LeastSquares` with `pointwise` arguments;
-    other losses have all points from the start, and no subset has fewer than 60 residuals.
+    the next ones have more of them: one, then two, four ... before fewer are tried again, and one again once the data
+    are new. A step on a subset, too, is taken only if the loss on all points does not rise. That needs
+    `rk_optax.LeastSquares` with `pointwise` arguments; other losses have all points from the start, and no subset has
+    fewer than 60 residuals.
 
     Where the loss at params is not the one that the previous update left there, the data have changed and falls on them
     say little: then h follows the quality of the quadratic model, as under `rk_optax.trust_ratio_control`, with one
@@ -154,6 +155,7 @@ class PathControl(KeptStepSize):
         # The same data give the same loss at the same params, to rounding; there are none before the first.
         stayed = jnp.isinf(state.loss) | (jnp.abs(before - state.loss) <= 1e-3 * jnp.abs(state.loss))
         changing = jnp.where(stayed, jnp.maximum(state.changing - 1, 0), 2)
+        new = changing == 2
         fields = self._fields(field, params)
         level = jnp.where(changing == 0, jnp.minimum(state.level, len(fields) - 1), len(fields) - 1)
 
@@ -166,6 +168,9 @@ class PathControl(KeptStepSize):
             before=before,
             predicted=chosen.predicted.astype(dtype),
             level=level,
+            # How fewer of the old points served says nothing of the new ones.
+            failures=jnp.where(new, 0, state.failures),
+            wait=jnp.where(new, 0, state.wait),
             subset_fall=_logarithmic(chosen.fall, chosen.before).astype(dtype),
         )
         h, direction = _underivable((chosen.step_size, chosen.direction))
@@ -255,7 +260,7 @@ class PathControl(KeptStepSize):
         fewer = ~failed & ~changing & (wait == 0)
         new = state._replace(
             next_step_size=_bounded(h),
-            loss=jnp.where(accepted, after, before),
+            loss=_known(jnp.where(accepted, after, before)),
             fall=fall,
             divisor=jnp.where(changing & ~tie, divisor, state.divisor).astype(dtype),
             level=jnp.clip(state.level + failed - fewer, 0, last),
@@ -268,6 +273,11 @@ class PathControl(KeptStepSize):
 
 
 path_control = PathControl
+
+
+def _known(loss: jax.Array) -> jax.Array:
+    """It, or the largest number in place of one that is not finite, for ∞ says that there has been none."""
+    return jnp.where(jnp.isfinite(loss), loss, jnp.finfo(loss.dtype).max)
 
 
 def _logarithmic(fall: jax.Array, before: jax.Array) -> jax.Array:

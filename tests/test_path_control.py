@@ -224,6 +224,25 @@ def test_fewer_points_are_tried_again_ever_more_rarely(x64):
     assert sum(int(state.level) == 2 for state in states[30:]) >= 24
 
 
+def test_how_fewer_points_of_the_old_data_served_says_nothing_of_new_ones(x64):
+    """Noise, which needs all points and has them tried ever more rarely, and then data without."""
+    states = [s.rule for _, s in run(path_control(), 23, lambda i: measured(0.3 if i < 20 else 0.0), loss=BY_POINT)]
+    assert int(states[19].failures) >= 4
+    assert int(states[19].wait) > 5
+    assert [int(state.changing) for state in states[19:23]] == [0, 2, 1, 0]
+    assert [int(state.failures) for state in states[20:23]] == [0, 0, 0]
+    assert int(states[22].level) == 1
+
+
+def test_a_loss_that_is_infinite_is_none_of_the_data_that_stay():
+    """Its gradient is finite: (1e20 - θ) and its negative add up."""
+    loss = LeastSquares(lambda theta, x: jnp.stack([theta[0] - x, theta[0] + x, theta[1]]))
+    sizes = [1.0, 1e20, 1.0, 1.0, 1.0]
+    seen = run(path_control(), 5, lambda i: {"x": np.float32(sizes[i])}, start=np.ones(2, np.float32), loss=loss)
+    assert [int(state.rule.changing) for _, state in seen] == [0, 2, 2, 1, 0]
+    assert [bool(state.accepted) for _, state in seen] == [True, False, True, True, True]
+
+
 @pytest.mark.slow
 def test_where_the_data_change_all_points_count(x64):
     def batch(i):
