@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from rk_optax import _checks, _tree
 from rk_optax.field import Capability, VectorField
-from rk_optax.solver import Cost, Path, Quantity, Step
+from rk_optax.solver import Cost, Path, Quantity, Step, saturating_sum
 from rk_optax.step_size import Attempt, Choice, KeptStepSize, Reason, Verdict
 
 PyTree = Any
@@ -250,7 +250,7 @@ class PathControl(KeptStepSize):
         h = jnp.where(tie & (state.next_step_size > 0), state.next_step_size, h)
         divisor = jnp.where(accepted, 2, jnp.minimum(2 * state.divisor, 1024))
         # On a subset of the points: it serves as long as all points have half of its fall, and it has one.
-        refused = jnp.where(state.subset_fall > 0, 0, state.refused + 1)
+        refused = jnp.where(state.subset_fall > 0, 0, saturating_sum(state.refused, 1))
         whole_fall = _logarithmic(fall, before)
         serves = accepted & (state.subset_fall >= 0.01) & (whole_fall >= 0.5 * state.subset_fall)
         serves = serves | ((state.subset_fall <= 0) & (refused < 3) & ~tie)
@@ -263,9 +263,9 @@ class PathControl(KeptStepSize):
             loss=_known(jnp.where(accepted, after, before)),
             fall=fall,
             divisor=jnp.where(changing & ~tie, divisor, state.divisor).astype(dtype),
-            level=jnp.clip(state.level + failed - fewer, 0, last),
+            level=jnp.clip(state.level + failed.astype(jnp.int32) - fewer.astype(jnp.int32), 0, last),
             refused=jnp.where(failed, 0, refused),
-            failures=state.failures + failed,
+            failures=saturating_sum(state.failures, failed),
             wait=wait,
         )
         reason = jnp.where(accepted, Reason.ACCEPTED, jnp.where(tie, Reason.UNRESOLVED, Reason.LOSS_ROSE))

@@ -430,7 +430,7 @@ def _partitioned(function: Callable[..., Any], mesh: Any, specs: Any) -> Callabl
 
 def _scaled(array: jax.Array, scale: jax.Array | None, unit: jax.Array | None) -> jax.Array:
     """RQ^½/unit."""
-    factor = None if scale is None else jnp.sqrt(scale)
+    factor = None if scale is None else jnp.sqrt(scale)[None]
     if unit is not None:
         factor = (1 if factor is None else factor) / unit
     return array if factor is None else array * factor

@@ -1,11 +1,22 @@
 """Residuals and their Jacobian as an operator, in its forms, against NumPy."""
 
+import contextlib
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from rk_optax import LeastSquares, residual_euler
+from rk_optax import (
+    LeastSquares,
+    line_search,
+    path_control,
+    precondition_by_adam,
+    residual_euler,
+    trust_ratio_control,
+)
 
 RNG = np.random.default_rng(0)
 PARAMS = {"a": RNG.normal(size=2) + 1j * RNG.normal(size=2), "b": RNG.normal(size=(2, 1))}
@@ -123,6 +134,58 @@ def test_rows_in_blocks_are_the_step_of_rows_in_one_array_and_are_never_held_who
         )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), found[64], found[None])
     assert held[64] < 2000 * 60 * 4 < held[None]
+
+
+RULES = {
+    "path": path_control(probes=2, corrections=1),  # first on one point in 16
+    "trust": trust_ratio_control(),
+    "search": line_search(parts=2),
+}
+
+
+@pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="explicit axes need jax.set_mesh")
+@pytest.mark.covering(most=2)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("form", ["one array", "blocks", "split"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_strict_modes_stop_no_form_of_rows(form, rule, dtype, request):
+    """Two steps of 1,024 points of two residuals, in strict promotion of ranks and types, and with NaNs looked for."""
+
+    def misfit(params, x):
+        return jnp.stack([jnp.tanh(x * params["w"] + params["b"]) @ params["v"] - jnp.sin(3 * x), x * params["b"][0]])
+
+    def value(shift):
+        return np.linspace(-1, 1, 4, dtype=dtype) + dtype(shift)
+
+    if dtype == np.float64:
+        request.getfixturevalue("x64")
+
+    params = {"w": value(0.5), "b": value(0.0), "v": value(1.0)}
+    data = {"x": np.random.default_rng(0).uniform(-1, 1, 1024).astype(dtype)}
+    size = 128 if form == "blocks" else None
+    loss = LeastSquares(misfit, weights=3.0, pointwise="x", reduction="mean", points_at_once=size)
+    found = []
+    for strict in (False, True):
+        with contextlib.ExitStack() as stack:
+            if form == "split":
+                mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit,))
+                stack.enter_context(jax.set_mesh(mesh))
+                data = jax.device_put(data, NamedSharding(mesh, PartitionSpec("d")))
+            if strict:
+                for mode in (jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict")):
+                    stack.enter_context(mode)
+                stack.enter_context(jax.debug_nans(True))
+            tx = residual_euler(loss, RULES[rule], l2=1e-3, preconditioner=precondition_by_adam())
+            theta, step = jax.tree.map(jnp.asarray, params), jax.jit(tx.value_and_update)
+            state = tx.init(theta)
+            for _ in range(2):
+                _, updates, state = step(state, theta, **data)
+                theta = jax.tree.map(jnp.add, theta, updates)
+            found.append(theta)
+            if not strict and rule == "path":
+                assert int(state.cost.rows) < 1024  # of 128 residuals each
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), *found)
+    assert not np.allclose(found[1]["v"], params["v"], atol=1e-2)
 
 
 def test_blocks_are_of_points_on_one_device():

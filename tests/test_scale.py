@@ -30,9 +30,25 @@ def residuals(params, unit, length):
 LOSS = rk_optax.LeastSquares(residuals)
 
 
+# And what an optimizer does by another way.
+OPTIMIZERS = ALIASES | {
+    f"{name}, {way}": functools.partial(ALIASES[name], **options)
+    for name, way, options in (
+        ("rosenbrock_euler", "hessian", {"curvature": "hessian"}),
+        ("rosenbrock_euler", "secant", {"curvature": "secant"}),
+        ("rosenbrock_euler", "diagonal", {"curvature": "diagonal"}),
+        ("rosenbrock_euler", "gmres", {"curvature": "hessian", "linear_solver": rk_optax.Gmres()}),
+        ("ros2", "secant", {"curvature": "secant"}),
+        ("residual_euler", "products", {"max_rows": 1}),
+        ("residual_euler", "inertia", {"inertia": 0.5}),
+        ("rkc", "order 2", {"order": 2}),
+    )
+}
+
+
 def builds(optimizer, rule):
     try:
-        ALIASES[optimizer](LOSS, RULES[rule](H))
+        OPTIMIZERS[optimizer](LOSS, RULES[rule](H))
     except ValueError:
         return False
     return True
@@ -43,11 +59,11 @@ HIGH_ORDER = ("dopri5", "tsit5", "dopri8")
 # A solver of each kind, and each rule; the others are slow.
 QUICK = {("heun", rule) for rule in ("constant", "dal, difference", "dal, free")} | {
     *(("rosenbrock_euler", "trust"), ("ros2", "error"), ("euler", "sgd_g2"), ("residual_euler", "path")),
-    *(("rkc", "descent"), ("backward_euler", "descent"), ("etdrk2", "dal")),
+    *(("rkc", "descent"), ("backward_euler", "descent"), ("etdrk2", "dal"), ("rosenbrock_euler, secant", "search")),
 }
 COMBINATIONS = [
     pytest.param(*both, marks=[] if both in QUICK else pytest.mark.slow)
-    for both in itertools.product(ALIASES, RULES)
+    for both in itertools.product(OPTIMIZERS, RULES)
     if builds(*both)
 ]
 
@@ -62,7 +78,7 @@ def three_updates(optimizer, rule):
         longer = 4 if rule == "error" and optimizer in HIGH_ORDER else 1
         h = jnp.float32(longer * H) / c * length * length
         data = {"unit": jnp.sqrt(c), "length": length}
-        tx = ALIASES[optimizer](LOSS, RULES[rule](h))
+        tx = OPTIMIZERS[optimizer](LOSS, RULES[rule](h))
         params = {"w": length * START, "inert": inert * jnp.ones(2)}
         state = tx.init(params)
 
@@ -98,7 +114,7 @@ def test_units_and_inert_leaves_change_no_step(optimizer, rule):
     cases += [(c, c, 1.0) for c in (1e-25, 1e25)]  # h is then a number of float32 too
     cases += [(1.0, 1.0, inert) for inert in (1e-20, 1e20)]
     run = three_updates(optimizer, rule)
-    with jax.numpy_rank_promotion("raise"), jax.debug_nans(True):
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"), jax.debug_nans(True):
         (expected, _, accepted), *results = (run(*case) for case in [(1.0, 1.0, 1.0), *cases])
     assert np.abs(expected[0]).max() > 1e-3
     wrong = []
