@@ -24,8 +24,14 @@ SOLVERS = {
     "ros2": rk_optax.Ros2("hessian"),
     "residual_euler": rk_optax.ResidualEuler(),
     "sdirk3": "sdirk3",
+    "backward_euler": "backward_euler",
     "gauss4": "gauss4",
     "etdrk2": rk_optax.Etd(2),
+    "rkl": rk_optax.Stabilized("rkl2"),
+    "diagonal": rk_optax.RosenbrockEuler("diagonal"),
+    "secant": rk_optax.RosenbrockEuler("secant"),
+    "gmres": rk_optax.RosenbrockEuler("hessian", linear_solver=rk_optax.Gmres()),
+    "products": rk_optax.ResidualEuler(max_rows=1),
 }
 QUICK = {("explicit", "parameters", name) for name in ("rkc", "residual_euler")}
 CASES = [

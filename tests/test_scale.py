@@ -151,10 +151,12 @@ def test_a_row_space_system_of_small_residuals_is_solved():
     rows = 1e4 * np.linalg.qr(rng.normal(size=(20, 20)))[0] * np.geomspace(1, 1e-3, 20)
     residual, h = 1e-12 * rng.normal(size=20), 1e-3
     expected = -h * rows.T @ np.linalg.solve(np.eye(20) + h * rows @ rows.T, residual)
+    assert 1e-14 < np.linalg.norm(expected) < 1e-13
     loss = rk_optax.LeastSquares(lambda w: rows.astype(np.float32) @ w + residual.astype(np.float32))
-    update, state = first_update(rk_optax.residual_euler(loss, h), loss, jnp.zeros(20))
-    assert bool(state.accepted)
-    assert np.linalg.norm(update - expected) < 1e-3 * np.linalg.norm(expected)
+    for solver in (rk_optax.ResidualEuler(), rk_optax.ResidualEuler(max_rows=1), rk_optax.RosenbrockEuler()):
+        update, state = first_update(rk_optax.runge_kutta(loss, h, solver), loss, jnp.zeros(20))
+        assert bool(state.accepted)
+        assert np.linalg.norm(update - expected) < 1e-2 * np.linalg.norm(expected)  # CG stops at a residual of 1e-3
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -181,17 +183,23 @@ def test_a_step_however_long_is_the_gauss_newton_step_or_refused(count):
     assert not np.any(found)
 
 
-@pytest.mark.covering(most=1)
-@pytest.mark.parametrize(("size", "inert"), [(1.0, 1e6), (1e-6, 1.0), (1.0, 0.0)])
-def test_the_spectral_radius_does_not_depend_on_what_the_loss_does_not_see(size, inert):
+@pytest.mark.parametrize("kind", ["rkc1", "rkc2", "rkl2"])
+def test_the_spectral_radius_does_not_depend_on_what_the_loss_does_not_see(kind):
+    """1.2 of the largest rate, 229.5, beside an inert leaf of 1e6, for parameters of size 1e-6, and so on."""
     rates = jnp.array([1.0, 30.0, 191.25])
 
     def loss(params):
         return 0.5 * jnp.sum(rates * params["w"] ** 2)
 
-    params = {"w": size * jnp.array([1.0, -2.0, 0.5]), "inert": jnp.full(5, inert)}
-    _, state = first_update(rk_optax.runge_kutta(loss, 1e-3, rk_optax.Stabilized("rkc1")), loss, params)
-    assert float(state.solver.spectral_radius) == pytest.approx(1.2 * 191.25, rel=0.05)
+    @jax.jit
+    @jax.vmap
+    def radius(size, inert):
+        params = {"w": size * jnp.array([1.0, -2.0, 0.5]), "inert": jnp.full(5, inert)}
+        tx = rk_optax.runge_kutta(loss, 1e-3, rk_optax.Stabilized(kind))
+        return tx.update(jax.grad(loss)(params), tx.init(params), params)[1].solver.spectral_radius
+
+    found = radius(jnp.array([1.0, 1e-6, 1.0, 1.0, 1e-20, 1e15]), jnp.array([1e6, 1.0, 0.0, 1e20, 1e20, 1.0]))
+    np.testing.assert_allclose(found, 1.2 * 191.25, rtol=0.05)
 
 
 @pytest.mark.parametrize("inert", [1e4, 1e20])
@@ -211,22 +219,25 @@ def test_newtons_iteration_is_not_cut_short_by_what_the_loss_does_not_see(inert)
 
 @pytest.mark.parametrize("estimate", ["product", "difference"])
 def test_the_curvature_that_dal_sees_has_the_unit_of_the_loss_alone(estimate):
-    """On c·Σλw²/2 beside an inert leaf."""
-    rates, w = np.array([1.0, 30.0, 300.0]), np.array([1.0, -2.0, 0.5])
-    gradient = rates * w
-    expected = np.linalg.norm(rates * gradient) / np.linalg.norm(gradient)
+    """On c·Σλw²/2 beside an inert leaf; of c·Σw² it is 2c, 2e-11 for c = 1e-11."""
+    several, w = np.array([[1.0, 30.0, 300.0], [2.0, 2.0, 2.0]]), np.array([1.0, -2.0, 0.5])
+    expected = np.linalg.norm(several**2 * w, axis=1) / np.linalg.norm(several * w, axis=1)
+    assert expected[1] == 2
 
     @jax.jit
-    @jax.vmap
-    def ratio(c, inert):
+    @functools.partial(jax.vmap, in_axes=(None, 0, 0))
+    @functools.partial(jax.vmap, in_axes=(0, None, None))
+    def ratio(rates, c, inert):
         def loss(params):
-            return 0.5 * c * jnp.sum(jnp.asarray(rates, jnp.float32) * params["w"] ** 2)
+            return 0.5 * c * jnp.sum(rates * params["w"] ** 2)
 
         params = {"w": jnp.asarray(w, jnp.float32), "inert": jnp.full(5, inert)}
         tx = rk_optax.rk4(loss, rk_optax.dal(0.1 / c, estimate=estimate))
         return tx.update(jax.grad(loss)(params), tx.init(params), params)[1].rule.ratio / c
 
-    found = ratio(jnp.array([1.0, 1e-11, 1e10, 1e-25, 1e25, 1.0, 1.0]), jnp.array([1.0] * 5 + [1e6, 1e20]))
+    units, inert = jnp.array([1.0, 1e-11, 1e10, 1e-25, 1e25, 1.0, 1.0]), jnp.array([1.0] * 5 + [1e6, 1e20])
+    found = ratio(jnp.asarray(several, jnp.float32), units, inert)
+    expected = np.broadcast_to(expected, found.shape)
     np.testing.assert_allclose(found, expected, rtol=1e-5 if estimate == "product" else 1e-2)
 
 

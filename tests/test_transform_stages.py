@@ -79,6 +79,25 @@ def test_a_step_evaluates_one_gradient_per_effective_stage_less_the_one_that_cam
     assert state.cost == Cost(gradients=gradients, losses=0, products=0, rows=0)
 
 
+@pytest.mark.covering(most=2)
+@pytest.mark.parametrize(
+    ("solver", "gradients"),
+    [
+        *(("dopri5", 7), ("bogacki_shampine", 4), ("tsit5", 7), ("heun", 2), ("fehlberg45", 6)),
+        (rk_optax.Stabilized("rkc2", 5), 6),
+    ],
+    ids=str,
+)
+def test_a_step_that_error_control_measures_evaluates_what_the_table_of_costs_says(solver, gradients, evaluations):
+    """docs/cost.md: where the error weighs the gradient at the end of the step, that is one more."""
+    rule = rk_optax.error_control(0.1, 0.1, initial_step_size=0.1)
+    tx = rk_optax.runge_kutta(evaluations.of(loss_fn), rule, solver)
+    _, state = jax.jit(tx.update)(loss_gradient(PARAMS, X), tx.init(PARAMS), PARAMS, x=X)
+    assert bool(state.accepted)
+    assert evaluations.number == gradients - 1
+    assert state.cost == Cost(gradients=gradients)
+
+
 def test_an_eager_step_evaluates_as_many_gradients_as_a_jitted_one(evaluations):
     tx = rk_optax.rk4(evaluations.of(loss_fn), 0.1)
     tx.update(loss_gradient(PARAMS, X), tx.init(PARAMS), PARAMS, x=X)
