@@ -153,10 +153,12 @@ def test_a_row_space_system_of_small_residuals_is_solved():
     expected = -h * rows.T @ np.linalg.solve(np.eye(20) + h * rows @ rows.T, residual)
     assert 1e-14 < np.linalg.norm(expected) < 1e-13
     loss = rk_optax.LeastSquares(lambda w: rows.astype(np.float32) @ w + residual.astype(np.float32))
-    for solver in (rk_optax.ResidualEuler(), rk_optax.ResidualEuler(max_rows=1), rk_optax.RosenbrockEuler()):
+    # CG leaves a residual of 1e-3, in a matrix of condition 1e5.
+    by_products = (rk_optax.ResidualEuler(max_rows=1), rk_optax.RosenbrockEuler())
+    for solver, close in ((rk_optax.ResidualEuler(), 1e-3), *((solver, 0.05) for solver in by_products)):
         update, state = first_update(rk_optax.runge_kutta(loss, h, solver), loss, jnp.zeros(20))
         assert bool(state.accepted)
-        assert np.linalg.norm(update - expected) < 1e-2 * np.linalg.norm(expected)  # CG stops at a residual of 1e-3
+        assert np.linalg.norm(update - expected) < close * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
