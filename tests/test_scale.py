@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.optimize
 from registry import ALIASES, RULES
 
 import rk_optax
@@ -208,19 +209,41 @@ def test_the_spectral_radius_does_not_depend_on_what_the_loss_does_not_see(kind)
     np.testing.assert_allclose(found, 1.2 * 191.25, rtol=0.05)
 
 
-@pytest.mark.parametrize("inert", [1e4, 1e20])
-def test_newtons_iteration_is_not_cut_short_by_what_the_loss_does_not_see(inert):
-    rates = jnp.array([1.0, 20.0, 300.0])
+IMPLICIT = {
+    "backward_euler": ([[1.0]], [1.0]),
+    "gauss4": ([[0.25, 0.25 - np.sqrt(3) / 6], [0.25 + np.sqrt(3) / 6, 0.25]], [0.5, 0.5]),
+}
+
+
+@pytest.mark.parametrize("solver", IMPLICIT)
+def test_newtons_iteration_is_not_cut_short_by_what_the_loss_does_not_see(solver):
+    """Of Σ λ log cosh(w - 1), for which it takes several corrections; scipy solves for the stages of each number."""
+    a, b = map(np.array, IMPLICIT[solver])
+    rates, start, h = np.array([1.0, 20.0, 100.0]), np.array([3.0, -0.2, 1.6]), 0.1
 
     def loss(params):
-        return jnp.sum(rates * (params["w"] - 1) ** 2 / 2)
+        w = params["w"] - 1
+        return jnp.sum(jnp.asarray(rates, jnp.float32) * (jnp.logaddexp(w, -w)))
 
-    params = {"w": jnp.array([1.01, 0.99, 1.02]), "inert": jnp.full(2, inert)}
-    update, state = first_update(rk_optax.backward_euler(loss, 0.1), loss, params)
-    assert bool(state.accepted)
-    offset = np.asarray(params["w"], float) - 1
-    expected = -0.1 * rates * offset / (1 + 0.1 * rates)
-    assert np.linalg.norm(update["w"] - expected) < 1e-4 * np.linalg.norm(expected)
+    @jax.jit
+    @jax.vmap
+    def update(inert):
+        params = {"w": jnp.asarray(start, jnp.float32), "inert": jnp.full(2, inert)}
+        tx = rk_optax.runge_kutta(loss, h, solver)
+        change, state = tx.update(jax.grad(loss)(params), tx.init(params), params)
+        return change["w"], state.accepted, state.solver.iterations
+
+    expected = []
+    for rate, w in zip(rates, start, strict=True):
+
+        def defect(k, rate=rate, w=w):
+            return k - rate * np.tanh(w - h * a @ k - 1)
+
+        expected.append(-h * b @ scipy.optimize.root(defect, 0 * b, tol=1e-13).x)
+    found, accepted, iterations = update(jnp.array([0.0, 1e4, 1e20]))
+    assert accepted.all()
+    assert (iterations > 1).all()
+    assert (np.linalg.norm(found - np.array(expected), axis=1) < 1e-4 * np.linalg.norm(expected)).all()
 
 
 @pytest.mark.parametrize("estimate", ["product", "difference"])
