@@ -305,7 +305,7 @@ def _turns_round(after: optax.GradientTransformation, place: Any) -> bool | None
         def loss(params: Any, obj_fn: Any = None) -> jax.Array:
             del obj_fn  # optax.contrib.sophia takes one, and a line search hands it on to value_fn
             # Far above the bounds that methods of Polyak's kind are given.
-            return 1e3 + sum(jnp.sum(sign * leaf) for leaf in jax.tree.leaves(params))
+            return sum((jnp.sum(sign * leaf) for leaf in jax.tree.leaves(params)), jnp.full([], 1e3))
 
         known = {"value": loss(params), "grad": gradient, "value_fn": loss, "obj_fn": loss} if with_keywords else {}
         for count in range(10):  # the first may emit 0, as in a warm-up, or go uphill, as optax.contrib.sam does

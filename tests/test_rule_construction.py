@@ -32,6 +32,9 @@ def loss_of(name):
         (rk_optax.dal, r"Dal\(max_learning_rate=...\)"),
         (rk_optax.descent_control, r"DescentControl\(\)"),
         (rk_optax.sgd_g2, r"SgdG2\(\)"),
+        (rk_optax.trust_ratio_control, r"TrustRatioControl\(\)"),
+        (rk_optax.path_control, r"PathControl\(\)"),
+        (rk_optax.line_search, r"LineSearch\(\)"),
         (functools.partial(rk_optax.error_control, atol=1e-3), r"ErrorControl\(\)"),
     ],
 )
