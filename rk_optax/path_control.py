@@ -61,7 +61,8 @@ class PathControl(KeptStepSize):
     the linearly implicit step towards backward Euler, at one evaluation of the residuals. For each h the iterate of
     least loss counts; of all h the largest is taken whose fall of the loss is at least `boldness` of the best. A step
     is taken only if the loss does not rise; where momentum, `after` or the rounding of params has made one rise whose
-    trial fell, the next trials are all shorter.
+    trial fell, the next trials are all shorter. No h is so short that it stays: where all trials together would show no
+    fall, and a step of the reciprocal of the mean eigenvalue one, they begin there anew.
 
     Use it on data that stay, in either precision: its steps on all points cost more than those of `trust_ratio_control`
     (in float64 1.8 times as much, in float32 seven times) and lead further. Relative errors of one seed in float64, on
@@ -173,7 +174,8 @@ class PathControl(KeptStepSize):
         """The losses of the trial steps decide; see the class."""
         del k1
         dtype = state.before.dtype
-        before = field.loss(params).astype(dtype)
+        loss = field.loss(params)
+        before = loss.astype(dtype)
         # The same data give the same loss at the same params, to rounding; there are none before the first.
         stayed = jnp.isinf(state.loss) | (jnp.abs(before - state.loss) <= 1e-3 * jnp.abs(state.loss))
         changing = jnp.where(stayed, jnp.maximum(state.changing - 1, 0), 2)
@@ -183,7 +185,8 @@ class PathControl(KeptStepSize):
         level = jnp.where(changing == 0, jnp.minimum(state.level, last), last)
 
         def on(part: VectorField, form: Quantity) -> Callable[[], _Chosen]:
-            return lambda: self._chosen(part, field, before, params, h, changing == 0, step.quantities[form])
+            factored = step.quantities[form]
+            return lambda: self._chosen(part, field, loss, params, h, changing == 0, state.divisor <= 2, factored)
 
         branches = [on(part, "path") for part in fields]
         on_all, precise = (changing == 0) & (level == last), jnp.zeros([], bool)
@@ -221,14 +224,19 @@ class PathControl(KeptStepSize):
         params: PyTree,
         h: jax.Array,
         several: jax.Array,
+        taken: jax.Array,
         factored: Callable[[VectorField], Factored],
     ) -> _Chosen:
-        """The best of `several` trial steps on the points of `part`, or the one of h; `before` is the loss on all."""
+        """The best of `several` trial steps on the points of `part`, or the one of h; `before` is the loss on all.
+
+        `taken` says that h does not come from refusals in a row; see `_visible`.
+        """
         path, cost, solver = factored(part)
         dtype = path.typical.dtype
-        h = jnp.where(h > 0, h, path.typical).astype(dtype)
-        before = (before if part is whole else path.loss_at_start(params)).astype(dtype)
         probes, width, corrections = self._trial_steps(path, dtype)
+        before = before if part is whole else path.loss_at_start(params)
+        rounding = 2 * jnp.finfo(before.dtype).eps * jnp.abs(before)
+        h, before = _visible(path, h.astype(dtype), width, rounding.astype(dtype), taken), before.astype(dtype)
 
         def best() -> tuple[jax.Array, jax.Array, jax.Array]:
             exponents = jnp.linspace(-1.0, 1.0, probes, dtype=dtype)
@@ -292,9 +300,10 @@ class PathControl(KeptStepSize):
         # Where nothing can be told, all has converged, and h must not run away.
         h = jnp.where(tie & (state.next_step_size > 0), state.next_step_size, h)
         # A trial fell and the step rises, for `after` or the rounding of params. Lest it be chosen for ever, all the
-        # next trials are shorter.
+        # next trials are shorter: down to a step of nothing, which is taken, and momentum turns to the gradient.
         last = len(self._fields(attempt.field, attempt.params)) - 1
-        misled = ~accepted & ~tie & ~changing & (state.subset_fall > 0) & (state.level == last)
+        misled = (~tie & (state.subset_fall > 0)) | (state.divisor > 2)
+        misled = misled & ~accepted & ~changing & (state.level == last)
         width = jnp.asarray(self._width(_tree.default_float()), dtype)
         h = jnp.where(misled, h / (width * state.divisor), h)
         divisor = jnp.where(accepted, 2, jnp.minimum(2 * state.divisor, 1024))
@@ -323,6 +332,17 @@ class PathControl(KeptStepSize):
 
 
 path_control = PathControl
+
+
+def _visible(path: Path, h: jax.Array, width: Number, rounding: jax.Array, taken: jax.Array) -> jax.Array:
+    """The step size about which to try: a typical one where h is 0 or, unless refusals have made it so, too short.
+
+    Too short is an h with which no trial would show a fall, where a typical one would.
+    """
+    h = jnp.where(h > 0, h, path.typical)
+    longest = jnp.stack([jnp.asarray(width, h.dtype) * h, path.typical])
+    trial, typical = path.predicted_fall(longest, path.start(longest)) > rounding
+    return jnp.where(taken & ~trial & typical & (h < path.typical), path.typical, h)
 
 
 def _leads_uphill(attempt: Attempt) -> jax.Array:

@@ -144,6 +144,14 @@ def test_no_step_is_the_last(x64):
     assert np.abs(theta).max() < 1e-6
 
 
+def test_a_step_too_short_to_show_a_fall_gives_way_to_a_typical_one(x64):
+    first = np.random.default_rng(0).permutation(1000)[:63]
+    unseen = LeastSquares(curve, pointwise=["x", "y"], weights=np.where(np.isin(np.arange(1000), first), 0, 1e-20))
+    for rule, data, loss in [(path_control(1e-25), {"x": X, "y": target()}, LOSS), (SHORT, measured(0.0), unseen)]:
+        states = [state.rule for _, state in run(rule, 12, data, loss=loss)]
+        assert float(states[-1].loss) < 1e-3 * float(states[0].before)
+
+
 def test_at_a_minimum_nothing_moves_and_the_reason_says_why():
     data = {"x": X.astype(np.float32), "y": target(0.3).astype(np.float32)}
     seen = run(path_control(), 40, data)
@@ -163,12 +171,12 @@ def test_momentum_is_judged_with_the_step(x64):
 
 
 def test_a_step_that_momentum_spoils_is_not_chosen_for_ever(x64):
-    seen = [state for _, state in run(path_control(), 40, {"x": X, "y": target(0.3)}, momentum=0.5)]
+    seen = [state for _, state in run(path_control(), 60, {"x": X, "y": target(0.3)}, momentum=0.5)]
     again = [(a, b) for a, b in itertools.pairwise(seen) if not (a.accepted or b.accepted)]
     assert len(again) >= 5
     for before, after in again:
         assert float(after.step_size) <= 0.51 * float(before.step_size)
-    assert sum(bool(state.accepted) for state in seen[10:]) >= 5
+    assert float(seen[-1].rule.loss) < 0.9 * float(seen[9].rule.loss)
 
 
 def test_where_after_leads_uphill_the_reason_says_so(x64):
@@ -192,6 +200,7 @@ def test_other_losses_take_the_least_of_the_trials_in_a_krylov_space(x64):
     assert int(state.cost.losses) == 12 * (6 + 2)
 
 
+SHORT = path_control(probes=2, corrections=0, subsets=(16,))
 MANY = np.random.default_rng(1).permutation(np.linspace(-2, 2, 1000))
 BY_POINT = LeastSquares(curve, pointwise=["x", "y"], reduction="mean")
 
