@@ -163,11 +163,6 @@ class PathControl(KeptStepSize):
         subsets = len(self._fields(field, params)) > 1
         return field if subsets else dataclasses.replace(field, fewer_points=None)
 
-    def seen(self, field: VectorField, params: PyTree) -> VectorField:
-        """The field, with fewer points only where some of its subsets are worth a step."""
-        subsets = len(self._fields(field, params)) > 1
-        return field if subsets else dataclasses.replace(field, fewer_points=None)
-
     def choose(
         self, state: PathControlState, field: VectorField, params: PyTree, k1: PyTree, h: Any, step: Step
     ) -> Choice:

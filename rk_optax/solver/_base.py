@@ -13,9 +13,7 @@ import jax.numpy as jnp
 from rk_optax.field import Capability, VectorField
 
 PyTree = Any
-Quantity = Literal[
-    "error", "curvature", "predicted_fall", "path", "precise_path", "last_stage", "dense", "stages"
-]
+Quantity = Literal["error", "curvature", "predicted_fall", "path", "precise_path", "last_stage", "dense", "stages"]
 """What a solver can return of a step beside its direction, where a step-size rule wants it:
 
 error: estimate of the local error, like params and in its units (those of θ, not of g*).
@@ -23,7 +21,8 @@ curvature: ‖k1 − k2‖/(a21 h ‖k1‖), about ‖Hg‖/‖g‖, a scalar; �
 predicted_fall: of the loss, by the solver's own quadratic model, a scalar.
 path: the steps of all h from one factorisation, as a function that makes it of this step's field, or of
     `VectorField.on_fewer_points` of that; see `Factored` and `Path`.
-precise_path: the same by a factorisation that costs more and keeps more digits; it comes with `path`, where there is one.
+precise_path: the same by a factorisation that costs more and keeps more digits; where there is one, it comes with
+    `path`.
 last_stage: the field at the end of the step, like params, where the method evaluates it there.
 dense: the published interpolant of the step, a function σ ↦ D(σ), like params, with θ(t + σh) = θ − h·D(σ).
 stages: k_1 to k_s, a tuple of trees like params, of all of a tableau's stages.
