@@ -352,3 +352,22 @@ def test_arguments_out_of_range_are_refused(options, message):
 def test_solvers_without_a_path_are_refused():
     with pytest.raises(ValueError, match="one factorisation"):
         rk_optax.rk4(LOSS, path_control())
+
+
+def test_beyond_the_rounding_of_the_gram_matrix_steps_are_by_singular_values(x64):
+    """Residuals whose Jacobian has singular values from 1 to 1e-10, squares of which float64 does not tell apart."""
+    turn = np.linalg.qr(np.random.default_rng(0).normal(size=(6, 6)))[0]
+    weights = np.logspace(0, -10, 6)
+    loss = LeastSquares(lambda w: weights * (turn @ w + 0.1 * (turn @ w) ** 3 - 1))
+    found = {}
+    for precise in (True, False):
+        states = run(path_control(precise=precise, corrections=0), 40, {}, start=np.zeros(6), loss=loss)
+        root = turn @ states[-1][0]
+        found[precise] = np.abs(root + 0.1 * root**3 - 1).max(), [bool(s.rule.precise) for _, s in states]
+    error, flags = found[True]
+    assert error < 1e-3
+    assert not flags[0]
+    assert flags[-1]
+    error, flags = found[False]
+    assert error > 0.1
+    assert not any(flags)

@@ -31,7 +31,7 @@ def few(params):
 RESIDUALS = {"parameters": many, "rows": few}
 
 
-def path_of(residuals, look, solver=None, *, l2=None, scale=None, params=THETA):
+def path_of(residuals, look, solver=None, *, l2=None, scale=None, params=THETA, form="path"):
     """`look(found, field)` of the path and the field, all in one program; params flat, and what makes trees of them."""
     solver = ResidualEuler() if solver is None else solver
     params = jax.tree.map(jnp.asarray, params)
@@ -45,7 +45,7 @@ def path_of(residuals, look, solver=None, *, l2=None, scale=None, params=THETA):
             tree = unravel(jnp.array(np.array(scale)))
             field = field.preconditioned(lambda g: jax.tree.map(jnp.multiply, tree, g), tree)
         step = solver.step(field, params, field(params), 0.0, solver.init(params), wants=frozenset({"path"}))
-        return look(step.quantities["path"](field), field)
+        return look(step.quantities[form](field), field)
 
     return seen(params), np.asarray(theta, np.result_type(theta.dtype, float)), unravel
 
@@ -135,17 +135,28 @@ def test_corrections_lead_to_backward_euler_with_the_jacobian_of_its_start(form,
 
 @pytest.mark.covering(most=1)
 @pytest.mark.parametrize("form", ["parameters", "rows"])
-def test_in_float32_a_step_has_the_digits_that_the_gram_matrix_lost(form):
+def test_singular_values_have_the_digits_that_the_gram_matrix_lost(form, eps):
+    """In float32 always; in float64 as the precise path, by the side of the usual one, which is off by more than it."""
     rng = np.random.default_rng(0)
     left, right = (np.linalg.qr(rng.normal(size=(n, 6)))[0] for n in ((9, 6) if form == "parameters" else (6, 9)))
-    matrix = ((left * np.logspace(0, -5, 6)) @ right.T).astype(np.float32)
-    theta = {"a": rng.normal(size=matrix.shape[1]).astype(np.float32)}
-    (direction,), flat, _ = path_of(lambda p: matrix @ p["a"], directions_at([1e11]), params=theta)
-    wide = matrix.astype(float)
-    expected = np.linalg.lstsq(np.vstack([wide, np.eye(len(flat)) * 1e11**-0.5]), np.append(wide @ flat, 0 * flat))[0]
-    moved = 1e11 * np.asarray(direction["a"][0], float)
+    least, real = (-5, np.float32) if eps > 1e-10 else (-10, np.float64)
+    matrix, h = ((left * np.logspace(0, least, 6)) @ right.T).astype(real), 10.0 ** (1 - 2 * least)
+    theta = {"a": rng.normal(size=matrix.shape[1]).astype(real)}
+    wide, flat = matrix.astype(float), theta["a"].astype(float)
+    expected = np.linalg.lstsq(np.vstack([wide, np.eye(len(flat)) * h**-0.5]), np.append(wide @ flat, 0 * flat))[0]
+
+    def error(quantity):
+        look = directions_at([h], lambda found, _: found.path.largest)
+        (direction, largest), *_ = path_of(lambda p: matrix @ p["a"], look, params=theta, form=quantity)
+        assert largest == pytest.approx(1, rel=0.5)  # the bound of the usual one is by the circles of Gershgorin
+        return np.abs(h * np.asarray(direction["a"][0], float) - expected).max() / np.abs(expected).max()
+
     # The rounding of a singular value of 1e-5 itself is 0.006 of it; of its square, 600 times that.
-    np.testing.assert_allclose(moved, expected, atol=0.02 * np.abs(expected).max())
+    if real == np.float32:
+        assert error("path") < 0.02
+    else:
+        assert error("precise_path") < 1e-4
+        assert error("path") > 0.1
 
 
 @pytest.mark.parametrize("unit", [1e12, 1e-12])
