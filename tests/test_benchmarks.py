@@ -28,6 +28,7 @@ def smoke(tmp_path_factory):
     return finished.stdout, json.loads(file.read_text())
 
 
+@pytest.mark.slow
 def test_step_cost_prints_every_program_beside_its_competitors(smoke):
     printed, result = smoke
     rows = {(row["method"], row["program"]): row for row in result["steps"]}
@@ -56,6 +57,7 @@ def test_step_cost_prints_every_program_beside_its_competitors(smoke):
         assert row["temporaries"] > 0
 
 
+@pytest.mark.slow
 def test_step_cost_counts_gradients_and_traces_of_the_loss(smoke):
     _, result = smoke
     rows = {(row["method"], row["program"]): row for row in result["steps"]}
@@ -70,6 +72,7 @@ def test_step_cost_counts_gradients_and_traces_of_the_loss(smoke):
     assert rows["dopri5", "unrolled"]["traces"] == 6
 
 
+@pytest.mark.slow
 def test_step_cost_reports_compilation_of_a_deep_network_and_the_machine_without_its_name(smoke):
     _, result = smoke
     assert {(row["method"], row["program"]) for row in result["deep"]} == {
