@@ -341,7 +341,17 @@ def _read_weight(weight: Any) -> Any:
 def _rows_of(flat: Callable[..., Float[Array, " k"]], params: Tree, points: Any) -> tuple[Float[Array, " k"], Tree]:
     """The residuals at one point, and for each a tree like params: the leaves of the second have an axis k in front."""
     residual, transpose = jax.vjp(lambda p: flat(p, points), params)
-    return residual, jax.vmap(lambda unit: transpose(unit)[0])(jnp.eye(residual.size, dtype=residual.dtype))
+    units = jnp.eye(residual.size, dtype=residual.dtype)
+    try:
+        return residual, jax.vmap(lambda unit: transpose(unit)[0])(units)
+    except ValueError as error:  # no public attribute says on all versions that a value varies over devices
+        if "VJP function" not in str(error):
+            raise
+        raise ValueError(
+            "The rows of a Jacobian cannot be formed under jax.shard_map, where each device has points, or parameters, "
+            "of its own: leave shard_map out, and put the points on a mesh, jax.device_put(x, NamedSharding(mesh, "
+            "PartitionSpec('batch'))), under jax.jit; for several networks side by side use jax.vmap."
+        ) from error
 
 
 def _pick(function: DataFunction, data: Mapping[str, Any]) -> dict[str, Any]:

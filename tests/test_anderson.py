@@ -38,7 +38,7 @@ def test_an_iterate_is_that_of_least_squares_over_the_latest_differences(x64):
 
 @pytest.mark.parametrize("unit", [1e-30, 1.0, 1e30])
 def test_the_fixed_point_of_a_linear_map_is_found_though_its_iteration_diverges(unit):
-    """In float32: x ↦ Ax + b in three dimensions, A with eigenvalues of −4, 0.5 and 3; beside it a map that jumps to ∞."""
+    """In float32: x ↦ Ax + b in three dimensions, A with eigenvalues of −4, 0.5 and 3; beside it a map to ∞."""
     rotation = np.linalg.qr(np.random.default_rng(1).normal(size=(3, 3)))[0]
     matrix = jnp.asarray(rotation @ np.diag([-4.0, 0.5, 3.0]) @ rotation.T, jnp.float32)
     shift = unit * jnp.array([1.0, -2.0, 0.5])

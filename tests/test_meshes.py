@@ -197,3 +197,17 @@ def test_under_shard_map_the_mean_is_in_the_loss_or_in_the_size_of_the_residuals
     params = jax.tree.map(jnp.asarray, PARAMS)
     found, expected = jax.jit(split)(params, DATA), jax.jit(functools.partial(updates, whole))(params, DATA)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected)
+
+
+@pytest.mark.parametrize("rule", ["trust", "path"])
+def test_rows_under_shard_map_are_refused_with_what_to_do_instead(rule):
+    loss = rk_optax.LeastSquares(lambda params, x, y: model(params, x) - y)
+    tx = rk_optax.residual_euler(loss, RULES[rule])
+
+    def updates(params, data):
+        return tx.value_and_update(tx.init(params), params, **data)[1]
+
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+    specs = {"in_specs": (PartitionSpec(), PartitionSpec("d")), "out_specs": PartitionSpec()}
+    with pytest.raises(ValueError, match=r"cannot be formed under jax\.shard_map.*NamedSharding.*jax\.vmap"):
+        jax.eval_shape(jax.shard_map(updates, mesh=mesh, **specs), jax.tree.map(jnp.asarray, PARAMS), DATA)
