@@ -64,6 +64,7 @@ TITLES = {
     "poisson_float64": "2-D Poisson PINN, float64",
     "poisson_small": "2-D Poisson PINN, 257 weights, float64",
     "poisson_small_float32": "2-D Poisson PINN, 257 weights, float32",
+    "poisson_5d": "5-D Poisson PINN, points that stay",
     "poisson_5d_new_points": "5-D Poisson PINN, new points in each step",
     "burgers": "Burgers' equation by a PINN",
     "burgers_mild": "Burgers' equation with ν = 0.01",
