@@ -68,6 +68,7 @@ TITLES = {
     "poisson_5d_new_points": "5-D Poisson PINN, new points in each step",
     "burgers": "Burgers' equation by a PINN",
     "burgers_mild": "Burgers' equation with ν = 0.01",
+    "burgers_mild_float32": "Burgers' equation with ν = 0.01, float32",
     "allen_cahn": "Allen–Cahn by a PINN",
     "gp_dual": "Gaussian-process dual",
     "factorisation": "factors of a matrix",
