@@ -158,7 +158,7 @@ LEAVES = st.tuples(
 )
 
 
-@properties(8)
+@properties(4)
 @hypothesis.given(nested(LEAVES), st.sampled_from(sorted(STABILITY)), st.booleans(), st.booleans())
 def test_updates_are_like_the_parameters_whatever_those_are(tree, method, momentum, broken):
     """And a step that is refused is zero and leaves the state as it was."""
@@ -270,7 +270,7 @@ def keyword_sets(draw):
     return chosen, wrong
 
 
-@properties(2)
+@properties()
 @hypothesis.given(keyword_sets(), st.sampled_from(["euler", "heun", "rk4", "dopri5"]))
 def test_a_set_of_keywords_works_or_the_message_names_a_wrong_one(keywords, method):
     chosen, wrong = keywords
@@ -363,7 +363,7 @@ def runner(rule):
     return run
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=3)
 @pytest.mark.parametrize("rule", RULES)
 @properties()
 @hypothesis.given(st.lists(st.sampled_from(KINDS), min_size=LENGTH, max_size=LENGTH))
