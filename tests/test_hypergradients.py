@@ -53,7 +53,7 @@ LONG = {
     ("euler", "none", "sgd_g2"),
 }
 EXHAUSTIVE = [pytest.mark.slow, pytest.mark.exhaustive]
-ALL_RULES = {("heun", "none", rule) for rule in RULES if rule not in ("error", "sgd_g2", "trust", "path")} | {
+ALL_RULES = {("heun", "none", rule) for rule in RULES if rule not in ("error", "sgd_g2", "trust", "path", "search")} | {
     ("bogacki_shampine", "none", "error"),
     ("euler", "none", "sgd_g2"),
     ("rosenbrock_euler", "none", "trust"),
@@ -145,7 +145,7 @@ REFUSING = {
     "heun, descent": lambda h, **o: rk_optax.heun(edge_loss, rk_optax.descent_control(h), **o),
     "rk4, constant": lambda h, **o: rk_optax.rk4(edge_loss, h, after=optax.scale_by_adam(), **o),
     "rk4, dal": lambda h, **o: rk_optax.rk4(edge_loss, rk_optax.dal(h), **o),
-    "heun, free": lambda h, **o: rk_optax.heun(edge_loss, rk_optax.dal(100 * h, estimate="free"), **o),
+    "heun, free": lambda h, **o: rk_optax.heun(edge_loss, rk_optax.dal(20 * h, estimate="free"), **o),
     "bogacki_shampine, error": lambda h, **o: rk_optax.bogacki_shampine(
         edge_loss, rk_optax.error_control(0.5, 0.5, initial_step_size=h), **o
     ),
