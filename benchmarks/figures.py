@@ -16,6 +16,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -115,6 +116,7 @@ def race_seconds(ax: Axes, problem: str, entrants: Iterable[str] | None = None) 
         seconds, error = (np.asarray(entrant["curve"][key], float) for key in ("seconds", "error"))
         shown = (seconds > 0) & (error - least > 0)
         ax.loglog(seconds[shown], (error - least)[shown], **style(entrant["entrant"], markevery=4))
+    ax.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))  # the labels of all of them run into each other
     what = f"{race['error']} − {least:.4f}" if least else race["error"]
     ax.set(xlabel="seconds, without compilation", ylabel=what, title=TITLES[problem])
 
@@ -127,6 +129,7 @@ def race_cost(ax: Axes, problem: str) -> None:
         prices = [(price["v"], price["error"] - least) for price in entrant["targets"] if price["v"] is not None]
         if prices:
             ax.loglog(*zip(*prices, strict=True), **style(entrant["entrant"], markersize=7))
+            ax.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     ax.set(
         xlabel="cost in V (one value_and_grad), everything counted",
         ylabel="target reached",

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rk_optax import _tree
+from rk_optax._vectors import length
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -44,14 +45,14 @@ def anderson(
     result, left, basis = iterate + change, change, []
     for i, (old, old_change) in enumerate(zip(history.iterates, history.changes, strict=True)):
         moved, difference = iterate - old, change - old_change
-        size = _length(difference)
+        size = jax.vmap(length)(difference)[:, None]
         known = (i < count) & jnp.isfinite(size)
         image = jnp.where(known, moved + difference, 0)
         difference = jnp.where(known, difference, 0)
         for unit, its_image in basis:
             share = jnp.sum(unit * difference, axis=1, keepdims=True)
             difference, image = difference - share * unit, image - share * its_image
-        rest = _length(difference)
+        rest = jax.vmap(length)(difference)[:, None]
         # What is left by rounding alone would lead anywhere.
         new = known & (rest > 1e-5 * size)
         unit = jnp.where(new, _tree.ratio(difference, rest), 0)
@@ -64,10 +65,3 @@ def anderson(
         for new, old in ((iterate, history.iterates), (change, history.changes))
     )
     return result, History(*shifted)
-
-
-def _length(x: Float[Array, "k n"]) -> Float[Array, "k 1"]:
-    """The 2-norm of each row, scaled before it is squared."""
-    largest = jnp.max(jnp.abs(x), axis=1, keepdims=True, initial=0)
-    scaled = _tree.ratio(x, largest)
-    return largest * jnp.sqrt(jnp.sum(scaled * scaled, axis=1, keepdims=True))

@@ -83,3 +83,10 @@ def lower_gram(rows: Inexact[Array, "n p"], scale: Float[Array, " p"] | None = N
 def real_matmul(a: Inexact[Array, ...], b: Inexact[Array, ...]) -> Float[Array, ...]:
     """Re(a̅ b) in full precision: accelerators multiply in bfloat16 or TF32 unless told not to."""
     return jnp.real(jnp.matmul(jnp.conj(a), b, precision="highest"))
+
+
+def length(vector: Float[Array, " n"]) -> Float[Array, ""]:
+    """The 2-norm of a real vector of any size: scaled before it is squared."""
+    largest = jnp.max(jnp.abs(vector), initial=0)
+    scaled = _tree.ratio(vector, largest)
+    return largest * jnp.sqrt(jnp.sum(scaled * scaled))

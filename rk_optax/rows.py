@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,10 +40,12 @@ class Rows(abc.ABC):
     Attributes:
       vectors: trees like params as vectors of length P, in the dtype of R: float32 at least.
       residual: r, shape (N,), weights folded in, in its own dtype.
+      in_one_array: whether `matrix` costs no memory, and no exchange between devices.
     """
 
     vectors: RealVectors
     residual: Float[Array, " n"]
+    in_one_array: ClassVar[bool] = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -105,6 +107,7 @@ class DenseRows(Rows):
     vectors: RealVectors
     residual: Float[Array, " n"]
     array: Float[Array, "n p"]
+    in_one_array: ClassVar[bool] = True
 
     @classmethod
     def of(cls, array: Float[Array, "n p"]) -> DenseRows:

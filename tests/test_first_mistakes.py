@@ -11,6 +11,7 @@ import optax
 import pytest
 from covering import some
 from flax import nnx
+from training import needs_explicit_axes
 
 import rk_optax
 import rk_optax.nnx
@@ -447,7 +448,7 @@ def test_strict_dtype_promotion_stops_no_solver(name, dtype):
     assert updates.dtype == dtype
 
 
-@pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="explicit axes need jax.set_mesh")
+@needs_explicit_axes
 @pytest.mark.parametrize("axis_type", ["Explicit", "Auto"])
 def test_a_batch_over_devices_is_split_as_on_one_device(axis_type):
     def loss(w, x):

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from training import needs_explicit_axes
 
 import rk_optax
 
-pytestmark = pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="explicit axes need jax.set_mesh")
+pytestmark = needs_explicit_axes
 RNG = np.random.default_rng(0)
 PARAMS = {"w": RNG.normal(size=(4, 8)).astype(np.float32), "v": RNG.normal(size=(8,)).astype(np.float32)}
 DATA = {"x": RNG.normal(size=(8, 4)).astype(np.float32), "y": np.linspace(-1, 1, 8, dtype=np.float32)}

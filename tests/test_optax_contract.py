@@ -15,6 +15,7 @@ import pytest
 from covering import some
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from registry import EXPLICIT
+from training import needs_explicit_axes
 
 import rk_optax
 
@@ -256,7 +257,7 @@ def test_init_takes_abstract_input(optimizer):
 
 
 @pytest.mark.covering(most=2)
-@pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="explicit axes need jax.set_mesh")
+@needs_explicit_axes
 def test_sharding_types_of_state_agree_between_init_update_and_jit(optimizer):
     factory, keywords = optimizer
     tx = factory(sum_of_squares, **keywords)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from training import needs_explicit_axes
 
 from rk_optax import (
     LeastSquares,
@@ -143,7 +144,7 @@ RULES = {
 }
 
 
-@pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="explicit axes need jax.set_mesh")
+@needs_explicit_axes
 @pytest.mark.covering(most=2)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("form", ["one array", "blocks", "split"])

@@ -150,7 +150,7 @@ _ABOUT: dict[Quantity, tuple[str, str]] = {
         "Use it with rosenbrock_euler or residual_euler, or descent_control() with this solver",
     ),
     "path": ("the steps of all h from one factorisation", "Use it with residual_euler or rosenbrock_euler"),
-    "precise_path": ("the same with more digits", "Use it with residual_euler, in float64"),
+    "precise_path": ("the same with more digits", "Ask for 'path': where there is one, it comes with that"),
     "last_stage": ("the field at the end of the step", "Use a solver whose last stage is the next first one"),
     "dense": ("dense output", "Use an explicit solver"),
     "stages": ("the stages of an explicit method of at least two", "Use a tableau, such as 'heun' or 'rk4'"),

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from rk_optax import _tree
-from rk_optax._vectors import RealVectors, real_matmul
+from rk_optax._vectors import RealVectors, length, real_matmul
 from rk_optax.field import Linear, VectorField
 from rk_optax.rows import DenseRows, Rows
 from rk_optax.solver._base import Cost
@@ -251,7 +251,7 @@ def least_squares_path(
     vectors, residual = rows.vectors, rows.residual.astype(real)
     theta, scale = vectors.flatten(params), vectors.diagonal(field.scale)
     l2 = jnp.asarray(0.0 if field.l2 is None else field.l2, real)
-    if (jnp.finfo(real).bits < 64 or (precise and isinstance(rows, DenseRows))) and min(rows.shape) > 0:
+    if (jnp.finfo(real).bits < 64 or (precise and rows.in_one_array)) and min(rows.shape) > 0:
         matrix, decayed = rows.matrix(), parameters and field.l2 is not None
         if decayed:
             matrix = SingularPath.with_decay(matrix, jnp.eye(len(theta), dtype=real), l2)
@@ -369,10 +369,3 @@ def krylov_path(field: VectorField, params: Tree, k1: Tree, product: Linear, dim
     off = below[:-1]
     eigenvalues, basis = jnp.linalg.eigh(jnp.diag(diagonal) + jnp.diag(off, 1) + jnp.diag(off, -1))
     return KrylovPath(field, vectors, root, space, eigenvalues, basis, size)
-
-
-def length(vector: Float[Array, " n"]) -> Float[Array, ""]:
-    """The 2-norm of a real vector of any size: scaled before it is squared."""
-    largest = jnp.max(jnp.abs(vector), initial=0)
-    scaled = _tree.ratio(vector, largest)
-    return largest * jnp.sqrt(jnp.sum(scaled * scaled))

@@ -178,19 +178,24 @@ class ResidualEuler(Solver):
         size = _real_size(params)
         by_products = self._matrix_free.step(field, params, k1, 0.0, (), wants=frozenset({"path"})).quantities["path"]
 
-        def path(field: VectorField, *, precise: bool = False) -> Factored:
+        def form(field: VectorField) -> tuple[bool, bool]:
+            """Whether the matrix is that of the parameters, and whether it is small enough."""
             count = field.count_rows(params)
             # With both, the N×N matrix would change with h.
             parameters = size <= count or (field.l2 is not None and field.scale is not None)
-            if (size if parameters else count) > self.max_rows:
+            return parameters, (size if parameters else count) <= self.max_rows
+
+        def path(field: VectorField, *, precise: bool = False) -> Factored:
+            parameters, fits = form(field)
+            if not fits:
                 found = by_products(field)
                 return found._replace(state=_state(_PRODUCTS, found.state.iterations, found.state.residual))
             new = _state(_PARAMETERS if parameters else _ROWS, jnp.zeros([], jnp.int32), jnp.zeros([]))
             found = least_squares_path(field, params, parameters=parameters, precise=precise)
-            return Factored(found, Cost(rows=count), new)
+            return Factored(found, Cost(rows=field.count_rows(params)), new)
 
         quantities: dict[Quantity, Any] = {"path": path}
-        if all(jnp.finfo(leaf.dtype).bits >= 64 for leaf in jax.tree.leaves(params)):
+        if form(field)[1] and all(jnp.finfo(leaf.dtype).bits >= 64 for leaf in jax.tree.leaves(params)):
             quantities["precise_path"] = functools.partial(path, precise=True)
         return Step(k1, Cost(gradients=0 if field.knows_rows(params) else 1), quantities=quantities)
 
