@@ -60,6 +60,26 @@ def count(value: Any, name: str) -> int:
     return int(value)
 
 
+def flag(value: Any, name: str) -> bool:
+    """A plain bool; NumPy's counts as one.
+
+    Raises:
+      ValueError: anything else, which would be taken for what its truth value is, and a traced boolean too: programs
+        are compiled for flags.
+    """
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(f"{name} is static: the program is compiled for it. Pass True or False, got {value!r}.")
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} must be True or False, got {value!r}.")
+    return bool(value)
+
+
+def flags(instance: Any, *names: str) -> None:
+    """`flag` for attributes of a frozen dataclass, each of which becomes what `flag` returns."""
+    for name in names:
+        object.__setattr__(instance, name, flag(getattr(instance, name), name))
+
+
 def choice(value: Any, name: str, allowed: tuple[str, ...]) -> None:
     """Raises a ValueError unless `value` is one of the allowed names."""
     if not (isinstance(value, str) and value in allowed):

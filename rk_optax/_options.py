@@ -63,6 +63,7 @@ class CheckedOptions:
         if self.l2 is not None:
             object.__setattr__(self, "l2", _checks.number(self.l2, "l2", "not negative"))
         check_stage_dtype(self.stage_dtype)
+        _checks.flags(self, "reuse_updates", "skip_nonfinite", "finite_derivatives")
         if self.finite_derivatives and not self.skip_nonfinite:
             raise ValueError(
                 "finite_derivatives=True is for steps that are refused because they are not finite, and "

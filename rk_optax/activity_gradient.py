@@ -104,8 +104,8 @@ def activity_forward_gradient(
 
     Raises:
       TypeError: `loss_fn` is not callable; when called, `losses` that are not a vector of real numbers.
-      ValueError: `directions` is no positive integer; when called, nothing is perturbed, an output whose first axis
-        is not that of the examples, BatchNorm in training mode, by which the examples' losses hang together. A layer
+      ValueError: `directions` is no positive integer, `has_aux` no bool; when called, nothing is perturbed, an output
+        whose first axis is not that of the examples, BatchNorm in training mode, by which the examples' losses hang together. A layer
         inside `nn.scan`, `nn.remat` or `nn.vmap` cannot be perturbed: JAX reports a leaked tracer.
 
     Cost: two losses a direction, and two losses for the backward passes of the layers; solvers count one gradient.
@@ -113,6 +113,7 @@ def activity_forward_gradient(
     Source: Ren et al., "Scaling forward gradient with local losses", arXiv 2210.03310 (FG-A, LG-FG-A).
     """
     _checks.count(directions, "directions")
+    has_aux = _checks.flag(has_aux, "has_aux")
     loss = read_data_function(loss_fn, "loss_fn", argnames)
 
     def chosen(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rk_optax import _tree
+from rk_optax import _checks, _tree
 from rk_optax._explanations import Linear, linearized
 from rk_optax.rows import Rows
 
@@ -83,6 +83,7 @@ class SmoothField:
 
     Raises:
       TypeError: `grad_fn` is not callable.
+      ValueError: `symmetric` is no bool.
     """
 
     grad_fn: Callable[..., Any]
@@ -91,6 +92,7 @@ class SmoothField:
     def __post_init__(self):
         if not callable(self.grad_fn):
             raise TypeError(f"grad_fn must be callable, got {type(self.grad_fn).__name__}.")
+        _checks.flags(self, "symmetric")
         object.__setattr__(self, "__wrapped__", self.grad_fn)  # its signature names the data
 
     def __call__(self, params: Tree, *args: Any, **data: Any) -> Tree:
@@ -160,6 +162,9 @@ class VectorField:
     plain: Callable[[Tree, Any], Tree] | None = None
     fewer_points: Callable[[int], VectorField | None] | None = None
     landing: Callable[[Tree], Tree] | None = None
+
+    def __post_init__(self):
+        _checks.flags(self, "symmetric")
 
     def __call__(self, params: Tree, stage: int | jax.Array = 0) -> Tree:
         """The gradient at `params`: what the flow follows downhill. `stage` may be traced. Costs one gradient."""

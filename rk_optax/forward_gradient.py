@@ -65,7 +65,7 @@ def forward_gradient(
 
     Raises:
       TypeError: `loss_fn` is not callable; when called, a loss that is no real scalar, or a missing key.
-      ValueError: `directions` is no positive integer; the loss has an argument called `key_name`, or arguments that
+      ValueError: `directions` is no positive integer, `has_aux` no bool; the loss has an argument called `key_name`, or arguments that
         cannot be read.
 
     Cost: one directional derivative a direction, about two losses in time and twice the memory of one loss, where a
@@ -75,6 +75,7 @@ def forward_gradient(
     arXiv 2210.03310.
     """
     _checks.count(directions, "directions")
+    has_aux = _checks.flag(has_aux, "has_aux")
     loss = read_data_function(loss_fn, "loss_fn", argnames)
 
     def estimate(params: PyTree, key: jax.Array, data: dict[str, Any]) -> Any:

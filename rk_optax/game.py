@@ -302,7 +302,7 @@ class _Rules:
                 )
             for row in (drift.coefficients, *drift.coefficients.values()):
                 _by_player(row, players, "drift")
-        return cls(read, rates, drift, penalties, has_aux)
+        return cls(read, rates, drift, penalties, _checks.flag(has_aux, "has_aux"))
 
     @property
     def players(self) -> tuple[str, ...]:

@@ -73,6 +73,7 @@ class LineSearch(KeptStepSize):
     def __post_init__(self):
         _checks.numbers(self, step_size="positive")
         _checks.count(self.parts, "parts")
+        _checks.flags(self, "first")
 
     def check(self, solver: Solver, has_after: bool = False) -> None:
         """Refuses solvers whose direction at a very long step is none, and updates that were not tried."""

@@ -14,6 +14,7 @@ from typing import Any, Self
 import jax
 import optax
 
+from rk_optax import _checks
 from rk_optax.networks import Controls, integrate
 
 try:
@@ -161,6 +162,11 @@ class RKBlock(nn.Module):
     remat: bool = True
     report: Sequence[Any] = ()
     streams: Sequence[str] = ("dropout",)
+
+    def __post_init__(self):
+        for name in ("constant_in_time", "with_time", "remat"):
+            _checks.flag(getattr(self, name), name)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, y: Any, *args: Any, **kwargs: Any) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import optax
 
+from rk_optax import _checks
 from rk_optax.networks import Controls, integrate
 
 try:
@@ -68,8 +69,9 @@ def pure_loss(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callable
       has_aux: whether `loss_fn` returns aux, which the result drops; leave `has_aux` of the solver off.
 
     Raises:
-      ValueError: `loss_fn` has an argument named snapshot.
+      ValueError: `loss_fn` has an argument named snapshot, or `has_aux` is no bool.
     """
+    has_aux = _checks.flag(has_aux, "has_aux")
     signature = inspect.signature(loss_fn)
     if "snapshot" in signature.parameters:
         raise ValueError("loss_fn has an argument named 'snapshot', which rk_optax.nnx uses itself; rename it.")
@@ -131,6 +133,7 @@ class Optimizer(nnx.Optimizer):
 
     Raises:
       TypeError: `tx` is a function and there is no `loss_fn`.
+      ValueError: `has_aux` is no bool.
     """
 
     def __init__(
@@ -143,6 +146,7 @@ class Optimizer(nnx.Optimizer):
         has_aux: bool = False,
         **kwargs: Any,
     ):
+        has_aux = _checks.flag(has_aux, "has_aux")
         if callable(tx):
             if loss_fn is None:
                 raise TypeError("tx is a function of the loss, so give one: Optimizer(model, tx, loss_fn, wrt=...).")
@@ -254,7 +258,9 @@ class RKBlock(nnx.Module):
     ):
         self.nodes = tuple(float(t) for t in nodes)
         self.grid = self.nodes if grid is None else tuple(float(t) for t in grid)
-        self.solver, self.with_time, self.remat, self.report = solver, with_time, remat, tuple(report)
+        constant_in_time = _checks.flag(constant_in_time, "constant_in_time")
+        self.with_time, self.remat = _checks.flag(with_time, "with_time"), _checks.flag(remat, "remat")
+        self.solver, self.report = solver, tuple(report)
         layer = make_layer(rngs)
         graphdef, theta, streams, kept = nnx.split(layer, nnx.Param, nnx.RngState, ...)
         if jax.tree.leaves(kept):

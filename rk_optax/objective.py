@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from rk_optax import _tree
+from rk_optax import _checks, _tree
 from rk_optax._arguments import DataFunction, read_data_function
 from rk_optax._explanations import explained
 from rk_optax.field import BoundStructure, Capability, SmoothField, VectorField, check_capabilities
@@ -55,11 +55,11 @@ class Objective:
 
         Raises:
           TypeError: a function is not callable or takes no parameters; neither function is given.
-          ValueError: data arguments that cannot be read, or a needed capability is missing.
+          ValueError: `has_aux` is no bool, data arguments that cannot be read, or a needed capability is missing.
         """
         if loss_fn is None and grad_fn is None:
             raise TypeError("loss_fn is None: pass loss_fn, or grad_fn= for a gradient of your own.")
-        self._has_aux = has_aux
+        self._has_aux = has_aux = _checks.flag(has_aux, "has_aux")
         self._argnames = argnames
         self._loss = None if loss_fn is None else read_data_function(loss_fn, "loss_fn", argnames)
         self._gradient = None if grad_fn is None else self._read_grad_fn(grad_fn)

@@ -250,6 +250,7 @@ def _after_solver(
     momentum: Any, nesterov: bool, after: optax.GradientTransformation | None
 ) -> optax.GradientTransformation | None:
     """The transformation between solver and step size."""
+    nesterov = _checks.flag(nesterov, "nesterov")
     if momentum is None:
         if nesterov:
             raise ValueError("nesterov=True does nothing without momentum: pass momentum=0.9, say.")

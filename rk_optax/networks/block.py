@@ -88,7 +88,7 @@ def integrate(
         the solver does not offer, or "energy" without a loss.
     """
     block = Block.of(layer, controls, grid, solver, remat=remat, report=report, atol=atol, rtol=rtol, unroll=unroll)
-    if not allow_kinks:
+    if not _checks.flag(allow_kinks, "allow_kinks"):
         block.check_kinks()
     if "energy" not in block.report:
         y, steps = block.run(y)
@@ -154,7 +154,7 @@ def local_report(
     if times not in ("grid", "random"):
         raise ValueError(f"times must be 'grid' or 'random', got {times!r}.")
     block = Block.of(layer, controls, grid, solver, remat=False, report=report, atol=atol, rtol=rtol)
-    if not allow_kinks:
+    if not _checks.flag(allow_kinks, "allow_kinks"):
         block.check_kinks(everywhere=times == "random")
     key_of_step, key_within = jax.random.split(key)
     last = len(block.grid) - 2 if times == "grid" else max(len(block.grid) - 3, 0)
@@ -217,6 +217,7 @@ class Block:
                 f"controls must be Controls, got {type(controls).__name__}; weights that do not move with depth are "
                 "Controls.constant_in_time(theta, (0,))."
             )
+        remat = _checks.flag(remat, "remat")
         unroll = (1 if remat else 4) if unroll is None else _checks.count(unroll, "unroll")
         asked = cast("tuple[Quantity, ...]", (report,) if isinstance(report, str) else tuple(report))
         unknown = sorted(set(asked) - set(QUANTITIES))

@@ -16,6 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rk_optax import _checks
+
 Theta = dict[str, jax.Array]
 Elementwise = Callable[[jax.Array], jax.Array]
 
@@ -131,8 +133,9 @@ def initial(
       norm: whether `double_sym` has the bias after its norm, and the bias of its transposed kernel.
 
     Raises:
-      ValueError: another layer, an even window, or `hidden` for a layer that has no inside.
+      ValueError: another layer, an even window, `hidden` for a layer that has no inside, or a `norm` that is no bool.
     """
+    norm = _checks.flag(norm, "norm")
     while isinstance(layer, functools.partial):
         layer = layer.func
     hidden_width = channels if hidden is None else hidden

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rk_optax import _tree
+from rk_optax import _checks, _tree
 from rk_optax.field import VectorField
 from rk_optax.solver._base import Cost, Quantity, Solver, Step, check_offers
 from rk_optax.tableau import ButcherTableau
@@ -37,7 +37,7 @@ class Explicit(Solver):
 
     Raises:
       TypeError: `tableau` is no tableau.
-      ValueError: the tableau is not explicit.
+      ValueError: the tableau is not explicit, or `unroll` is no bool.
     """
 
     tableau: ButcherTableau | TracedTableau
@@ -52,6 +52,7 @@ class Explicit(Solver):
                 "stages cannot be evaluated one after the other. Choose an explicit tableau: see "
                 "rk_optax.TABLEAUS; or solve for the stages: rk_optax.Implicit(tableau)."
             )
+        _checks.flags(self, "unroll")
 
     @property
     def gradients_per_step(self) -> int:
