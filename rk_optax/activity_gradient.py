@@ -105,8 +105,8 @@ def activity_forward_gradient(
     Raises:
       TypeError: `loss_fn` is not callable; when called, `losses` that are not a vector of real numbers.
       ValueError: `directions` is no positive integer, `has_aux` no bool; when called, nothing is perturbed, an output
-        whose first axis is not that of the examples, BatchNorm in training mode, by which the examples' losses hang together. A layer
-        inside `nn.scan`, `nn.remat` or `nn.vmap` cannot be perturbed: JAX reports a leaked tracer.
+        whose first axis is not that of the examples, BatchNorm in training mode, by which the examples' losses hang
+        together. A layer inside `nn.scan`, `nn.remat` or `nn.vmap` cannot be perturbed: JAX reports a leaked tracer.
 
     Cost: two losses a direction, and two losses for the backward passes of the layers; solvers count one gradient.
 

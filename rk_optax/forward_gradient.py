@@ -65,8 +65,8 @@ def forward_gradient(
 
     Raises:
       TypeError: `loss_fn` is not callable; when called, a loss that is no real scalar, or a missing key.
-      ValueError: `directions` is no positive integer, `has_aux` no bool; the loss has an argument called `key_name`, or arguments that
-        cannot be read.
+      ValueError: `directions` is no positive integer, `has_aux` no bool; the loss has an argument called
+        `key_name`, or arguments that cannot be read.
 
     Cost: one directional derivative a direction, about two losses in time and twice the memory of one loss, where a
     gradient takes three and all activations; the directions side by side. Solvers count it as one gradient.

@@ -78,7 +78,7 @@ def flags():
     for name, member in public():
         if not callable(member) or (isinstance(member, type) and issubclass(member, dict)):
             continue  # a dict has no signature
-        made_by = [member, member.__init__] if isinstance(member, type) else [member]  # of NNX the latter alone shows it
+        made_by = [member, member.__init__] if isinstance(member, type) else [member]  # NNX shows the latter
         parameters = [p for function in made_by for p in inspect.signature(function).parameters.values()]
         found = {p.name for p in parameters if is_flag(p.annotation, p.default)}
         if dataclasses.is_dataclass(member):
