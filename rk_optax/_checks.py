@@ -42,6 +42,17 @@ def numbers(instance: Any, why: str = "", **kinds: Kind) -> None:
         object.__setattr__(instance, name, number(getattr(instance, name), name, kind, why))
 
 
+def names(value: Any, what: str) -> frozenset[Any]:
+    """A set of names.
+
+    Raises:
+      TypeError: anything else; of a plain string the letters would be taken.
+    """
+    if not isinstance(value, frozenset | set) or not all(isinstance(name, str) for name in value):
+        raise TypeError(f"{what} must be a frozenset of names, such as frozenset({{'loss'}}), got {value!r}.")
+    return frozenset(value)
+
+
 def is_traced(*values: Any) -> bool:
     """Whether one of the numbers is known only when the program runs, so that nothing can be said of it now."""
     return any(isinstance(value, jax.core.Tracer) for value in values)

@@ -24,8 +24,8 @@ from rk_optax.field import VectorField
 from rk_optax.micro_batches import MicroBatches, bind
 from rk_optax.objective import Objective
 from rk_optax.parameter_view import ParameterView
-from rk_optax.solver import Cost, Solver
-from rk_optax.step_size import Attempt, Reason, StepSizeRule, judged
+from rk_optax.solver import Cost, Solver, stepped
+from rk_optax.step_size import Attempt, Reason, StepSizeRule, chosen, judged, proposed
 
 PyTree = Any
 
@@ -176,14 +176,14 @@ class _Flow:
     def attempt(self, state: FlowState) -> FlowState:
         setting, rule = self.setting, self.setting.rule
         params, k1, dtype = state.params, state.k1, state.elapsed.dtype
-        h, rule_state, cost = rule.propose(state.attempts, state.rule, self.field, params, k1)
+        h, rule_state, cost = proposed(rule, state.attempts, state.rule, self.field, params, k1)
         remaining = (self.inputs.offsets[-1] - state.elapsed) + state.lost
         h = jnp.asarray(h, dtype)
         # A step that would end a rounding error of time before the last time ends on it.
         last = h + jnp.finfo(dtype).eps * self.inputs.offsets[-1] >= remaining
         h = jnp.where(last, remaining, h)
-        step = setting.solver.step(self.field, params, k1, h, state.solver, wants=self.wants)
-        h, step, rule_state, choice_cost = rule.choose(rule_state, self.field, params, k1, h, step)
+        step = stepped(setting.solver, self.field, params, k1, h, state.solver, self.wants)
+        h, step, rule_state, choice_cost = chosen(rule, rule_state, self.field, params, k1, h, step)
         h = jnp.asarray(h, dtype)
         candidate = _tree.add_scaled(params, -h, step.direction)
         finite = step.finite & _tree.all_finite(candidate)

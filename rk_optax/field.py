@@ -55,8 +55,10 @@ _REMEDIES: dict[Capability, str] = {
 
 
 def check_capabilities(needs: frozenset[Capability], offers: frozenset[Capability], who: str) -> None:
-    """Raises a ValueError, with the remedy, where `who` needs what a field does not offer."""
+    """Raises a ValueError, with the remedy, where `who` needs what a field does not offer, or no field has."""
     for capability in sorted(needs - offers):
+        if capability not in _REMEDIES:
+            raise ValueError(f"needs has {capability!r}, which no field has; there are {', '.join(_REMEDIES)}.")
         raise ValueError(f"{who} needs a {capability!r}: {_REMEDIES[capability]}.")
 
 

@@ -147,11 +147,11 @@ def check_kinds(tree: PyTree, params: PyTree, what: str) -> None:
             raise ValueError(f"{what} are complex where params are real; pass the gradient at params.")
 
 
-def check_like_params(tree: PyTree, params: PyTree, what: str) -> None:
-    """Raises a ValueError unless `tree` has the structure and the leaf shapes of `params`."""
+def check_like_params(tree: PyTree, params: PyTree, what: str, whose: str = "params") -> None:
+    """Raises a ValueError unless `tree` has the structure and the leaf shapes of `params`, or of what is `whose`."""
     if jax.tree.structure(tree) != jax.tree.structure(params):
         raise ValueError(
-            f"{what} must have the tree structure of params: got {jax.tree.structure(tree)}, expected "
+            f"{what} must have the tree structure of {whose}: got {jax.tree.structure(tree)}, expected "
             f"{jax.tree.structure(params)}."
         )
     paths = jax.tree_util.tree_leaves_with_path(params)
@@ -159,6 +159,6 @@ def check_like_params(tree: PyTree, params: PyTree, what: str) -> None:
         if jnp.shape(other) != jnp.shape(leaf):
             name = jax.tree_util.keystr(path)
             raise ValueError(
-                f"{what} must have the leaf shapes of params: at params{name} got {jnp.shape(other)}, expected "
+                f"{what} must have the leaf shapes of {whose}: at {whose}{name} got {jnp.shape(other)}, expected "
                 f"{jnp.shape(leaf)}."
             )

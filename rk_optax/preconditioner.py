@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rk_optax import _checks, _tree
+from rk_optax import _checks, _returned, _tree
 from rk_optax.field import Capability, VectorField
+from rk_optax.parameter_view import check_like_params
 from rk_optax.solver import Cost, DiagonalCurvature
 from rk_optax.solver._diagonal import DiagonalState, hypotenuse
 
@@ -95,6 +96,27 @@ class DiagonalPreconditioner(Preconditioner):
     def diagonal(self, frozen: PyTree) -> PyTree | None:
         """What `update` froze."""
         return frozen
+
+
+def frozen_by(
+    preconditioner: Preconditioner, gradient: PyTree, state: PyTree, params: PyTree, field: VectorField
+) -> tuple[PyTree, PyTree, Cost]:
+    """`preconditioner.update`, with what it returns checked: the state is in the dtypes of `init`.
+
+    Raises:
+      TypeError, ValueError: it is no `(frozen, state, cost)`, or a state of another form, or a diagonal or a scaled
+        gradient that is not like params.
+    """
+    who = f"{type(preconditioner).__name__}.update"
+    returned = preconditioner.update(gradient, state, params, field)
+    if not isinstance(returned, tuple) or len(returned) != 3:
+        raise TypeError(f"{who} must return (frozen, state, cost), got {returned!r}.")
+    frozen, new, cost = returned
+    _returned.cost(cost, Cost, who)
+    diagonal = preconditioner.diagonal(frozen)
+    if diagonal is not None:
+        check_like_params(diagonal, gradient, f"The diagonal of {type(preconditioner).__name__}")
+    return frozen, _returned.state(new, state, who), cost
 
 
 @dataclasses.dataclass(frozen=True)

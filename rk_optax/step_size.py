@@ -18,7 +18,9 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from rk_optax import _returned
 from rk_optax.field import Capability, VectorField
+from rk_optax.parameter_view import check_like_params
 from rk_optax.solver import Cost, Quantity, Solver, Step, check_offers
 
 PyTree = Any
@@ -171,14 +173,57 @@ class KeptStepSize(StepSizeRule):
         return Proposal(state.next_step_size, state)
 
 
+def proposed(
+    rule: StepSizeRule, count: jax.Array, state: PyTree, field: VectorField, params: PyTree, k1: PyTree
+) -> Proposal:
+    """`rule.propose`, with what it returns checked: the state is in the dtypes of `init`.
+
+    Raises:
+      TypeError, ValueError: it is no `Proposal`, or one with a step size that is no scalar or a state of another form.
+    """
+    who = f"{type(rule).__name__}.propose"
+    returned = rule.propose(count, state, field, params, k1)
+    made = _returned.record(returned, Proposal, "Proposal(step_size, state)", who)
+    _returned.cost(made.cost, Cost, who)
+    _returned.scalar(made.step_size, f"The step size that {who} returns")
+    return made._replace(state=_returned.state(made.state, state, who))
+
+
+def chosen(
+    rule: StepSizeRule, state: PyTree, field: VectorField, params: PyTree, k1: PyTree, h: Any, step: Step
+) -> Choice:
+    """`rule.choose`, with what it returns checked likewise.
+
+    Raises:
+      TypeError, ValueError: as for `proposed`; it is no `Choice`, or of a step that is none.
+    """
+    who = f"{type(rule).__name__}.choose"
+    returned = rule.choose(state, field, params, k1, h, step)
+    made = _returned.record(returned, Choice, "Choice(step_size, step, state)", who)
+    _returned.cost(made.cost, Cost, who)
+    _returned.scalar(made.step_size, f"The step size that {who} returns")
+    check_like_params(_returned.record(made.step, Step, "Step", who).direction, k1, f"The direction of {who}", "k1")
+    return made._replace(state=_returned.state(made.state, state, who))
+
+
 def judged(
     rule: StepSizeRule, state: PyTree, attempt: Attempt, finite: jax.Array
 ) -> tuple[Verdict, jax.Array, jax.Array]:
     """The rule's verdict on an attempt, whether the step is to be taken, and why not.
 
     A step that is not `finite`, or whose solver did not converge, is refused whatever the rule says.
+
+    Raises:
+      TypeError, ValueError: what `judge` returns is no `Verdict`, or one with another reason than those of `Reason`,
+        an `accepted` that is no scalar or a state of another form.
     """
-    verdict = rule.judge(state, attempt)
+    who = f"{type(rule).__name__}.judge"
+    verdict = _returned.record(rule.judge(state, attempt), Verdict, "Verdict(accepted, reason, state)", who)
+    _returned.cost(verdict.cost, Cost, who)
+    _returned.scalar(verdict.accepted, f"What {who} returns as accepted")
+    if isinstance(verdict.reason, int) and verdict.reason not in list(Reason):
+        raise ValueError(f"The reason that {who} returns must be one of rk_optax.Reason, got {verdict.reason!r}.")
+    verdict = verdict._replace(state=_returned.state(verdict.state, state, who))
     solved = attempt.step.solved
     reason = jnp.where(finite, jnp.where(solved, verdict.reason, Reason.NOT_SOLVED), Reason.NOT_FINITE)
     return verdict, attempt.usable & verdict.accepted, reason.astype(jnp.int32)

@@ -82,6 +82,8 @@ def _transformation(
     method, rule = as_solver(solver), as_rule(learning_rate)
     rule.check(method, after is not None)
     scale = no_preconditioner() if options.preconditioner is None else options.preconditioner
+    for part in (method, rule, scale):
+        _checks.names(part.needs, f"needs of {type(part).__name__}")
     of_scale: frozenset[Capability] = frozenset({"diagonal_scale"})
     check_capabilities(method.needs & of_scale, scale.offers, f"preconditioner: {name_of(method)}")
     objective = Objective(

@@ -14,9 +14,9 @@ from rk_optax._explanations import causes_explained
 from rk_optax.field import VectorField
 from rk_optax.objective import Objective
 from rk_optax.parameter_view import Mask, ParameterView, promote, refuse_masked_nodes
-from rk_optax.preconditioner import Preconditioner
-from rk_optax.solver import Cost, Solver, Step, saturating_sum
-from rk_optax.step_size import Attempt, Reason, StepSizeRule, judged
+from rk_optax.preconditioner import Preconditioner, frozen_by
+from rk_optax.solver import Cost, Solver, Step, saturating_sum, stepped
+from rk_optax.step_size import Attempt, Reason, StepSizeRule, chosen, judged, proposed
 
 PyTree = Any
 
@@ -152,7 +152,7 @@ class Update:
             field = dataclasses.replace(field, rounding=_tree.unit_roundoff(view.moving(updates)))
         else:
             k1 = field(view.theta)
-        frozen, new, cost = self.preconditioner.update(k1, state.preconditioner, view.theta, field)
+        frozen, new, cost = frozen_by(self.preconditioner, k1, state.preconditioner, view.theta, field)
         cost = beside.plus(cost)
         field = field.preconditioned(
             lambda gradient: self.preconditioner.apply(gradient, frozen), self.preconditioner.diagonal(frozen)
@@ -182,13 +182,13 @@ class Update:
         """
         view, field, k1 = prepared.view, prepared.field, prepared.k1
         theta = view.theta
-        h, rule_state, propose_cost = self.rule.propose(state.count, state.rule, field, theta, k1)
-        proposed, h, sensible = h, *_sensible(h)
+        h, rule_state, propose_cost = proposed(self.rule, state.count, state.rule, field, theta, k1)
+        asked, h, sensible = h, *_sensible(h)
         known_finite = jnp.asarray(True) if finite is None else finite
         made = h if finite is None else jnp.where(finite, h, 0)
-        step = self.solver.step(field, theta, k1, made, state.solver, wants=self.rule.wants)
-        chosen, step, rule_state, choose_cost = self.rule.choose(rule_state, field, theta, k1, made, step)
-        h = chosen if finite is None else jnp.where(finite, chosen, h)
+        step = stepped(self.solver, field, theta, k1, made, state.solver, self.rule.wants)
+        taken, step, rule_state, choose_cost = chosen(self.rule, rule_state, field, theta, k1, made, step)
+        h = taken if finite is None else jnp.where(finite, taken, h)
         direction, after = self._apply_after(step.direction, state.after, theta, extra_args)
         emitted = view.handed_out(_tree.scale(-h, direction) if self.applies_step_size else direction)
 
@@ -202,7 +202,7 @@ class Update:
         attempt = Attempt(self.solver, field, theta, k1, view.after(emitted), jnp.asarray(h), step, usable)
         verdict, accepted, reason = judged(self.rule, rule_state, attempt, finite)
         return _Attempted(
-            jnp.asarray(jnp.where(sensible, h, proposed), state.step_size.dtype),
+            jnp.asarray(jnp.where(sensible, h, asked), state.step_size.dtype),
             step,
             emitted,
             after,

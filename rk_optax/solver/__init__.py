@@ -3,7 +3,7 @@
 import difflib
 
 from rk_optax.methods import IMPLICIT_TABLEAUS, TABLEAUS
-from rk_optax.solver._base import Cost, Quantity, Solver, Step, check_offers, name_of, needs_of, saturating_sum
+from rk_optax.solver._base import Cost, Quantity, Solver, Step, check_offers, name_of, needs_of, saturating_sum, stepped
 from rk_optax.solver._diagonal import DiagonalCurvature
 from rk_optax.solver._path import Factored, Path, underivable
 from rk_optax.solver.explicit import Explicit
@@ -38,6 +38,7 @@ __all__ = [
     "name_of",
     "needs_of",
     "saturating_sum",
+    "stepped",
     "underivable",
 ]
 

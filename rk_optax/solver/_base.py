@@ -10,7 +10,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rk_optax import _checks, _returned
 from rk_optax.field import Capability, VectorField
+from rk_optax.parameter_view import check_like_params
 
 PyTree = Any
 Quantity = Literal["error", "curvature", "predicted_fall", "path", "precise_path", "last_stage", "dense", "stages"]
@@ -136,6 +138,29 @@ class Solver(abc.ABC):
         """
 
 
+def stepped(
+    solver: Solver, field: VectorField, params: PyTree, k1: PyTree, h: Any, state: PyTree, wants: frozenset[Quantity]
+) -> Step:
+    """`solver.step`, with what it returns checked: the state is in the dtypes of `init`.
+
+    Raises:
+      TypeError, ValueError: it is no `Step`, or one that does not go with k1, the state or what was wanted.
+    """
+    who = f"{type(solver).__name__}.step"
+    step = _returned.record(
+        solver.step(field, params, k1, h, state, wants=wants), Step, "Step(direction, cost, state=state)", who
+    )
+    _returned.cost(step.cost, Cost, who)
+    check_like_params(step.direction, k1, f"The direction that {who} returns", "k1")
+    for quantity in sorted(wants - step.quantities.keys()):
+        raise ValueError(
+            f"{who} was asked for the quantity {quantity!r}, which {type(solver).__name__} offers, and returns "
+            f"Step(quantities={{...}}) with {sorted(step.quantities) or 'nothing'} in it."
+        )
+    kept = None if step.refused_state is None else _returned.state(step.refused_state, state, f"{who} (refused_state)")
+    return step._replace(state=_returned.state(step.state, state, who), refused_state=kept)
+
+
 _ABOUT: dict[Quantity, tuple[str, str]] = {
     "error": (
         "an embedded error estimate",
@@ -158,9 +183,13 @@ _ABOUT: dict[Quantity, tuple[str, str]] = {
 
 
 def check_offers(solver: Solver, wants: frozenset[Quantity], who: str) -> None:
-    """Raises a ValueError, with the remedy, where `who` wants what the solver does not offer."""
-    for quantity in sorted(wants - solver.offers):
-        what, remedy = _ABOUT[quantity]
+    """Raises a ValueError, with the remedy, where `who` wants what the solver does not offer.
+
+    A quantity that the package does not know has a name of its author's, and what offers it, too.
+    """
+    own = "Use a solver whose offers have it"
+    for quantity in sorted(_checks.names(wants, f"{who}: wants") - _checks.names(solver.offers, "offers")):
+        what, remedy = _ABOUT.get(quantity, (f"the quantity {quantity!r}", own))
         raise ValueError(f"{who} needs {what}, which {name_of(solver)} does not offer. {remedy}.")
 
 
