@@ -82,7 +82,7 @@ MISTAKES = {
     ),
     "a direction that would be broadcast": (
         {"solver": solver(lambda k1, state: Step({"w": k1["w"].sum()}, SPENT))},
-        r"The direction that Mine\.step returns must have the leaf shapes of k1: at k1\['w'\] got \(\), expected \(2,\)",
+        r"The direction that Mine\.step returns must have the leaf shapes .* at k1\['w'\] got \(\), expected \(2,\)",
     ),
     "a state that is forgotten": (
         {"solver": solver(lambda k1, state: Step(k1, SPENT), init=state_like_params)},
