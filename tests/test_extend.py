@@ -88,6 +88,13 @@ def test_all_three_together_go_through_wrappers_of_optax(page, wrap):
     check(wrap(page["Extragradient"](), page["Polyak"](largest=0.1), page["BySize"]()))
 
 
+def test_those_with_a_state_go_together(page):
+    tx = rk_optax.runge_kutta(
+        loss_fn, page["Armijo"](first=0.1), page["AdamsBashforth"](), momentum=0.5, mask={"w": True, "b": False}
+    )
+    check(tx)
+
+
 def check(tx, split=False):
     """Two steps in a scan lower the loss, types stay, and a vmap of runs is the runs."""
 

@@ -124,8 +124,10 @@ def test_units_and_inert_leaves_change_no_step(optimizer, rule):
         if not (error < tolerance(optimizer, rule) and np.all(taken == accepted) and not np.any(inert)):
             wrong.append((case, float(error), taken))
     assert not wrong, (
-        f"The steps change with the units (of the loss, of the parameters, size of an inert leaf): {wrong}. A rule "
-        "with an argument in units of its own belongs in no line of RULES in tests/registry.py, see CONTRIBUTING.md."
+        f"The steps change with the units (of the loss, of the parameters, size of an inert leaf): {wrong}. Where the "
+        "first of the three is 1e25 or 1e-25, a product of two gradients, or of a gradient and a direction, has left "
+        "float32: take rk_optax._tree.norm, or unit before inner. A rule with an argument in units of its own belongs "
+        "in no line of RULES in tests/registry.py, see CONTRIBUTING.md."
     )
 
 

@@ -107,14 +107,19 @@ def _stratified(images: Array, labels: Array, fraction: float, seed: int) -> tup
     return Split(a, labels_a), Split(b, labels_b)
 
 
+def _in_three(examples: Array, labels: Array, classes: int, config: DataConfig) -> Dataset:
+    """Examples that come without a test part: the parts have the fractions of the configuration, class by class."""
+    rest, test = _stratified(examples, labels.astype(np.int32), config.test_fraction, config.split_seed)
+    # Of the rest, so that both fractions are of the whole.
+    fraction = config.validation_fraction / (1 - config.test_fraction)
+    return Dataset(*_stratified(*rest, fraction, config.split_seed), test, classes)
+
+
 def _digits(config: DataConfig) -> Dataset:
     _no_directory(config, "digits come with scikit-learn")
     digits: Any = load_digits()
     images = (digits.images[..., np.newaxis] / 16).astype(np.float32)
-    rest, test = _stratified(images, digits.target.astype(np.int32), config.test_fraction, config.split_seed)
-    # Of the rest, so that both fractions are of the whole.
-    fraction = config.validation_fraction / (1 - config.test_fraction)
-    return Dataset(*_stratified(*rest, fraction, config.split_seed), test, classes=10)
+    return _in_three(images, digits.target, 10, config)
 
 
 def _mnist(config: DataConfig) -> Dataset:
