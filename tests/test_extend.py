@@ -3,6 +3,7 @@
 import functools
 import pathlib
 import re
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ import optax
 import pytest
 
 import rk_optax
+from rk_optax.field import Capability
+from rk_optax.solver import Quantity
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "extend.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
@@ -29,6 +32,12 @@ def page():
 def test_each_extension_of_the_page_is_short(page):
     assert len(BLOCKS) >= 6
     assert max(len(block.splitlines()) for block in BLOCKS) <= 25
+
+
+@pytest.mark.parametrize(("column", "kind"), [("needs", Capability), ("offers", Quantity)])
+def test_the_tables_have_all_that_can_be_needed_and_offered(column, kind):
+    table = PAGE.read_text(encoding="utf-8").split(f"\n| `{column}` |")[1].split("\n\n")[0]
+    assert set(re.findall(r'^\| `"(\w+)"` \|', table, re.MULTILINE)) == set(typing.get_args(kind))
 
 
 def loss_fn(params, x):
