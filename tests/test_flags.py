@@ -19,6 +19,8 @@ import rk_optax.networks
 import rk_optax.nnx
 import rk_optax.spectrum
 
+pytestmark = pytest.mark.latest
+
 
 def loss_fn(params, x):
     return jnp.sum((params - x) ** 2)
