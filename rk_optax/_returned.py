@@ -44,7 +44,7 @@ def cost(spent: Any, kind: type[_T], who: str) -> _T:
 
 
 def scalar(value: Any, what: str) -> Any:
-    """A real scalar, as it is.
+    """A scalar, as it is.
 
     Raises:
       ValueError: it has another shape, which would be broadcast over the parameters.
@@ -64,19 +64,23 @@ def state(new: PyTree, before: PyTree, who: str) -> PyTree:
     check_like_params(new, before, what, "the state that init made")
 
     def kept(path: Any, leaf: Any, old: Any) -> Any:
-        if jnp.result_type(old) == getattr(leaf, "dtype", None):
+        dtype = _dtype(old)
+        if getattr(leaf, "dtype", None) == dtype:
             return leaf
         if _kind(leaf) > _kind(old):
             raise ValueError(
-                f"{what} has {jnp.result_type(leaf)} at state{jax.tree_util.keystr(path)}, where init "
-                f"has {jnp.result_type(old)}, which would truncate it: let init return {jnp.result_type(leaf)} there."
+                f"{what} has {_dtype(leaf)} at state{jax.tree_util.keystr(path)}, where init has {dtype}, which would "
+                f"truncate it: let init return {_dtype(leaf)} there."
             )
-        return jnp.asarray(leaf, jnp.result_type(old))
+        return jnp.asarray(leaf, dtype)
 
     return jax.tree_util.tree_map_with_path(kept, new, before)
 
 
+def _dtype(value: Any) -> Any:
+    return value.dtype if hasattr(value, "dtype") else jnp.result_type(value)
+
+
 def _kind(value: Any) -> int:
     """The place of its dtype in `_KINDS`; what is no number, such as a random key, stands before all."""
-    dtype = jnp.result_type(value)
-    return next((i for i, kind in enumerate(_KINDS) if jnp.issubdtype(dtype, kind)), -1)
+    return next((i for i, kind in enumerate(_KINDS) if jnp.issubdtype(_dtype(value), kind)), -1)
