@@ -24,7 +24,7 @@ from rk_optax.field import VectorField
 from rk_optax.micro_batches import MicroBatches, bind
 from rk_optax.objective import Objective
 from rk_optax.parameter_view import ParameterView
-from rk_optax.solver import Cost, Solver, stepped
+from rk_optax.solver import Cost, Solver, fitting, stepped
 from rk_optax.step_size import Attempt, Reason, StepSizeRule, chosen, judged, proposed
 
 PyTree = Any
@@ -184,6 +184,7 @@ class _Flow:
         h = jnp.where(last, remaining, h)
         step = stepped(setting.solver, self.field, params, k1, h, state.solver, self.wants)
         h, step, rule_state, choice_cost = chosen(rule, rule_state, self.field, params, k1, h, step)
+        step = fitting(setting.solver, step, k1, state.solver)
         h = jnp.asarray(h, dtype)
         candidate = _tree.add_scaled(params, -h, step.direction)
         finite = step.finite & _tree.all_finite(candidate)

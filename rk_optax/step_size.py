@@ -20,7 +20,6 @@ import numpy as np
 
 from rk_optax import _returned
 from rk_optax.field import Capability, VectorField
-from rk_optax.parameter_view import check_like_params
 from rk_optax.solver import Cost, Quantity, Solver, Step, check_offers
 
 PyTree = Any
@@ -195,14 +194,14 @@ def chosen(
     """`rule.choose`, with what it returns checked likewise.
 
     Raises:
-      TypeError, ValueError: as for `proposed`; it is no `Choice`, or of a step that is none.
+      TypeError, ValueError: as for `proposed`; it is no `Choice`, or one of a step that is none.
     """
     who = f"{type(rule).__name__}.choose"
     returned = rule.choose(state, field, params, k1, h, step)
     made = _returned.record(returned, Choice, "Choice(step_size, step, state)", who)
     _returned.cost(made.cost, Cost, who)
     _returned.scalar(made.step_size, f"The step size that {who} returns")
-    check_like_params(_returned.record(made.step, Step, "Step", who).direction, k1, f"The direction of {who}", "k1")
+    _returned.record(made.step, Step, "Step", f"{who}, as the step of its Choice,")
     return made._replace(state=_returned.state(made.state, state, who))
 
 

@@ -15,7 +15,7 @@ from rk_optax.field import VectorField
 from rk_optax.objective import Objective
 from rk_optax.parameter_view import Mask, ParameterView, promote, refuse_masked_nodes
 from rk_optax.preconditioner import Preconditioner, frozen_by
-from rk_optax.solver import Cost, Solver, Step, saturating_sum, stepped
+from rk_optax.solver import Cost, Solver, Step, fitting, saturating_sum, stepped
 from rk_optax.step_size import Attempt, Reason, StepSizeRule, chosen, judged, proposed
 
 PyTree = Any
@@ -188,6 +188,7 @@ class Update:
         made = h if finite is None else jnp.where(finite, h, 0)
         step = stepped(self.solver, field, theta, k1, made, state.solver, self.rule.wants)
         taken, step, rule_state, choose_cost = chosen(self.rule, rule_state, field, theta, k1, made, step)
+        step = fitting(self.solver, step, k1, state.solver)
         h = taken if finite is None else jnp.where(finite, taken, h)
         direction, after = self._apply_after(step.direction, state.after, theta, extra_args)
         emitted = view.handed_out(_tree.scale(-h, direction) if self.applies_step_size else direction)

@@ -17,7 +17,7 @@ from rk_optax.field import VectorField
 from rk_optax.methods import TABLEAUS
 from rk_optax.networks.controls import Controls, OnStep
 from rk_optax.networks.report import QUANTITIES, Quantity, Report, scaled_error, stiffness
-from rk_optax.solver import Cost, Explicit, Solver, Step, stepped
+from rk_optax.solver import Cost, Explicit, Solver, Step, fitting, stepped
 from rk_optax.tableau import ButcherTableau
 from rk_optax.traced_tableau import TracedTableau
 
@@ -298,15 +298,9 @@ class Block:
             return {"clock": jnp.zeros_like(h), "y": _spread(rate, moving["y"])}
 
         problem = VectorField(field, decay=decay if hasattr(layer, "decay") else None)
-        step = stepped(
-            self.solver,
-            problem,
-            params,
-            problem(params),
-            h,
-            self.solver.init(params),
-            frozenset(_WANTS[name] for name in self.report if name in _WANTS),
-        )
+        first, state = problem(params), self.solver.init(params)
+        wants = frozenset(_WANTS[name] for name in self.report if name in _WANTS)
+        step = fitting(self.solver, stepped(self.solver, problem, params, first, h, state, wants), first, state)
         after = _tree.add_scaled(y, -h, step.direction["y"])
         return after, self._seen(step, y, after, h), step.cost
 

@@ -3,7 +3,18 @@
 import difflib
 
 from rk_optax.methods import IMPLICIT_TABLEAUS, TABLEAUS
-from rk_optax.solver._base import Cost, Quantity, Solver, Step, check_offers, name_of, needs_of, saturating_sum, stepped
+from rk_optax.solver._base import (
+    Cost,
+    Quantity,
+    Solver,
+    Step,
+    check_offers,
+    fitting,
+    name_of,
+    needs_of,
+    saturating_sum,
+    stepped,
+)
 from rk_optax.solver._diagonal import DiagonalCurvature
 from rk_optax.solver._path import Factored, Path, underivable
 from rk_optax.solver.explicit import Explicit
@@ -35,6 +46,7 @@ __all__ = [
     "Step",
     "as_solver",
     "check_offers",
+    "fitting",
     "name_of",
     "needs_of",
     "saturating_sum",

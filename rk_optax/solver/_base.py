@@ -141,22 +141,32 @@ class Solver(abc.ABC):
 def stepped(
     solver: Solver, field: VectorField, params: PyTree, k1: PyTree, h: Any, state: PyTree, wants: frozenset[Quantity]
 ) -> Step:
-    """`solver.step`, with what it returns checked: the state is in the dtypes of `init`.
+    """`solver.step`, checked as far as a rule may use it that chooses another step of the same path.
 
     Raises:
-      TypeError, ValueError: it is no `Step`, or one that does not go with k1, the state or what was wanted.
+      TypeError, ValueError: it is no `Step`, or one without what was wanted.
     """
     who = f"{type(solver).__name__}.step"
     step = _returned.record(
         solver.step(field, params, k1, h, state, wants=wants), Step, "Step(direction, cost, state=state)", who
     )
     _returned.cost(step.cost, Cost, who)
-    check_like_params(step.direction, k1, f"The direction that {who} returns", "k1")
     for quantity in sorted(wants - step.quantities.keys()):
         raise ValueError(
             f"{who} was asked for the quantity {quantity!r}, which {type(solver).__name__} offers, and returns "
             f"Step(quantities={{...}}) with {sorted(step.quantities) or 'nothing'} in it."
         )
+    return step
+
+
+def fitting(solver: Solver, step: Step, k1: PyTree, state: PyTree) -> Step:
+    """The step of `solver` that is to be tried, which began with `state`; its own is then in the dtypes of `init`.
+
+    Raises:
+      ValueError: a direction that is not like k1, a state that is not like the one before.
+    """
+    who = f"{type(solver).__name__}.step"
+    check_like_params(step.direction, k1, f"The direction that {who} returns", "k1")
     kept = None if step.refused_state is None else _returned.state(step.refused_state, state, f"{who} (refused_state)")
     return step._replace(state=_returned.state(step.state, state, who), refused_state=kept)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from rk_optax import _tree
 from rk_optax.field import Capability, VectorField
-from rk_optax.solver._base import Cost, Quantity, Solver, Step, check_offers, stepped
+from rk_optax.solver._base import Cost, Quantity, Solver, Step, check_offers, fitting, stepped
 
 PyTree = Any
 Players = dict[str, PyTree]
@@ -60,6 +60,7 @@ class Alternating(Solver):
             share = 1 / moves[name]
             first = k1[name] if turn == 0 else own(at[name])
             step = stepped(self.solver, own, at[name], first, share * h, states[name], frozenset())
+            step = fitting(self.solver, step, first, states[name])
             at[name] = _tree.add_scaled(at[name], -share * h, step.direction)
             total[name] = _tree.add_scaled(total[name], share, step.direction)
             states[name] = step.state
