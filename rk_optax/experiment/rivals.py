@@ -33,10 +33,6 @@ def ssbroyden(loss_fn: Callable[..., jax.Array], max_linesearch_steps: int = 20)
     A dense inverse Hessian, a line search for the strong Wolfe conditions that first tries 1 (Optax's), and from each
     step s and change y of the gradient a member of the Broyden family (formulas 13 to 23 of arXiv 2405.04230). Where no
     step is found the inverse starts again from the identity.
-
-    Args:
-        loss_fn: `loss_fn(params, **data)`.
-        max_linesearch_steps: at which the line search gives up.
     """
     search = optax.scale_by_zoom_linesearch(max_linesearch_steps, initial_guess_strategy="one")
 
@@ -55,10 +51,9 @@ def ssbroyden(loss_fn: Callable[..., jax.Array], max_linesearch_steps: int = 20)
             return loss_fn(p, **data)
 
         value = value_fn(params) if value is None else value
+        of_loss: Any = {"value": value, "grad": grads, "value_fn": value_fn}
         after: Any
-        moves, after = search.update(
-            unravel(-direction), state.search, params, value=value, grad=grads, value_fn=value_fn
-        )
+        moves, after = search.update(unravel(-direction), state.search, params, **of_loss)
         s, y = ravel_pytree(moves)[0], ravel_pytree(after.grad)[0] - gradient
         fresh, sy = state.fresh | ~downhill, s @ y
         inverse = jnp.where(downhill, state.inverse, identity)
@@ -78,10 +73,8 @@ def ssbroyden(loss_fn: Callable[..., jax.Array], max_linesearch_steps: int = 20)
 def engd_w(loss_fn: rk_optax.LeastSquares, learning_rate: float | None = None, damping: float = 1e-8) -> Transformation:
     """Energy natural gradients by Woodbury's formula: θ − ηRᵀ(RRᵀ + λI)⁻¹r (Guzmán-Cordero et al. 2025).
 
-    Args:
-        loss_fn: the residuals.
-        learning_rate: η; None takes the least loss over 2⁰, 2⁻¹ ... 2⁻³⁰, as Müller and Zeinhofer (2023).
-        damping: λ.
+    `damping` is λ; the rate η is that of the least loss over 2⁰, 2⁻¹ ... 2⁻³⁰ where none is given, as in Müller and
+    Zeinhofer (2023).
     """
     return spring(loss_fn, learning_rate, damping, momentum=0.0, norm_constraint=None)
 
@@ -108,7 +101,8 @@ def spring(
 
     def step(grads: Any, last: jax.Array, params: Any, data: Any, value: Any) -> Any:
         flat, unravel = ravel_pytree(params)
-        residual, rows = _matrix(loss_fn, params, data)
+        of_data = loss_fn.rows(params, data)
+        residual, rows = of_data.residual, of_data.matrix()
         phi = momentum * last - _damped(rows, residual + momentum * (rows @ last), damping)
         if learning_rate is None:
             rates = jnp.asarray(0.5 ** np.arange(31.0), flat.dtype)
@@ -130,7 +124,7 @@ def somax_egn(
     """python-somax's `egn_mse`: Gauss–Newton by a Cholesky factorisation in the space of the residuals.
 
     Args:
-        loss_fn: the residuals, which are the library's predictions, with targets 0.
+        loss_fn: its residuals are the library's predictions, with targets 0.
         learning_rate: of a step.
         damping: λ, at the start.
         adapts: whether λ follows the quality of the model (the library's `trust_region`) or stays.
@@ -155,12 +149,7 @@ def somax_egn(
 
 
 def optimistix_lm(loss_fn: rk_optax.LeastSquares, iterations: int = 4) -> Transformation:
-    """Optimistix's `LevenbergMarquardt`, `iterations` of its own to an update; its step size goes on from the last.
-
-    Args:
-        loss_fn: the residuals.
-        iterations: of the library in one update.
-    """
+    """Optimistix's `LevenbergMarquardt`, `iterations` of its own to an update; its step size goes on from the last."""
     _check_residuals(loss_fn)
     optimistix, equinox = _library("optimistix", "optimistix"), _library("equinox", "equinox")
 
@@ -190,12 +179,6 @@ def optimistix_lm(loss_fn: rk_optax.LeastSquares, iterations: int = 4) -> Transf
 RIVALS: dict[str, Callable[..., Transformation]] = {
     rival.__name__: rival for rival in (ssbroyden, engd_w, spring, somax_egn, optimistix_lm)
 }
-
-
-def _matrix(loss_fn: rk_optax.LeastSquares, params: Any, data: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
-    """The residuals, shape (N,), and their Jacobian, shape (N, P)."""
-    rows = loss_fn.rows(params, data)
-    return rows.residual, rows.matrix()
 
 
 def _damped(rows: jax.Array, right: jax.Array, damping: float) -> jax.Array:
