@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from rk_optax.experiment.errors import UsageError
+from rk_optax.experiment.errors import require
 from rk_optax.experiment.store.run_folder import RunFolder
 
 Record = TypeVar("Record")
@@ -16,19 +16,15 @@ class Reporter(Protocol):
 
     def start(self, work: float) -> None:
         """Announces the total work, in gradient evaluations, steps or runs."""
-        ...
 
     def phase(self, description: str) -> None:
         """Says what is being done now."""
-        ...
 
     def advance(self, work: float) -> None:
         """Says that this much more of the work is done."""
-        ...
 
     def say(self, message: str) -> None:
         """Says something that is to stay readable."""
-        ...
 
 
 class BestTrial(NamedTuple):
@@ -41,15 +37,10 @@ class BestTrial(NamedTuple):
 
 
 def choose(name: str, losses: Sequence[float] | np.ndarray, remedy: str) -> BestTrial:
-    """The trial with the lowest loss.
-
-    Raises:
-        UsageError: if all of them diverged.
-    """
+    """The trial with the lowest loss; an error that names the remedy if all of them diverged."""
     finite = np.where(np.isfinite(losses), losses, np.inf)
     best, diverged = int(finite.argmin()), int(np.isinf(finite).sum())
-    if diverged == len(finite):
-        raise UsageError(f"{name} diverged at every one of its {len(finite)} trials: {remedy}")
+    require(diverged < len(finite), f"{name} diverged at every one of its {len(finite)} trials: {remedy}")
     return BestTrial(best, finite, {0: "lowest", len(finite) - 1: "highest"}.get(best), diverged)
 
 
@@ -64,24 +55,35 @@ def seconds_at(steps: np.ndarray, timed: np.ndarray, seconds: np.ndarray) -> np.
     return np.interp(steps, timed, seconds) * beyond
 
 
-def piece(folder: RunFolder, report: Reporter, name: str, work: float, do: Callable[[], Any]) -> Any:
-    """The result of a piece of a run as JSON has it, so that a resumed run goes on with the same values as another."""
+def piece(
+    folder: RunFolder,
+    report: Reporter,
+    kind: type[Record],
+    name: str,
+    work: float,
+    do: Callable[..., Any],
+    *given: Any,
+    **about: Any,
+) -> Any:
+    """What `do(*given)` returns, a named tuple of a kind or a list of them; from the folder where it was done before.
+
+    Either way it is as JSON has it, so that a resumed run goes on with the same values as another. `about` is written
+    beside it.
+    """
     if folder.finished(name) is None:
-        folder.finish(name, do())
+        done = do(*given)
+        folder.finish(name, [each._asdict() for each in done] if isinstance(done, list) else about | done._asdict())
     else:
         report.advance(work)
-    return folder.finished(name)
+    kept = folder.finished(name)
+    return [restored(kind, each) for each in kept] if isinstance(kept, list) else restored(kind, kept)
 
 
-def restored(kind: type[Record], kept: Mapping[str, Any]) -> Record:
-    """A named tuple of arrays and numbers from what `piece` returned, null being NaN.
-
-    Raises:
-        UsageError: if that was written by an earlier version, which knew less.
-    """
+def restored(kind: type[Record], kept: Any) -> Record:
+    """A named tuple of arrays and numbers from what JSON has of it, null in an array being NaN."""
     fields: Sequence[str] = getattr(kind, "_fields", ())
-    if not kept.keys() >= set(fields):
-        raise UsageError("the pieces of this run are of another version of rk-optax: start afresh with --out")
+    known = isinstance(kept, Mapping) and kept.keys() >= set(fields)
+    require(known, "the pieces of this run are of another version of rk-optax: start afresh with --out")
     return kind(**{field: _array(kept[field]) if isinstance(kept[field], list) else kept[field] for field in fields})
 
 
