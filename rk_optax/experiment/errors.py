@@ -1,7 +1,9 @@
 """The error that the command line shows as one line, and how other errors become one."""
 
 import contextlib
+import importlib
 from collections.abc import Iterator
+from typing import Any
 
 
 class UsageError(ValueError):
@@ -27,3 +29,11 @@ def require(condition: object, message: str) -> None:
     """Raises a UsageError unless a condition holds."""
     if not condition:
         raise UsageError(message)
+
+
+def optional(module: str, needs: str, install: str) -> Any:
+    """A module that not every installation has, or a UsageError that says what needs it and how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UsageError(f"{needs}, which is not installed: pip install {install}") from error

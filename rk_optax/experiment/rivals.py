@@ -3,7 +3,6 @@
 Each is written as published, so that a race compares with what others would run; none is part of rk_optax's API.
 """
 
-import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 
 import rk_optax
 from rk_optax.experiment.counted import Transformation, counted
-from rk_optax.experiment.errors import UsageError
+from rk_optax.experiment.errors import optional
 from rk_optax.solver._secant import broyden_inverse
 
 
@@ -130,7 +129,7 @@ def somax_egn(
         adapts: whether λ follows the quality of the model (the library's `trust_region`) or stays.
     """
     _check_residuals(loss_fn)
-    somax = _library("somax", "python-somax")
+    somax = optional("somax", "needs python-somax", "python-somax")
 
     def method(scale: float) -> Any:
         def predict(params: Any, data: Mapping[str, Any]) -> jax.Array:
@@ -151,7 +150,7 @@ def somax_egn(
 def optimistix_lm(loss_fn: rk_optax.LeastSquares, iterations: int = 4) -> Transformation:
     """Optimistix's `LevenbergMarquardt`, `iterations` of its own to an update; its step size goes on from the last."""
     _check_residuals(loss_fn)
-    optimistix, equinox = _library("optimistix", "optimistix"), _library("equinox", "equinox")
+    optimistix, equinox = (optional(name, f"needs {name}", name) for name in ("optimistix", "equinox"))
 
     class Resumed(optimistix.ClassicalTrustRegion):
         """The library's trust region, from a given step size."""
@@ -193,10 +192,3 @@ def _damped(rows: jax.Array, right: jax.Array, damping: float) -> jax.Array:
 def _check_residuals(loss_fn: Any) -> None:
     if not isinstance(loss_fn, rk_optax.LeastSquares):
         raise TypeError(f"needs residuals, an rk_optax.LeastSquares, and not a {type(loss_fn).__name__}")
-
-
-def _library(module: str, distribution: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UsageError(f"needs {distribution}, which is not installed: pip install {distribution}") from None

@@ -9,6 +9,7 @@ from rk_optax.experiment.config import CompareConfig, checked
 from rk_optax.experiment.entrants import Optimizer, build_optimizer, check_slices
 from rk_optax.experiment.errors import require
 from rk_optax.experiment.runs.loop import refinements
+from rk_optax.experiment.runs.protocol import nearest_multiple
 from rk_optax.experiment.tasks.supervised import Supervised, probe_loss
 
 
@@ -72,8 +73,7 @@ def _share(config: CompareConfig, costs: list[int]) -> tuple[list[int], list[int
     """The steps of every entrant, and how many of them a timed run takes from point to point."""
     every, gradients, updates = config.budget.evaluate_every, config.budget.gradients, config.budget.updates
     if updates is not None:
-        nearest = max(1, round(updates / every)) * every
-        multiple = f"must be a multiple of budget.evaluate_every = {every}: take {nearest}"
+        multiple = f"must be a multiple of budget.evaluate_every = {every}: take {nearest_multiple(updates, every)}"
         require(updates % every == 0, f"budget.updates = {updates} {multiple}")
         return [updates] * len(costs), [every] * len(costs)
     assert gradients is not None  # by the configuration's own check
@@ -83,7 +83,7 @@ def _share(config: CompareConfig, costs: list[int]) -> tuple[list[int], list[int
         gradients % unit == 0,
         f"budget.gradients = {gradients} must be a multiple of {unit}, which is budget.evaluate_every = {every} times "
         "the least common multiple of the entrants' gradients per step, so that all spend exactly the same: take "
-        f"{max(1, round(gradients / unit)) * unit}",
+        f"{nearest_multiple(gradients, unit)}",
     )
     # Chunks of equally many gradients: the cost of launching one then favours nobody.
     return [gradients // cost for cost in costs], [unit // cost for cost in costs]

@@ -44,6 +44,11 @@ def choose(name: str, losses: Sequence[float] | np.ndarray, remedy: str) -> Best
     return BestTrial(best, finite, {0: "lowest", len(finite) - 1: "highest"}.get(best), diverged)
 
 
+def nearest_multiple(number: int, unit: int) -> int:
+    """The positive multiple of a unit that is nearest to a number."""
+    return max(1, round(number / unit)) * unit
+
+
 def in_turns(entrants: Sequence[Any], repeat: int) -> list[Any]:
     """The order of one round of timed runs: forth and back, so that a slow spell of the machine hits all alike."""
     return list(entrants)[:: 1 if repeat % 2 == 0 else -1]

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from rk_optax.experiment.errors import UsageError
+from rk_optax.experiment.errors import require
 from rk_optax.experiment.runs.compare import Compared
 from rk_optax.experiment.runs.flow import DESCENT, Followed
 from rk_optax.experiment.runs.race import Raced
@@ -100,14 +100,9 @@ def plot_flows(results: Sequence[Followed], learning_rate: float, path: Path | s
 
 
 def plot_curves(curves: Sequence[Curve], x: str, path: Path) -> None:
-    """Draws training loss and error of several runs against steps, cost or seconds.
-
-    Raises:
-        UsageError: if their errors are not of one kind.
-    """
+    """Draws training loss and error of several runs against steps, cost or seconds."""
     kinds = dict.fromkeys(curve.error_name for curve in curves)
-    if len(kinds) > 1:
-        raise UsageError(f"cannot overlay runs that measure different errors: {'; '.join(kinds)}. Draw them apart")
+    require(len(kinds) <= 1, f"cannot overlay runs that measure different errors: {'; '.join(kinds)}. Draw them apart")
     figure = Figure(figsize=(9, 7), dpi=120, layout="constrained")
     axes = figure.subplots(2, 1, sharex=True)
     for axis, name, field in zip(axes, ("training loss", *kinds), ("train_loss", "error"), strict=True):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rk_optax.experiment.errors import UsageError
+from rk_optax.experiment.errors import UsageError, require
 
 _CLASSES = 10
 _UNSIGNED_BYTE = 8  # the type code of every file of these data sets
@@ -22,28 +22,20 @@ class Labelled(NamedTuple):
 
 
 def read_directory(directory: Path) -> tuple[Labelled, Labelled]:
-    """Reads the four files of a data set, each of them plain or gzipped.
-
-    Raises:
-        UsageError: if a file is missing or damaged, or does not go with the others.
-    """
-    if not directory.is_dir():
-        raise UsageError(f"data.data_dir = {str(directory)!r} is not a directory")
+    """Reads the four files of a data set, training and test part, each file plain or gzipped."""
+    where = f"data.data_dir = {str(directory)!r}"
+    require(directory.is_dir(), f"{where} is not a directory")
     train, test = _read_pair(directory, "train"), _read_pair(directory, "t10k")
-    if train.images.shape[1:] != test.images.shape[1:]:
-        raise UsageError(
-            f"data.data_dir = {str(directory)!r}: training images are {_size(train)} and test images {_size(test)}; "
-            "the files belong to different data sets"
-        )
+    sizes = [" x ".join(map(str, part.images.shape[1:])) for part in (train, test)]
+    require(
+        sizes[0] == sizes[1],
+        f"{where}: training images are {sizes[0]} and test images {sizes[1]}; the files belong to different data sets",
+    )
     return train, test
 
 
 def read(path: Path, dimensions: int) -> np.ndarray:
-    """Reads one IDX file of unsigned bytes, gzipped or not, whatever its name.
-
-    Raises:
-        UsageError: if the file cannot be read or is not such a file from the first byte to the last.
-    """
+    """Reads one IDX file of unsigned bytes from the first byte to the last, gzipped or not, whatever its name."""
     try:
         content = path.read_bytes()
         if content.startswith(b"\x1f\x8b"):
@@ -53,44 +45,29 @@ def read(path: Path, dimensions: int) -> np.ndarray:
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from error
     header, magic = 4 * (1 + dimensions), bytes([0, 0, _UNSIGNED_BYTE, dimensions])
-    if content[:4] != magic:
-        raise UsageError(
-            f"{path}: not an IDX file of bytes in {dimensions} dimensions: it starts with "
-            f"{content[:4].hex(' ') or 'nothing'} instead of {magic.hex(' ')}"
-        )
-    if len(content) < header:
-        raise UsageError(f"{path}: truncated: the header alone has {header} bytes, the file has {len(content)}")
+    starts = f"it starts with {content[:4].hex(' ') or 'nothing'} instead of {magic.hex(' ')}"
+    require(content[:4] == magic, f"{path}: not an IDX file of bytes in {dimensions} dimensions: {starts}")
+    length = len(content)
+    require(length >= header, f"{path}: truncated: the header alone has {header} bytes, the file has {length}")
     shape = [int.from_bytes(content[start : start + 4], "big") for start in range(4, header, 4)]
-    announced, found = math.prod(shape), len(content) - header
+    announced, found = math.prod(shape), length - header
     what = f"{' x '.join(map(str, shape))} bytes announced, {found} found; download it again"
-    if found < announced:
-        raise UsageError(f"{path}: truncated: {what}")
-    if found > announced or found == 0:
-        raise UsageError(f"{path}: damaged: {what}")
+    require(found >= announced, f"{path}: truncated: {what}")
+    require(found == announced and found, f"{path}: damaged: {what}")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
 def _read_pair(directory: Path, part: str) -> Labelled:
-    images_path, labels_path = (
-        _find(directory, f"{part}-images-idx3-ubyte"),
-        _find(directory, f"{part}-labels-idx1-ubyte"),
-    )
-    pair = Labelled(read(images_path, 3), read(labels_path, 1))
-    if len(pair.images) != len(pair.labels):
-        raise UsageError(
-            f"{labels_path}: {len(pair.labels)} labels for the {len(pair.images)} images of {images_path.name}"
-        )
-    if pair.labels.max() >= _CLASSES:
-        raise UsageError(f"{labels_path}: has the label {pair.labels.max()}, more than {_CLASSES - 1}")
-    return pair
+    images_path = _find(directory, f"{part}-images-idx3-ubyte")
+    labels_path = _find(directory, f"{part}-labels-idx1-ubyte")
+    images, labels = read(images_path, 3), read(labels_path, 1)
+    own = f"{labels_path}: {len(labels)} labels for the {len(images)} images of {images_path.name}"
+    require(len(images) == len(labels), own)
+    require(labels.max() < _CLASSES, f"{labels_path}: has the label {labels.max()}, more than {_CLASSES - 1}")
+    return Labelled(images, labels)
 
 
 def _find(directory: Path, name: str) -> Path:
-    for path in (directory / name, directory / f"{name}.gz"):
-        if path.is_file():
-            return path
-    raise UsageError(f"data.data_dir = {str(directory)!r} has no {name} or {name}.gz")
-
-
-def _size(pair: Labelled) -> str:
-    return " x ".join(map(str, pair.images.shape[1:]))
+    found = [path for path in (directory / name, directory / f"{name}.gz") if path.is_file()]
+    require(found, f"data.data_dir = {str(directory)!r} has no {name} or {name}.gz")
+    return found[0]

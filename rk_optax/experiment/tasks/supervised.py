@@ -12,7 +12,7 @@ import optax
 
 import rk_optax
 from rk_optax.experiment.config import DataConfig, ModelConfig
-from rk_optax.experiment.errors import UsageError
+from rk_optax.experiment.errors import require
 from rk_optax.experiment.tasks.data import Dataset, Split, batch_indices, check_kind, load_dataset
 from rk_optax.experiment.tasks.models import MODELS, build_model
 from rk_optax.experiment.tasks.rk_net import ConvRKNet, RKNet, finer
@@ -155,19 +155,14 @@ class Supervised(Task):
 
 
 def build_task(data: DataConfig, model: ModelConfig, metrics: Sequence[str] = ("accuracy",)) -> Supervised:
-    """The network and the data that a configuration describes.
-
-    Raises:
-        UsageError: if they do not go together, or the data cannot be had.
-    """
-    unknown = [name for name in metrics if name not in METRICS]
-    if unknown:
-        raise UsageError(f"metrics = {unknown[0]!r} must be one of {', '.join(METRICS)}")
-    if "transfer_gap" in metrics and not MODELS[model.name].refines:
-        refining = ", ".join(name for name, architecture in MODELS.items() if architecture.refines)
-        raise UsageError(
-            f"metrics = 'transfer_gap' needs a network with a grid to refine ({refining}), not {model.name}"
-        )
+    """The network and the data that a configuration describes."""
+    for name in metrics:
+        require(name in METRICS, f"metrics = {name!r} must be one of {', '.join(METRICS)}")
+    refining = ", ".join(name for name, architecture in MODELS.items() if architecture.refines)
+    require(
+        "transfer_gap" not in metrics or MODELS[model.name].refines,
+        f"metrics = 'transfer_gap' needs a network with a grid to refine ({refining}), not {model.name}",
+    )
     check_kind(data, model)
     dataset = load_dataset(data)
     network = build_model(model, dataset.classes)
@@ -234,12 +229,8 @@ def _residuals(outputs: Any, labels: Array, classes: int) -> jax.Array:
 
 def _in_pieces(function: Callable[[Split], Any], split: Split) -> Any:
     """A function of examples, evaluated on so many at a time."""
-    whole = len(split.labels) - len(split.labels) % _PIECE
-    if whole == 0:
-        return function(split)
-    pieces = Split(*(part[:whole].reshape(-1, _PIECE, *part.shape[1:]) for part in split))
-    done = jax.tree.map(lambda part: part.reshape(whole, *part.shape[2:]), jax.lax.map(function, pieces))
-    if whole == len(split.labels):
-        return done
-    rest = function(Split(*(part[whole:] for part in split)))
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), done, rest)
+
+    def of_one(example: Split) -> Any:
+        return jax.tree.map(lambda values: values[0], function(Split(*(part[None] for part in example))))
+
+    return jax.lax.map(of_one, split, batch_size=_PIECE)
