@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import datetime
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, NamedTuple, TypeVar
@@ -36,7 +37,7 @@ usage: rk-optax {verb} CONFIG [--out DIR] [--FIELD VALUE ...]
 
 {summary}
 
-  CONFIG         Python file whose get_config() returns a {kind}, e.g. {example}
+  CONFIG         Python file whose get_config() returns a {kind}, e.g. configs/{example}
   --out DIR      folder for what the run writes (default: runs/<config>-<time>)
   --resume DIR   go on with an interrupted run, with the config it has: what it finished is kept
   --FIELD VALUE  overrides a field of the config, e.g. {override}
@@ -51,9 +52,8 @@ class _Verb(NamedTuple, Generic[Config]):
     kind: type[Config]
     study: Callable[[Config], Any]  # the experiment: `study.run(folder, bar)` returns its results
     shown: Callable[[Any, RunFolder, Any], Sequence[Any]]  # writes summary and figure; what is to be printed
-    example: str
+    example: str  # a file in configs/
     override: str
-    summary: str
     folder: type[RunFolder] = RunFolder
 
 
@@ -94,46 +94,10 @@ def _followed(study: FlowStudy, folder: RunFolder, results: Any) -> Sequence[Any
 
 
 _VERBS = [
-    _Verb(
-        "train",
-        TrainConfig,
-        Training,
-        _trained,
-        example="configs/train_digits.py",
-        override="--optimizer.learning-rate 0.1",
-        summary="Trains a network with one optimizer, writing metrics and checkpoints as it goes.",
-        folder=TrainFolder,
-    ),
-    _Verb(
-        "compare",
-        CompareConfig,
-        Comparison,
-        _compared,
-        example="configs/digits.py",
-        override="--budget.gradients 1200",
-        summary="Tunes the learning rate of every optimizer over equally many trials, trains each over several\n"
-        "seeds at an equal budget of gradient evaluations or of updates, times it, and shows how they compare.",
-    ),
-    _Verb(
-        "race",
-        RaceConfig,
-        Race,
-        _raced,
-        example="configs/race_poisson.py",
-        override="--seeds 0 1, or --x64",
-        summary="Runs solvers and optimizers on a full-batch problem with a known solution, each tuned on a seed of "
-        "its own,\nand shows what every error costs in gradients, V (one value_and_grad) and seconds.",
-    ),
-    _Verb(
-        "flow",
-        FlowConfig,
-        FlowStudy,
-        _followed,
-        example="configs/edge_of_stability.py",
-        override="--learning-rate 0.1",
-        summary="Follows full-batch gradient descent, its gradient flow and its central flow from one start,\n"
-        "and shows their sharpness beside 2/h, their losses and their distances through time.",
-    ),
+    _Verb("train", TrainConfig, Training, _trained, "train_digits.py", "--optimizer.learning-rate 0.1", TrainFolder),
+    _Verb("compare", CompareConfig, Comparison, _compared, "digits.py", "--budget.gradients 1200"),
+    _Verb("race", RaceConfig, Race, _raced, "race_poisson.py", "--seeds 0 1, or --x64"),
+    _Verb("flow", FlowConfig, FlowStudy, _followed, "edge_of_stability.py", "--learning-rate 0.1"),
 ]
 
 
@@ -220,9 +184,11 @@ def _read(argv: Sequence[str], verb: _Verb[Config]) -> tuple[str, Config, Path, 
         return path.name, stored_config(path, verb.name, verb.kind), path, True
     if not argv or argv[0].startswith("-"):
         if {"-h", "--help"} & set(argv):
-            print(_HELP.format(**verb._asdict() | {"verb": verb.name, "kind": verb.kind.__name__}))
+            summary = (inspect.getdoc(verb.study) or "").partition("\n\nAttributes:")[0]
+            names = {"verb": verb.name, "kind": verb.kind.__name__, "summary": summary}
+            print(_HELP.format(**verb._asdict() | names))
             return None
-        example = f"rk-optax {verb.name} {verb.example}"
+        example = f"rk-optax {verb.name} configs/{verb.example}"
         raise UsageError(f"name a config file right after {verb.name}, e.g. {example}")
     path = Path(argv[0])
     config = load(path, verb.kind)

@@ -56,7 +56,11 @@ class Compared(NamedTuple):
 
 
 class Comparison:
-    """A comparison whose configuration is known to be possible, ready to run."""
+    """Tunes, trains and times every optimizer, and shows how they compare.
+
+    Each has equally many trials for its learning rate, and is trained over several seeds at an equal budget of gradient
+    evaluations or of updates.
+    """
 
     def __init__(self, config: CompareConfig):
         """Plans the comparison and loads its data."""
@@ -71,26 +75,19 @@ class Comparison:
 
         Tuning and training of each entrant, and the timing of all, are pieces that a resumed folder may hold already.
         """
-        entrants, do = self.entrants, functools.partial(piece, folder, report)
+        entrants, config, do = self.entrants, self.config, functools.partial(piece, folder, report)
         self._folder, self._report = folder, report
-        tuning, training = (list(map(work, entrants)) for work in (self._tuning_work, self._training_work))
-        timing = sum(_work(entrant, entrant.timed) for entrant in entrants) * self.config.timed_runs
+        tunings = [len(e.rates) * len(config.tuning.seeds) if e.optimizer.takes_rate else 0 for e in entrants]
+        tuning = [_work(e, e.tuning) * runs for e, runs in zip(entrants, tunings, strict=True)]
+        training = [_work(e, e.whole) * len(config.seeds) for e in entrants]
+        timing = sum(_work(e, e.timed) for e in entrants) * config.timed_runs
         report.start(sum(tuning) + sum(training) + timing)
         tuned = [do(Tuned, f"tune-{e.name}", work, self._tune, e) for e, work in zip(entrants, tuning, strict=True)]
         rates = [best.rate for best in tuned]
-        runs = [
-            do(Runs, f"compare-{entrant.name}", work, self._train, entrant, rate)
-            for entrant, rate, work in zip(entrants, rates, training, strict=True)
-        ]
+        each = zip(entrants, training, rates, strict=True)
+        runs = [do(Runs, f"compare-{e.name}", work, self._train, e, rate) for e, work, rate in each]
         timings = do(Timing, "time", timing, self._time, rates)
         return [Compared(*parts) for parts in zip(entrants, tuned, runs, timings, strict=True)]
-
-    def _tuning_work(self, entrant: Entrant) -> float:
-        trials = len(entrant.rates) if entrant.optimizer.takes_rate else 0
-        return _work(entrant, entrant.tuning) * trials * len(self.config.tuning.seeds)
-
-    def _training_work(self, entrant: Entrant) -> float:
-        return _work(entrant, entrant.whole) * len(self.config.seeds)
 
     def _tune(self, entrant: Entrant) -> Tuned:
         """Searches the grid; nothing but the validation split is looked at."""
@@ -116,14 +113,13 @@ class Comparison:
             measured = {"validation_loss": loss[row, trial], "validation_accuracy": accuracy[row, trial]}
             about = "tune", entrant, rates[trial], seeds[row], done, before[row, trial]
             self._log(*about, trial=trial, **measured)
-        remedy = f"lower optimizers.{entrant.name}.learning_rates"
-        choice = choose(entrant.name, loss.mean(axis=0), remedy)
-        diverged = f" ({choice.diverged} diverged)" if choice.diverged else ""
+        best, losses = choose(entrant.name, loss.mean(axis=0), f"lower optimizers.{entrant.name}.learning_rates")
+        diverged = int(np.isinf(losses).sum())
         self._report.say(
-            f"tuned {entrant.name}: learning rate {rates[choice.best]:.3g}, the best of {len(rates)} "
-            f"from {rates[0]:.3g} to {rates[-1]:.3g}{diverged}"
+            f"tuned {entrant.name}: learning rate {rates[best]:.3g}, the best of {len(rates)} from {rates[0]:.3g} to "
+            f"{rates[-1]:.3g}" + (f" ({diverged} diverged)" if diverged else "")
         )
-        return Tuned(rates[choice.best], choice.losses, choice.at_edge)
+        return Tuned(rates[best], losses, {0: "lowest", len(rates) - 1: "highest"}.get(best))
 
     def _train(self, entrant: Entrant, rate: float | None) -> Runs:
         """Trains on every seed at the tuned rate."""

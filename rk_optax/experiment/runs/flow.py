@@ -41,7 +41,9 @@ class Followed(NamedTuple):
 
 
 class FlowStudy:
-    """The three flows of a network whose configuration is known to be possible.
+    """Follows full-batch gradient descent, its gradient flow and its central flow from one start.
+
+    Shows their sharpness beside 2/h, their losses and their distances through time.
 
     Attributes:
         loss_fn: `loss_fn(params, **data)`.

@@ -1,7 +1,7 @@
 """What all experiments keep to: reporting, choosing among trials, taking turns on the clock, pieces done once."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -27,21 +27,11 @@ class Reporter(Protocol):
         """Says something that is to stay readable."""
 
 
-class BestTrial(NamedTuple):
-    """The best of several trials."""
-
-    best: int  # index of the trial
-    losses: np.ndarray  # (trial,) inf where a run diverged
-    at_edge: str | None  # "lowest" or "highest" where the best value bounds the grid
-    diverged: int
-
-
-def choose(name: str, losses: Sequence[float] | np.ndarray, remedy: str) -> BestTrial:
-    """The trial with the lowest loss; an error that names the remedy if all of them diverged."""
+def choose(name: str, losses: Sequence[float] | np.ndarray, remedy: str) -> tuple[int, np.ndarray]:
+    """Which trial has the lowest loss, and all losses, infinite where a run diverged; an error if all of them did."""
     finite = np.where(np.isfinite(losses), losses, np.inf)
-    best, diverged = int(finite.argmin()), int(np.isinf(finite).sum())
-    require(diverged < len(finite), f"{name} diverged at every one of its {len(finite)} trials: {remedy}")
-    return BestTrial(best, finite, {0: "lowest", len(finite) - 1: "highest"}.get(best), diverged)
+    require(np.isfinite(finite).any(), f"{name} diverged at every one of its {len(finite)} trials: {remedy}")
+    return int(finite.argmin()), finite
 
 
 def nearest_multiple(number: int, unit: int) -> int:

@@ -66,7 +66,10 @@ class Raced(NamedTuple):
 
 
 class Race:
-    """A race whose configuration is known to be possible."""
+    """Runs solvers and optimizers on a full-batch problem with a known solution, each tuned on a seed of its own.
+
+    Shows what every error costs in gradients, V (one value_and_grad) and seconds.
+    """
 
     def __init__(self, config: RaceConfig):
         """Builds every entrant once."""
@@ -96,8 +99,10 @@ class Race:
                 for i, value in enumerate(entrant.trials)
             ]
             shortfalls = [each.shortfall(config.targets) for each in runs]
-            values[name] = best = entrant.trials[choose(name, shortfalls, f"change entrants.{name}.trials").best]
-            report.say(f"tuned {name}: {entrant.tunes} {best:g} of {', '.join(map('{:g}'.format, entrant.trials))}")
+            best, _ = choose(name, shortfalls, f"change entrants.{name}.trials")
+            values[name] = entrant.trials[best]
+            tried = ", ".join(map("{:g}".format, entrant.trials))
+            report.say(f"tuned {name}: {entrant.tunes} {entrant.trials[best]:g} of {tried}")
         raced: dict[str, list[RaceRun]] = {name: [] for name in entrants}
         for index, seed in enumerate(config.seeds):
             for name in in_turns(list(entrants), index):

@@ -21,7 +21,7 @@ _LONGEST_CHUNK = 50
 
 
 class Training:
-    """A training run whose configuration is known to be possible, ready to run."""
+    """Trains a network with one optimizer, writing metrics and checkpoints as it goes."""
 
     def __init__(self, config: TrainConfig):
         """Checks the configuration, loads the data and plans the run."""

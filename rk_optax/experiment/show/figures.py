@@ -69,7 +69,7 @@ def plot_race(results: Sequence[Raced], error_name: str, path: Path) -> None:
     for axis, (field, label) in zip(axes, labels.items(), strict=True):
         names = [f"{result.name}{_valued(result.value, 'g')}" for result in results]
         grids = [on_grid(result.runs, field) for result in results]
-        _draw(axis, [_Drawn(n, x, y) for n, (x, y) in zip(names, grids, strict=True)], np.median, _every_twelfth)
+        _draw(axis, [_Drawn(n, x, y) for n, (x, y) in zip(names, grids, strict=True)], np.median, _marked)
         axis.set_xscale("log")
         axis.set_xlabel(label)
     axes[0].set_ylabel(error_name)
@@ -161,10 +161,6 @@ def _marked(x: np.ndarray, index: int) -> list[int]:
     """Indices of points to mark, evenly on a logarithmic axis, staggered from line to line."""
     wanted = np.geomspace(x[0], x[-1], 6) * 1.15**index
     return np.unique(np.searchsorted(x, wanted[wanted <= x[-1]])).tolist()
-
-
-def _every_twelfth(x: np.ndarray, index: int) -> tuple[int, int]:
-    return 3 * index % 12, 12
 
 
 def _eight(x: np.ndarray, index: int) -> tuple[int, int]:

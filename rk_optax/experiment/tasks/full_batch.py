@@ -38,14 +38,6 @@ class FullBatch(Task):
         """The start, which is part of the problem; there are no dropout masks to draw."""
         return Variables(self.params, {}, jax.random.key_data(jax.random.key(0)))
 
-    def batches(self, seed: int, start: int, count: int) -> np.ndarray:
-        """Nothing to choose, `count` times."""
-        return np.zeros((count, 0), np.int32)
-
-    def data(self, source: Data, batch: jax.Array, statistics: Any, dropout_key: jax.Array) -> Data:
-        """All of it."""
-        return source
-
     def score(self, params: Params, statistics: Any, split: Any = None, *, grid: bool = False) -> Score:
         """Loss and error, on all of the data."""
         loss, error = self._measure(params, self.source)

@@ -57,15 +57,9 @@ class Supervised(Task):
         squared: bool = False,
         metrics: Sequence[str] = ("accuracy",),
     ):
-        """Puts the data on the default device.
+        """Takes a network of `models`, and for the rest what the fields of the configurations say.
 
-        Args:
-            model: a Flax Linen module as those of `rk_optax.experiment.tasks.models`.
-            dataset: what it is trained and scored on.
-            batch_size: examples per batch; None for all.
-            l2: the loss has a term of l2/2 times the squared norm of the parameters.
-            squared: whether the loss is half the mean squared distance rather than cross-entropy.
-            metrics: keys of METRICS.
+        `squared` is for half the mean squared distance rather than cross-entropy.
         """
         self.model, self._l2, self._batch_size, self._squared, self._metrics = model, l2, batch_size, squared, metrics
         self.dataset: Dataset = jax.device_put(dataset)
