@@ -46,9 +46,7 @@ class FlowStudy:
     Shows their sharpness beside 2/h, their losses and their distances through time.
 
     Attributes:
-        loss_fn: `loss_fn(params, **data)`.
-        params: where all three start.
-        data: all examples of the loss.
+        loss_fn, params, data: the loss, `loss_fn(params, **data)`, where all three start, and all its examples.
         times: where they are looked at, multiples of the learning rate.
         flows: by name, what `rk_optax.gradient_flow` is told to follow each with.
     """

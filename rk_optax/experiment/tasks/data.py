@@ -11,7 +11,7 @@ from sklearn.datasets import fetch_openml, load_digits
 from sklearn.model_selection import train_test_split
 
 from rk_optax.experiment.errors import UsageError, refusing, require
-from rk_optax.experiment.tasks import cifar, idx, text
+from rk_optax.experiment.tasks import image_files, text
 from rk_optax.experiment.tasks.models import MODELS
 from rk_optax.experiment.tasks.task import Array, Kind
 
@@ -114,7 +114,7 @@ def _digits(config: DataConfig) -> Dataset:
 
 def _mnist(config: DataConfig) -> Dataset:
     """MNIST or a data set of its shape."""
-    parts = _fetch(config.name) if config.data_dir is None else idx.read_directory(config.data_dir)
+    parts = _fetch(config.name) if config.data_dir is None else image_files.read_idx(config.data_dir)
     rest, test = (
         Split((images[..., np.newaxis] / np.float32(255)).astype(np.float32), labels.astype(np.int32))
         for images, labels in parts
@@ -125,7 +125,7 @@ def _mnist(config: DataConfig) -> Dataset:
 def _cifar10(config: DataConfig) -> Dataset:
     if config.data_dir is None:
         raise UsageError("data.name = 'cifar10' needs --data-dir, the directory of its binary version's six .bin files")
-    return _images(config, *(Split(*part) for part in cifar.read_directory(config.data_dir)))
+    return _images(config, *(Split(*part) for part in image_files.read_cifar10(config.data_dir)))
 
 
 def _sums(config: DataConfig) -> Dataset:
@@ -148,7 +148,7 @@ def _no_directory(config: DataConfig, reason: str) -> None:
     require(config.data_dir is None, f"data.data_dir = {str(config.data_dir)!r}: {reason}; leave it out")
 
 
-def _fetch(name: str) -> tuple[idx.Labelled, idx.Labelled]:
+def _fetch(name: str) -> tuple[image_files.Labelled, image_files.Labelled]:
     """The parts of a data set of OpenML, which scikit-learn keeps in its cache once it has them."""
     try:
         with warnings.catch_warnings():
@@ -165,7 +165,7 @@ def _fetch(name: str) -> tuple[idx.Labelled, idx.Labelled]:
             "and name that with --data-dir"
         ) from error
     train, test = slice(_OPENML_TRAINING), slice(_OPENML_TRAINING, None)
-    return idx.Labelled(images[train], labels[train]), idx.Labelled(images[test], labels[test])
+    return image_files.Labelled(images[train], labels[train]), image_files.Labelled(images[test], labels[test])
 
 
 class Source(NamedTuple):

@@ -1,7 +1,7 @@
 """Physics-informed networks: the residuals of a differential equation as a least-squares loss."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ from scipy.integrate import solve_ivp
 
 import rk_optax
 from rk_optax.experiment.tasks.full_batch import FullBatch
-from rk_optax.experiment.tasks.task import Data, Params, Variables
+from rk_optax.experiment.tasks.task import Data, Params
 
 
 def network(params: Params, x: jax.Array) -> jax.Array:
@@ -30,11 +30,12 @@ def _pinn(
     points: Any,
     values: Any,
     u: Callable[[Params, jax.Array], jax.Array] = network,
+    **options: Any,
 ) -> FullBatch:
     """A problem whose error is relative in L2, from the `values` of the solution at some `points`.
 
     Each of the `terms` of its loss is a weight and the residual at one point, which takes the `data` by name; `u` is
-    the solution as the network of these `widths` has it.
+    the solution as the network of these `widths` has it. Further options are those of `FullBatch`.
     """
     points, values = jnp.asarray(points, float), jnp.asarray(values, float)
 
@@ -48,7 +49,7 @@ def _pinn(
         pointwise=tuple(data),
         reduction="mean",
     )
-    return FullBatch(loss_fn, initial_network(key, widths), data, error, "relative L2 error")
+    return FullBatch(loss_fn, initial_network(key, widths), data, error, "relative L2 error", **options)
 
 
 def poisson(seed: int, width: int = 32, layers: int = 3, inside: int = 900, side: int = 30) -> FullBatch:
@@ -175,25 +176,6 @@ def _evolution(
     return _pinn(key, widths, terms, data, grid, equation.solution(*axes).ravel(), u)
 
 
-class NewPoints(FullBatch):
-    """A problem that every step sees at other points; the loss that is reported is that of the points of `source`."""
-
-    constant = False
-
-    def __init__(self, problem: FullBatch, sample: Callable[[jax.Array], Data], seed: int):
-        """Draws the data of a step by `sample(key)`."""
-        super().__init__(problem.loss_fn, problem.params, problem.source, problem.error, problem.error_name)
-        self._sample, self._seed = sample, seed
-
-    def init(self, seeds: int | Sequence[int]) -> Variables:
-        """The start, and the key of all points."""
-        return super().init(seeds)._replace(key=jax.random.key_data(jax.random.key(self._seed)))
-
-    def data(self, source: Data, batch: jax.Array, statistics: Any, dropout_key: jax.Array) -> Data:
-        """New points."""
-        return self._sample(jax.random.wrap_key_data(dropout_key))
-
-
 def poisson_5d(seed: int, inside: int = 3000, boundary: int = 500, new_points: bool = False) -> FullBatch:
     """−Δu = f on (0, 1)⁵ with u = Σ cos(πxᵢ), tanh 5-64-64-48-48-1; the error is relative in L2, on 4,000 other points.
 
@@ -222,8 +204,9 @@ def poisson_5d(seed: int, inside: int = 3000, boundary: int = 500, new_points: b
 
     test = jax.random.uniform(elsewhere, (4000, 5))
     terms = {"equation": (1.0, equation), "boundary": (1.0, at_boundary)}
-    problem = _pinn(start, (5, 64, 64, 48, 48, 1), terms, sample(points), test, jax.vmap(solution)(test))
-    return NewPoints(problem, sample, seed) if new_points else problem
+    options: dict[str, Any] = {"sample": sample, "seed": seed} if new_points else {}
+    widths = 5, 64, 64, 48, 48, 1
+    return _pinn(start, widths, terms, sample(points), test, jax.vmap(solution)(test), **options)
 
 
 def burgers_solution(x: np.ndarray, t: np.ndarray, viscosity: float = VISCOSITY) -> np.ndarray:

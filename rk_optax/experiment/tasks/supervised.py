@@ -167,15 +167,9 @@ def build_task(data: DataConfig, model: ModelConfig, metrics: Sequence[str] = ("
 def structured_loss(
     outputs: Callable[..., Any], classes: int, l2: float, squared: bool, size: int, pointwise: bool
 ) -> rk_optax.ModelLoss:
-    """The loss as a function of the outputs, or of the residuals, and the penalty.
+    """The loss as a function of `outputs(params, images, statistics, dropout_key)` or of residuals, and the penalty.
 
-    Args:
-        outputs: `outputs(params, images, statistics, dropout_key)`.
-        classes: outputs of an example, where the loss is squared.
-        l2: weight of the penalty.
-        squared: whether the loss is half the mean squared distance rather than cross-entropy.
-        size: number of parameters.
-        pointwise: whether the outputs of an example depend on that example alone.
+    `size` is the number of parameters; `pointwise` says that the outputs of an example depend on that example alone.
     """
     if squared:
 

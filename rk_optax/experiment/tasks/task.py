@@ -58,7 +58,7 @@ class Task(abc.ABC):
     source: Any
     examples: int
     sliced: ClassVar[tuple[str, ...]] = ()
-    constant: ClassVar[bool] = False
+    constant: bool = False
     gradients_per_row: float = 1.0
 
     @abc.abstractmethod
@@ -69,9 +69,9 @@ class Task(abc.ABC):
         """Indices (count, batch_size) of the batches from step `start` on; none where there is nothing to choose."""
         return np.zeros((count, 0), np.int32)
 
+    @abc.abstractmethod
     def data(self, source: Any, batch: jax.Array, statistics: Any, dropout_key: jax.Array) -> Data:
-        """The arguments of the loss for one batch: all of the source, unless there are batches."""
-        return source
+        """The arguments of the loss for one batch."""
 
     @abc.abstractmethod
     def score(self, params: Params, statistics: Any, split: Any, *, grid: bool = False) -> Score:

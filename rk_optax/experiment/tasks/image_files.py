@@ -1,4 +1,4 @@
-"""Images and labels in IDX files, the format of MNIST and Fashion-MNIST."""
+"""Images and labels in files: IDX, the format of MNIST and Fashion-MNIST, and the binary version of CIFAR-10."""
 
 import gzip
 import math
@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rk_optax.experiment.errors import UsageError, require
+from rk_optax.experiment.errors import UsageError, refusing, require
 
 _CLASSES = 10
 _UNSIGNED_BYTE = 8  # the type code of every file of these data sets
+_CIFAR10_RECORD = 1 + 3 * 32 * 32  # the label, then the channels one after the other
 
 
 class Labelled(NamedTuple):
@@ -21,7 +22,7 @@ class Labelled(NamedTuple):
     labels: np.ndarray
 
 
-def read_directory(directory: Path) -> tuple[Labelled, Labelled]:
+def read_idx(directory: Path) -> tuple[Labelled, Labelled]:
     """Reads the four files of a data set, training and test part, each file plain or gzipped."""
     where = f"data.data_dir = {str(directory)!r}"
     require(directory.is_dir(), f"{where} is not a directory")
@@ -71,3 +72,23 @@ def _find(directory: Path, name: str) -> Path:
     found = [path for path in (directory / name, directory / f"{name}.gz") if path.is_file()]
     require(found, f"data.data_dir = {str(directory)!r} has no {name} or {name}.gz")
     return found[0]
+
+
+def read_cifar10(directory: Path) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Images (example, 32, 32, 3), float32 in [0, 1], and labels, int32, of the training and the test part."""
+    train = [f"data_batch_{i}.bin" for i in range(1, 6)]
+    return _read_records(directory, train), _read_records(directory, ["test_batch.bin"])
+
+
+def _read_records(directory: Path, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    contents = []
+    for path in (directory / name for name in names):
+        with refusing(f"data.data_dir: {path} cannot be read", OSError):
+            contents.append(path.read_bytes())
+        size = len(contents[-1])
+        whole = size and size % _CIFAR10_RECORD == 0
+        require(whole, f"data.data_dir: {path} is damaged: {size} bytes are no whole records")
+    records = np.frombuffer(b"".join(contents), np.uint8).reshape(-1, _CIFAR10_RECORD)
+    require(records[:, 0].max() <= 9, f"data.data_dir: {directory} is damaged: a label is above 9")
+    images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return (images / np.float32(255)).astype(np.float32), records[:, 0].astype(np.int32)
