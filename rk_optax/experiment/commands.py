@@ -17,6 +17,7 @@ from rk_optax.experiment.config import CompareConfig, FlowConfig, RaceConfig, Tr
 from rk_optax.experiment.errors import UsageError, refusing, require
 from rk_optax.experiment.runs.compare import Comparison
 from rk_optax.experiment.runs.flow import FlowStudy
+from rk_optax.experiment.runs.progress import ProgressBar
 from rk_optax.experiment.runs.race import Race
 from rk_optax.experiment.runs.summary import as_json, summarize
 from rk_optax.experiment.runs.train import Training
@@ -24,7 +25,6 @@ from rk_optax.experiment.show import tables
 from rk_optax.experiment.show.curves import read_curves
 from rk_optax.experiment.show.figures import AXES, plot_comparison, plot_curves, plot_flows, plot_race
 from rk_optax.experiment.show.flow_summary import flow_summary
-from rk_optax.experiment.show.progress import ProgressBar
 from rk_optax.experiment.show.race_summary import race_summary
 from rk_optax.experiment.store.run_folder import RunFolder, TrainFolder, first_difference, stored_config
 from rk_optax.methods import TABLEAUS

@@ -9,7 +9,8 @@ import numpy as np
 from rk_optax.experiment.config import CompareConfig
 from rk_optax.experiment.runs.loop import Point, Trainer, check_refinement
 from rk_optax.experiment.runs.plan import Entrant, Length, make_plan
-from rk_optax.experiment.runs.protocol import Reporter, choose, in_turns, piece, seconds_at
+from rk_optax.experiment.runs.progress import ProgressBar
+from rk_optax.experiment.runs.protocol import choose, in_turns, piece, seconds_at
 from rk_optax.experiment.store.run_folder import RunFolder
 from rk_optax.experiment.tasks.data import Split
 from rk_optax.experiment.tasks.supervised import build_task
@@ -70,7 +71,7 @@ class Comparison:
             check_refinement(self._task, entrant.optimizer, entrant.whole.steps)
         self._scored = Split(*(part[: config.budget.scored_examples] for part in self._task.dataset.train))
 
-    def run(self, folder: RunFolder, report: Reporter) -> list[Compared]:
+    def run(self, folder: RunFolder, report: ProgressBar) -> list[Compared]:
         """Tunes, trains and times every entrant, logging to the folder as it goes.
 
         Tuning and training of each entrant, and the timing of all, are pieces that a resumed folder may hold already.

@@ -10,7 +10,8 @@ import rk_optax
 from rk_optax import spectrum
 from rk_optax.experiment.config import FlowConfig, checked
 from rk_optax.experiment.errors import require
-from rk_optax.experiment.runs.protocol import Reporter, piece
+from rk_optax.experiment.runs.progress import ProgressBar
+from rk_optax.experiment.runs.protocol import piece
 from rk_optax.experiment.store.checkpoints import Checkpoints
 from rk_optax.experiment.store.run_folder import RunFolder
 from rk_optax.experiment.tasks.supervised import build_task
@@ -84,7 +85,7 @@ class FlowStudy:
         common = {"save": save, "data": self.data, "batches": batches, "max_steps": None}
         return rk_optax.gradient_flow(self.loss_fn, self.params, self.times, **self.flows[name], **common, **options)
 
-    def run(self, folder: RunFolder, report: Reporter) -> list[Followed]:
+    def run(self, folder: RunFolder, report: ProgressBar) -> list[Followed]:
         """Follows the three, each from its latest checkpoint in the folder or else from the start."""
         self._folder, self._report, self._descent = folder, report, None
         end = float(self.times[-1])

@@ -1,30 +1,15 @@
-"""What all experiments keep to: reporting, choosing among trials, taking turns on the clock, pieces done once."""
+"""What all experiments keep to: choosing among trials, taking turns on the clock, pieces done once."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from rk_optax.experiment.errors import require
+from rk_optax.experiment.runs.progress import ProgressBar
 from rk_optax.experiment.store.run_folder import RunFolder
 
 Record = TypeVar("Record")
-
-
-class Reporter(Protocol):
-    """What an experiment tells while it runs; any of these may raise KeyboardInterrupt to end it."""
-
-    def start(self, work: float) -> None:
-        """Announces the total work, in gradient evaluations, steps or runs."""
-
-    def phase(self, description: str) -> None:
-        """Says what is being done now."""
-
-    def advance(self, work: float) -> None:
-        """Says that this much more of the work is done."""
-
-    def say(self, message: str) -> None:
-        """Says something that is to stay readable."""
 
 
 def choose(name: str, losses: Sequence[float] | np.ndarray, remedy: str) -> tuple[int, np.ndarray]:
@@ -52,7 +37,7 @@ def seconds_at(steps: np.ndarray, timed: np.ndarray, seconds: np.ndarray) -> np.
 
 def piece(
     folder: RunFolder,
-    report: Reporter,
+    report: ProgressBar,
     kind: type[Record],
     name: str,
     work: float,

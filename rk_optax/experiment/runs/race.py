@@ -17,7 +17,8 @@ from rk_optax.experiment.config import EntrantConfig, RaceConfig, checked
 from rk_optax.experiment.entrants import Optimizer, build_optimizer
 from rk_optax.experiment.errors import refusing
 from rk_optax.experiment.runs.loop import Trainer
-from rk_optax.experiment.runs.protocol import Reporter, choose, in_turns, piece
+from rk_optax.experiment.runs.progress import ProgressBar
+from rk_optax.experiment.runs.protocol import choose, in_turns, piece
 from rk_optax.experiment.store.run_folder import RunFolder
 from rk_optax.experiment.tasks.full_batch import FullBatch
 from rk_optax.experiment.tasks.problems import PROBLEMS
@@ -81,7 +82,7 @@ class Race:
             optimizer.make(problem.loss_fn, rate, entrant.steps)  # does its schedule fit?
         self.error_name = problem.error_name
 
-    def run(self, folder: RunFolder, report: Reporter) -> list[Raced]:
+    def run(self, folder: RunFolder, report: ProgressBar) -> list[Raced]:
         """Tunes and runs every entrant on every seed; pieces that a resumed folder holds are taken from there."""
         config, entrants = self.config, self.config.entrants
 
@@ -113,7 +114,7 @@ class Race:
     def _problem(self, seed: int) -> FullBatch:
         return PROBLEMS[self.config.problem](seed, **self.config.problem_options)
 
-    def _run(self, name: str, value: float | None, seed: int, fraction: float, report: Reporter) -> RaceRun:
+    def _run(self, name: str, value: float | None, seed: int, fraction: float, report: ProgressBar) -> RaceRun:
         entrant, problem = self.config.entrants[name], self._problem(seed)
         optimizer, rate = _build(name, entrant, problem, value)
         trainer = Trainer(problem, optimizer, seed, rate, entrant.chunk, steps=entrant.steps)

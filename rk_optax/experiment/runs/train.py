@@ -11,7 +11,8 @@ from rk_optax.experiment.config import TrainConfig, checked
 from rk_optax.experiment.entrants import build_optimizer, check_slices
 from rk_optax.experiment.errors import optional, require
 from rk_optax.experiment.runs.loop import Point, Trainer, check_refinement, refinements
-from rk_optax.experiment.runs.protocol import Reporter, nearest_multiple
+from rk_optax.experiment.runs.progress import ProgressBar
+from rk_optax.experiment.runs.protocol import nearest_multiple
 from rk_optax.experiment.store.checkpoints import Checkpoints
 from rk_optax.experiment.store.run_folder import TrainFolder
 from rk_optax.experiment.tasks.supervised import Supervised, build_task, probe_loss
@@ -50,7 +51,7 @@ class Training:
         at = self._refine_at
         return Trainer(self.task, self.optimizer, seed, rate, chunk, steps=self.steps, mesh=self._mesh, refine_at=at)
 
-    def run(self, folder: TrainFolder, report: Reporter) -> dict[str, Any]:
+    def run(self, folder: TrainFolder, report: ProgressBar) -> dict[str, Any]:
         """Trains from the latest checkpoint in the folder, or else from the start."""
         report.start(self.steps)
         if self._mesh is not None:

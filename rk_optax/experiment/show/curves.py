@@ -96,9 +96,7 @@ def _means(
     for record in records:
         by_step[record["steps"]].append(record)
     steps = sorted(step for step, same in by_step.items() if len(same) >= least)
-    values = [[average([_number(record[field]) for record in by_step[step]]) for step in steps] for field in fields]
+    values = [
+        [average(np.array([record[field] for record in by_step[step]], float)) for step in steps] for field in fields
+    ]
     return np.array(steps, float), [np.array(column, float) for column in values]
-
-
-def _number(value: Any) -> float:
-    return np.nan if value is None else float(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -97,11 +97,6 @@ def _stratified(whole: Split, fraction: float, seed: int) -> tuple[Split, Split]
     return Split(rest, labels_of_rest), Split(part, labels_of_part)
 
 
-def _images(config: DataConfig, rest: Split, test: Split) -> Dataset:
-    """Ten classes: the test part stays whole, the validation split is cut from the other. Nothing is augmented."""
-    return Dataset(*_stratified(rest, config.validation_fraction, config.split_seed), test, classes=10)
-
-
 def _digits(config: DataConfig) -> Dataset:
     _no_directory(config, "digits come with scikit-learn")
     digits: Any = load_digits()
@@ -115,17 +110,21 @@ def _digits(config: DataConfig) -> Dataset:
 def _mnist(config: DataConfig) -> Dataset:
     """MNIST or a data set of its shape."""
     parts = _fetch(config.name) if config.data_dir is None else image_files.read_idx(config.data_dir)
-    rest, test = (
-        Split((images[..., np.newaxis] / np.float32(255)).astype(np.float32), labels.astype(np.int32))
-        for images, labels in parts
-    )
-    return _images(config, rest, test)
+    return _images(config, [(images[..., np.newaxis], labels) for images, labels in parts])
 
 
 def _cifar10(config: DataConfig) -> Dataset:
     if config.data_dir is None:
         raise UsageError("data.name = 'cifar10' needs --data-dir, the directory of its binary version's six .bin files")
-    return _images(config, *(Split(*part) for part in image_files.read_cifar10(config.data_dir)))
+    return _images(config, image_files.read_cifar10(config.data_dir))
+
+
+def _images(config: DataConfig, parts: Iterable[image_files.Labelled]) -> Dataset:
+    """Of ten classes: the test part stays whole, the validation split is cut from the other. Nothing is augmented."""
+    rest, test = (
+        Split((images / np.float32(255)).astype(np.float32), labels.astype(np.int32)) for images, labels in parts
+    )
+    return Dataset(*_stratified(rest, config.validation_fraction, config.split_seed), test, classes=10)
 
 
 def _sums(config: DataConfig) -> Dataset:
@@ -165,7 +164,7 @@ def _fetch(name: str) -> tuple[image_files.Labelled, image_files.Labelled]:
             "and name that with --data-dir"
         ) from error
     train, test = slice(_OPENML_TRAINING), slice(_OPENML_TRAINING, None)
-    return image_files.Labelled(images[train], labels[train]), image_files.Labelled(images[test], labels[test])
+    return (images[train], labels[train]), (images[test], labels[test])
 
 
 class Source(NamedTuple):

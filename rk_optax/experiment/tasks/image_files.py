@@ -4,7 +4,6 @@ import gzip
 import math
 import zlib
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -15,11 +14,8 @@ _UNSIGNED_BYTE = 8  # the type code of every file of these data sets
 _CIFAR10_RECORD = 1 + 3 * 32 * 32  # the label, then the channels one after the other
 
 
-class Labelled(NamedTuple):
-    """Images (example, row, column) and labels (example,), both bytes as the files hold them."""
-
-    images: np.ndarray
-    labels: np.ndarray
+# Images (example, row, column) or (example, row, column, channel) and labels (example,), bytes as the files hold them.
+Labelled = tuple[np.ndarray, np.ndarray]
 
 
 def read_idx(directory: Path) -> tuple[Labelled, Labelled]:
@@ -27,7 +23,7 @@ def read_idx(directory: Path) -> tuple[Labelled, Labelled]:
     where = f"data.data_dir = {str(directory)!r}"
     require(directory.is_dir(), f"{where} is not a directory")
     train, test = _read_pair(directory, "train"), _read_pair(directory, "t10k")
-    sizes = [" x ".join(map(str, part.images.shape[1:])) for part in (train, test)]
+    sizes = [" x ".join(map(str, images.shape[1:])) for images, _ in (train, test)]
     require(
         sizes[0] == sizes[1],
         f"{where}: training images are {sizes[0]} and test images {sizes[1]}; the files belong to different data sets",
@@ -65,7 +61,7 @@ def _read_pair(directory: Path, part: str) -> Labelled:
     own = f"{labels_path}: {len(labels)} labels for the {len(images)} images of {images_path.name}"
     require(len(images) == len(labels), own)
     require(labels.max() < _CLASSES, f"{labels_path}: has the label {labels.max()}, more than {_CLASSES - 1}")
-    return Labelled(images, labels)
+    return images, labels
 
 
 def _find(directory: Path, name: str) -> Path:
@@ -74,13 +70,13 @@ def _find(directory: Path, name: str) -> Path:
     return found[0]
 
 
-def read_cifar10(directory: Path) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Images (example, 32, 32, 3), float32 in [0, 1], and labels, int32, of the training and the test part."""
+def read_cifar10(directory: Path) -> tuple[Labelled, Labelled]:
+    """Reads the six files of the binary version, training and test part."""
     train = [f"data_batch_{i}.bin" for i in range(1, 6)]
     return _read_records(directory, train), _read_records(directory, ["test_batch.bin"])
 
 
-def _read_records(directory: Path, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
+def _read_records(directory: Path, names: list[str]) -> Labelled:
     contents = []
     for path in (directory / name for name in names):
         with refusing(f"data.data_dir: {path} cannot be read", OSError):
@@ -89,6 +85,5 @@ def _read_records(directory: Path, names: list[str]) -> tuple[np.ndarray, np.nda
         whole = size and size % _CIFAR10_RECORD == 0
         require(whole, f"data.data_dir: {path} is damaged: {size} bytes are no whole records")
     records = np.frombuffer(b"".join(contents), np.uint8).reshape(-1, _CIFAR10_RECORD)
-    require(records[:, 0].max() <= 9, f"data.data_dir: {directory} is damaged: a label is above 9")
-    images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return (images / np.float32(255)).astype(np.float32), records[:, 0].astype(np.int32)
+    require(records[:, 0].max() < _CLASSES, f"data.data_dir: {directory} is damaged: a label is above {_CLASSES - 1}")
+    return records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0]
