@@ -26,7 +26,10 @@ def test_the_results_are_those_of_the_config(study, size):
     for entrant, optimizer in zip(make_plan(config), result["optimizers"], strict=True):
         assert entrant.name == optimizer["optimizer"]
         assert [trial["learning_rate"] for trial in optimizer["trials"]] == pytest.approx(entrant.rates, rel=1e-4)
-        assert np.shape(optimizer["curve"]["test_accuracy"]) == (5, 1 + entrant.steps // config.budget.evaluate_every)
+        assert np.shape(optimizer["curve"]["test_accuracy"]) == (
+            5,
+            1 + entrant.whole.steps // config.budget.evaluate_every,
+        )
         assert len(optimizer["timed_seconds"]) == config.timed_runs
     assert "/" not in json.dumps(result)  # no path of a machine
 

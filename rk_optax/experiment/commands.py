@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import datetime
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, NamedTuple, TypeVar
@@ -13,9 +14,10 @@ import numpy as np
 import tyro
 
 from rk_optax.experiment.config import CompareConfig, FlowConfig, RaceConfig, TrainConfig, checked, load
-from rk_optax.experiment.errors import UsageError
+from rk_optax.experiment.errors import UsageError, refusing, require
 from rk_optax.experiment.runs.compare import Comparison
 from rk_optax.experiment.runs.flow import FlowStudy
+from rk_optax.experiment.runs.progress import ProgressBar
 from rk_optax.experiment.runs.race import Race
 from rk_optax.experiment.runs.summary import as_json, summarize
 from rk_optax.experiment.runs.train import Training
@@ -23,7 +25,6 @@ from rk_optax.experiment.show import tables
 from rk_optax.experiment.show.curves import read_curves
 from rk_optax.experiment.show.figures import AXES, plot_comparison, plot_curves, plot_flows, plot_race
 from rk_optax.experiment.show.flow_summary import flow_summary
-from rk_optax.experiment.show.progress import ProgressBar
 from rk_optax.experiment.show.race_summary import race_summary
 from rk_optax.experiment.store.run_folder import RunFolder, TrainFolder, first_difference, stored_config
 from rk_optax.methods import TABLEAUS
@@ -36,7 +37,7 @@ usage: rk-optax {verb} CONFIG [--out DIR] [--FIELD VALUE ...]
 
 {summary}
 
-  CONFIG         Python file whose get_config() returns a {kind}, e.g. {example}
+  CONFIG         Python file whose get_config() returns a {kind}, e.g. configs/{example}
   --out DIR      folder for what the run writes (default: runs/<config>-<time>)
   --resume DIR   go on with an interrupted run, with the config it has: what it finished is kept
   --FIELD VALUE  overrides a field of the config, e.g. {override}
@@ -51,9 +52,8 @@ class _Verb(NamedTuple, Generic[Config]):
     kind: type[Config]
     study: Callable[[Config], Any]  # the experiment: `study.run(folder, bar)` returns its results
     shown: Callable[[Any, RunFolder, Any], Sequence[Any]]  # writes summary and figure; what is to be printed
-    example: str
+    example: str  # a file in configs/
     override: str
-    summary: str
     folder: type[RunFolder] = RunFolder
 
 
@@ -66,15 +66,6 @@ class _Line(Generic[Config]):
     """New folder for what the run writes; by default runs/<config>-<time>."""
     resume: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of an interrupted run that is to go on. Its config governs; a different one is refused."""
-
-
-class _Invocation(NamedTuple, Generic[Config]):
-    """A command line that has been read."""
-
-    name: str  # of the config
-    config: Config
-    folder: Path
-    resumed: bool
 
 
 def _trained(training: Training, folder: RunFolder, last: Any) -> Sequence[Any]:
@@ -102,65 +93,27 @@ def _followed(study: FlowStudy, folder: RunFolder, results: Any) -> Sequence[Any
     return [tables.flow_table(summary), *tables.flow_notes(summary)]
 
 
-_TRAIN = _Verb(
-    "train",
-    TrainConfig,
-    Training,
-    _trained,
-    "configs/train_digits.py",
-    "--optimizer.learning-rate 0.1",
-    "Trains a network with one optimizer, writing metrics and checkpoints as it goes.",
-    TrainFolder,
-)
-_COMPARE = _Verb(
-    "compare",
-    CompareConfig,
-    Comparison,
-    _compared,
-    "configs/digits.py",
-    "--budget.gradients 1200",
-    "Tunes the learning rate of every optimizer over equally many trials, trains each over several\n"
-    "seeds at an equal budget of gradient evaluations or of updates, times it, and shows how they compare.",
-)
-_RACE = _Verb(
-    "race",
-    RaceConfig,
-    Race,
-    _raced,
-    "configs/race_poisson.py",
-    "--seeds 0 1, or --x64",
-    "Runs solvers and optimizers on a full-batch problem with a known solution, each tuned on a seed of its own,\n"
-    "and shows what every error costs in gradients, V (one value_and_grad) and seconds.",
-)
-_FLOW = _Verb(
-    "flow",
-    FlowConfig,
-    FlowStudy,
-    _followed,
-    "configs/edge_of_stability.py",
-    "--learning-rate 0.1",
-    "Follows full-batch gradient descent, its gradient flow and its central flow from one start,\n"
-    "and shows their sharpness beside 2/h, their losses and their distances through time.",
-)
+_VERBS = [
+    _Verb("train", TrainConfig, Training, _trained, "train_digits.py", "--optimizer.learning-rate 0.1", TrainFolder),
+    _Verb("compare", CompareConfig, Comparison, _compared, "digits.py", "--budget.gradients 1200"),
+    _Verb("race", RaceConfig, Race, _raced, "race_poisson.py", "--seeds 0 1, or --x64"),
+    _Verb("flow", FlowConfig, FlowStudy, _followed, "edge_of_stability.py", "--learning-rate 0.1"),
+]
 
 
 def _run(verb: _Verb[Config], argv: Sequence[str]) -> int:
-    """Runs an experiment, or goes on with one.
-
-    Raises:
-        UsageError: if it is not possible as asked for.
-        KeyboardInterrupt: with a message that says how to go on.
-    """
+    """Runs an experiment, or goes on with one; a KeyboardInterrupt says how to go on."""
     asked = _read(argv, verb)
     if asked is None:
         return 0
+    name, config, path, resumed = asked
     before = jax.config.read("jax_enable_x64")
-    jax.config.update("jax_enable_x64", getattr(asked.config, "x64", False) or before)
+    jax.config.update("jax_enable_x64", getattr(config, "x64", False) or before)
     try:
-        study = verb.study(asked.config)
-        with verb.folder(asked.folder, resume=asked.resumed) as folder:
+        study = verb.study(config)
+        with verb.folder(path, resume=resumed) as folder:
             try:
-                folder.write_config(verb.name, asked.name, asked.config)
+                folder.write_config(verb.name, name, config)
                 with ProgressBar(tables.make_console(stderr=True)) as bar:
                     lines = verb.shown(study, folder, study.run(folder, bar))
             except KeyboardInterrupt:
@@ -171,22 +124,19 @@ def _run(verb: _Verb[Config], argv: Sequence[str]) -> int:
     console = tables.make_console()
     for line in lines:
         console.print(line, markup=False)
-    console.print(f"Written to {asked.folder}", markup=False, soft_wrap=True)
+    return _written(path)
+
+
+def _written(path: Path) -> int:
+    tables.make_console().print(f"Written to {path}", markup=False, soft_wrap=True)
     return 0
 
 
-train = functools.partial(_run, _TRAIN)
-compare = functools.partial(_run, _COMPARE)
-race = functools.partial(_run, _RACE)
-flow = functools.partial(_run, _FLOW)
+train, compare, race, flow = (functools.partial(_run, verb) for verb in _VERBS)
 
 
 def plot(argv: Sequence[str]) -> int:
-    """`rk-optax plot`.
-
-    Raises:
-        UsageError: if a folder holds no run that can be drawn, or the figure cannot be written.
-    """
+    """`rk-optax plot`."""
     parser = argparse.ArgumentParser(
         prog="rk-optax plot", description="Draws training loss and error of runs, overlaid."
     )
@@ -195,19 +145,15 @@ def plot(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("plot.png"), metavar="FILE", help="the figure (plot.png)")
     arguments = parser.parse_args(argv)
     out = arguments.out
-    if out.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise UsageError(f"--out {out} must be a PNG, PDF or SVG file: take {out.with_suffix('.png')}")
+    drawable = out.suffix.lower() in (".png", ".pdf", ".svg")
+    require(drawable, f"--out {out} must be a PNG, PDF or SVG file: take {out.with_suffix('.png')}")
     curves = [curve for path in arguments.runs for curve in read_curves(path)]
-    if arguments.x == "seconds":
-        for curve in curves:
-            if not np.isfinite(curve.seconds).any():
-                raise UsageError(f"{curve.label} has not been timed yet: take --x steps or --x cost")
-    try:
+    for curve in curves if arguments.x == "seconds" else ():
+        timed = np.isfinite(curve.seconds).any()
+        require(timed, f"{curve.label} has not been timed yet: take --x steps or --x cost")
+    with refusing(f"--out {out}: cannot be written", OSError):
         plot_curves(curves, arguments.x, out)
-    except OSError as error:
-        raise UsageError(f"--out {out}: cannot be written: {error.strerror or error}") from error
-    tables.make_console().print(f"Written to {out}", markup=False, soft_wrap=True)
-    return 0
+    return _written(out)
 
 
 def solvers(argv: Sequence[str]) -> int:
@@ -225,19 +171,24 @@ def solvers(argv: Sequence[str]) -> int:
     return 0
 
 
-def _read(argv: Sequence[str], verb: _Verb[Config]) -> _Invocation[Config] | None:
-    """Reads `CONFIG [--out DIR | --resume DIR] [--FIELD VALUE ...]` or `--resume DIR`; None where that was --help."""
+def _read(argv: Sequence[str], verb: _Verb[Config]) -> tuple[str, Config, Path, bool] | None:
+    """Reads `CONFIG [--out DIR | --resume DIR] [--FIELD VALUE ...]` or `--resume DIR`.
+
+    Returns the name of the config, the config, the folder and whether a run goes on there; None where that was --help.
+    """
     if argv and argv[0].partition("=")[0] == "--resume":
-        folder = argv[0].partition("=")[2] or (argv[1] if len(argv) > 1 else "")
-        if not folder or len(argv) > (1 if "=" in argv[0] else 2):
-            raise UsageError("--resume takes the folder of a run and nothing else: the run goes on with its own config")
-        path = Path(folder)
-        return _Invocation(path.name, stored_config(path, verb.name, verb.kind), path, True)
+        named = [argument for argument in (argv[0].partition("=")[2], *argv[1:]) if argument]
+        alone = "--resume takes the folder of a run and nothing else: the run goes on with its own config"
+        require(len(named) == 1, alone)
+        path = Path(named[0])
+        return path.name, stored_config(path, verb.name, verb.kind), path, True
     if not argv or argv[0].startswith("-"):
         if {"-h", "--help"} & set(argv):
-            print(_HELP.format(**verb._asdict() | {"verb": verb.name, "kind": verb.kind.__name__}))
+            summary = (inspect.getdoc(verb.study) or "").partition("\n\nAttributes:")[0]
+            names = {"verb": verb.name, "kind": verb.kind.__name__, "summary": summary}
+            print(_HELP.format(**verb._asdict() | names))
             return None
-        example = f"rk-optax {verb.name} {verb.example}"
+        example = f"rk-optax {verb.name} configs/{verb.example}"
         raise UsageError(f"name a config file right after {verb.name}, e.g. {example}")
     path = Path(argv[0])
     config = load(path, verb.kind)
@@ -245,16 +196,14 @@ def _read(argv: Sequence[str], verb: _Verb[Config]) -> _Invocation[Config] | Non
     default: Any = _Line(config)
     line: Any = tyro.cli(_Line[type(config)], default=default, args=argv[1:], prog=f"rk-optax {verb.name} {path}")
     config = checked(line.config)
-    if line.resume and line.out:
-        raise UsageError("--out is for a new run and --resume for an old one: give one of them")
+    one = not (line.resume and line.out)
+    require(one, "--out is for a new run and --resume for an old one: give one of them")
     if line.resume:
         different = first_difference(stored_config(line.resume, verb.name, type(config)), config)
-        if different:
-            raise UsageError(
-                f"{line.resume} holds a run with {different}: go on with --resume alone, or start afresh with --out"
-            )
+        remedy = "go on with --resume alone, or start afresh with --out"
+        require(not different, f"{line.resume} holds a run with {different}: {remedy}")
     default_folder = Path("runs") / f"{path.stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    return _Invocation(path.stem, config, line.resume or line.out or default_folder, line.resume is not None)
+    return path.stem, config, line.resume or line.out or default_folder, line.resume is not None
 
 
 def _suggest_initials(argv: Sequence[str], fields: dict[str, Any]) -> None:

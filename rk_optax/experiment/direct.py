@@ -1,6 +1,7 @@
 """Methods that are told what the problem is, a linear system or a factorisation: the bounds of a race.
 
-They read the data of the loss instead of its gradient, and take no loss_fn but to be called like the others.
+They read the data of the loss instead of its gradient; `loss_fn`, and a `learning_rate` of type None, are there to call
+them like the others.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,7 +37,7 @@ def stochastic_dual_descent(
     are ᾱ ← (1 − r)ᾱ + rα. Optax's Nesterov momentum keeps α + ρv.
 
     Args:
-        loss_fn: of data `matrix` and `y`.
+        loss_fn: its data are `matrix` and `y`.
         learning_rate: η, in units of the mean over n.
         batch: rows of a step.
         momentum: ρ.
@@ -44,7 +45,6 @@ def stochastic_dual_descent(
 
     Source: Lin et al., "Stochastic gradient descent for Gaussian processes done right", arXiv 2310.20581.
     """
-    del loss_fn
     sgd = optax.sgd(learning_rate, momentum, nesterov=True)
 
     def init(params: Any) -> DualDescentState:
@@ -78,13 +78,7 @@ class ConjugateGradientsState(NamedTuple):
 
 
 def conjugate_gradients(loss_fn: Callable[..., jax.Array], learning_rate: None = None) -> Transformation:
-    """The conjugate gradient method for Mα = y, an iteration a step.
-
-    Args:
-        loss_fn: of data `matrix` and `y`.
-        learning_rate: takes none.
-    """
-    del loss_fn, learning_rate
+    """The conjugate gradient method for Mα = y, from data `matrix` and `y`, an iteration a step."""
 
     def init(params: Any) -> ConjugateGradientsState:
         return ConjugateGradientsState(jnp.zeros_like(params), jnp.zeros_like(params), -jnp.ones([], params.dtype))
@@ -107,13 +101,7 @@ def conjugate_gradients(loss_fn: Callable[..., jax.Array], learning_rate: None =
 
 
 def cholesky(loss_fn: Callable[..., jax.Array], learning_rate: None = None) -> Transformation:
-    """Mα = y by a factorisation, in one step.
-
-    Args:
-        loss_fn: of data `matrix` and `y`.
-        learning_rate: takes none.
-    """
-    del loss_fn, learning_rate
+    """Mα = y by a factorisation, from data `matrix` and `y`, in one step."""
 
     def step(grads: Any, state: Any, params: Any, data: Any, value: Any) -> Any:
         solution = jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(data["matrix"]), data["y"])
@@ -125,11 +113,8 @@ def cholesky(loss_fn: Callable[..., jax.Array], learning_rate: None = None) -> T
 def alternating_least_squares(loss_fn: Callable[..., jax.Array], learning_rate: None = None) -> Transformation:
     """A factorisation LRᵀ of a matrix of which some entries are known: L for fixed R, then R for fixed L, in one step.
 
-    Args:
-        loss_fn: of data `row`, `column` and `entry`, and parameters `left` and `right`.
-        learning_rate: takes none.
+    The data are `row`, `column` and `entry`, the parameters `left` and `right`.
     """
-    del loss_fn, learning_rate
 
     def solved(fixed: jax.Array, mine: jax.Array, other: jax.Array, entry: jax.Array, count: int) -> jax.Array:
         """For each of `count` rows the least-squares solution over its known entries."""

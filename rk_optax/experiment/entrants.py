@@ -8,7 +8,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import optax
 import rk_optax
 from rk_optax.experiment.config import PRECONDITIONERS, RULES, MethodConfig
 from rk_optax.experiment.direct import DIRECT
-from rk_optax.experiment.errors import UsageError
+from rk_optax.experiment.errors import UsageError, refusing, require
 from rk_optax.experiment.rivals import RIVALS
 from rk_optax.experiment.tasks.task import Data
 from rk_optax.methods import TABLEAUS
@@ -86,16 +86,12 @@ SOLVERS = {name: functools.partial(rk_optax.runge_kutta, solver=name) for name i
 _SOLVERS_ALONE = {"preconditioner": None, "rule": "constant", "rule_options": {}, "stage_batches": "same"}
 
 
-class Make(Protocol):
-    """Builds an optimizer of a loss whose data are passed to `update` by name."""
-
-    def __call__(self, loss_fn: LossFn, learning_rate: Any, steps: int | None) -> Transformation:
-        """Returns the optimizer of a run of so many steps; an entrant that finds its own rate ignores the given one."""
-        ...
+# (loss_fn, learning_rate, steps of the run) -> the optimizer of a loss whose data are passed to `update` by name; an
+# entrant that finds its own rate ignores the given one.
+Make = Callable[[LossFn, Any, int | None], Transformation]
 
 
 def _one_gradient(before: Any, after: Any, fresh: int) -> rk_optax.Cost:
-    del before, after, fresh
     return rk_optax.Cost(gradients=1)
 
 
@@ -109,7 +105,6 @@ def _lbfgs_cost(before: Any, after: Any, fresh: int) -> rk_optax.Cost:
 
 
 def _counted(before: Any, after: Any, fresh: int) -> rk_optax.Cost:
-    del fresh
     return jax.tree.map(jnp.subtract, after.cost, before.cost)
 
 
@@ -135,7 +130,7 @@ class Optimizer(NamedTuple):
 def build_optimizer(
     where: str, config: MethodConfig, probe: LossFn, *, has_rate: bool, sliced: Sequence[str] = ()
 ) -> Optimizer:
-    """Resolves the factory of an entrant.
+    """Resolves the factory of an entrant, and checks that it takes its options and the loss.
 
     Args:
         where: the name of its configuration, such as optimizers.sgd, for messages.
@@ -143,67 +138,50 @@ def build_optimizer(
         probe: a loss of the structure of the one that will be trained; it is not evaluated.
         has_rate: whether a learning rate is given.
         sliced: names of the data arguments that hold a batch.
-
-    Raises:
-        UsageError: if there is no such factory, or it does not take the options or the loss.
     """
-    factories = {**DIRECT, **RIVALS, **SOLVERS, **OPTAX}
-    factory = factories.get(config.factory)
-    if factory is None:
-        close = difflib.get_close_matches(config.factory, factories, n=1)
+    name, factories = config.factory, {**DIRECT, **RIVALS, **SOLVERS, **OPTAX}
+    if name not in factories:
+        close = "".join(f"; did you mean {match!r}?" for match in difflib.get_close_matches(name, factories, n=1))
         raise UsageError(
-            f"{where}.factory = {config.factory!r} is no optimizer of Optax, nor one that `rk-optax solvers` lists"
-            + (f"; did you mean {close[0]!r}?" if close else "")
+            f"{where}.factory = {name!r} is no optimizer of Optax, nor one that `rk-optax solvers` lists{close}"
         )
-    options: dict[str, Any] = dict(config.options)
-    _refuse_unless("learning_rate" not in options, f"{where}.options", options, "must leave out learning_rate")
+    factory, of_optax, options = factories[name], name in OPTAX, dict[str, Any](config.options)
+    refuse = functools.partial(_refuse_unless, where, config)
+    refuse("learning_rate" not in options, "options", "must leave out learning_rate")
     _check_rate(where, config, factory, has_rate)
-    of_optax = config.factory in OPTAX
-    first_stage, keeps_gradient = _whole_batch, config.factory in ("lbfgs", "adam_then_lbfgs", "ssbroyden")
-    if config.factory not in SOLVERS:
-        for field, default in _SOLVERS_ALONE.items():
-            value = getattr(config, field)
-            whose = "Optax's" if of_optax else "none"
-            problem = f"is for solvers, and {config.factory} is {whose}: set it to {default!r}"
-            _refuse_unless(value == default, f"{where}.{field}", value, problem)
-    if of_optax:
-        cost, gradients_per_step = (_lbfgs_cost, None) if keeps_gradient else (_one_gradient, 1)
-    elif config.factory in RIVALS:
-        cost, gradients_per_step = _counted, None
-    else:
-        cost, gradients_per_step = _counted, _fixed_cost(where, config)
+    keeps_gradient = name in ("lbfgs", "adam_then_lbfgs", "ssbroyden")
+    cost, gradients_per_step, first_stage = _counted, None, _whole_batch
+    if name in SOLVERS:
+        gradients_per_step = _fixed_cost(where, config)
         if config.preconditioner is not None:
             options["preconditioner"] = PRECONDITIONERS[config.preconditioner]()
         if config.stage_batches == "split":
-            first_stage = _first_slice(where, config, sliced)
+            first_stage = _first_slice(refuse, config, sliced)
             options |= {"stage_batches": "split", "batch_argnames": tuple(sliced)}
+    else:
+        whose = "Optax's" if of_optax else "none"
+        for field, default in _SOLVERS_ALONE.items():
+            problem = f"is for solvers, and {name} is {whose}: set it to {default!r}"
+            refuse(getattr(config, field) == default, field, problem)
+    if of_optax:
+        cost, gradients_per_step = (_lbfgs_cost, None) if keeps_gradient else (_one_gradient, 1)
 
     def make(loss_fn: LossFn, learning_rate: Any, steps: int | None) -> Transformation:
         rate = _step_size(where, config, learning_rate, steps) if has_rate or config.rule != "constant" else None
         given = options if rate is None else options | {"learning_rate": rate}
-        if of_optax:
-            return _without_data(factory(**given))
-        return factory(loss_fn, **given)
+        return _without_data(factory(**given)) if of_optax else factory(loss_fn, **given)
 
     try:
         make(probe, 0.1, config.warmup_steps + 1)
     except UsageError:
         raise
     except (TypeError, ValueError) as error:
-        given = f"options = {dict(config.options)!r}" if config.options else f"factory = {config.factory!r}"
+        given = f"options = {dict(config.options)!r}" if config.options else f"factory = {name!r}"
         hides = isinstance(probe, rk_optax.ModelLoss) and not isinstance(probe, rk_optax.LeastSquares)
         remedy = " Set model.loss = 'squared_error'." if hides and "LeastSquares" in str(error) else ""
         raise UsageError(f"{where}.{given}: {error}{remedy}") from error
-    return Optimizer(
-        make,
-        gradients_per_step,
-        has_rate,
-        first_stage,
-        cost,
-        keeps_gradient,
-        _powers(config),
-        takes_gradient=config.factory not in DIRECT,
-    )
+    powers, takes_gradient = _powers(config), name not in DIRECT
+    return Optimizer(make, gradients_per_step, has_rate, first_stage, cost, keeps_gradient, powers, takes_gradient)
 
 
 def _powers(config: MethodConfig) -> dict[str, int]:
@@ -227,27 +205,21 @@ def _without_data(tx: optax.GradientTransformation) -> Transformation:
 
 def _check_rate(where: str, config: MethodConfig, factory: Callable[..., Any], has_rate: bool) -> None:
     """Checks that a learning rate is given where one is needed, and only there."""
+    refuse = functools.partial(_refuse_unless, where, config)
     scheduled = config.schedule != "constant" or config.warmup_steps > 0
     if config.rule == "constant":
         rate = inspect.signature(factory).parameters.get("learning_rate")
         needed = rate is not None and rate.default is inspect.Parameter.empty
-        takes = rate is not None or not has_rate
-        _refuse_unless(takes, f"{where}.factory", config.factory, "takes no learning_rate: leave learning rates out")
-        _refuse_unless(has_rate or not needed, f"{where}.factory", config.factory, "needs a learning_rate")
-        _refuse_unless(has_rate or not scheduled, f"{where}.schedule", config.schedule, "needs a learning_rate")
-        options = dict(config.rule_options)
-        _refuse_unless(not options, f"{where}.rule_options", options, f"is for a rule: set {where}.rule, to 'dal' say")
+        refuse(rate is not None or not has_rate, "factory", "takes no learning_rate: leave learning rates out")
+        refuse(has_rate or not needed, "factory", "needs a learning_rate")
+        refuse(has_rate or not scheduled, "schedule", "needs a learning_rate")
+        refuse(not config.rule_options, "rule_options", f"is for a rule: set {where}.rule, to 'dal' say")
     else:
-        _refuse_unless(
-            not scheduled,
-            f"{where}.rule",
-            config.rule,
-            "sets the learning rate itself: leave schedule and warmup_steps out",
-        )
+        refuse(not scheduled, "rule", "sets the learning rate itself: leave schedule and warmup_steps out")
         if _is_capped(config.rule):
-            _refuse_unless(has_rate, f"{where}.rule", config.rule, "needs a learning_rate, its largest one")
+            refuse(has_rate, "rule", "needs a learning_rate, its largest one")
         else:
-            _refuse_unless(not has_rate, f"{where}.rule", config.rule, "finds the step size: leave learning rates out")
+            refuse(not has_rate, "rule", "finds the step size: leave learning rates out")
 
 
 def _is_capped(rule: str) -> bool:
@@ -258,19 +230,16 @@ def _is_capped(rule: str) -> bool:
 def _step_size(where: str, config: MethodConfig, learning_rate: Any, steps: int | None) -> Any:
     """The learning rate, its schedule, or the rule that makes a step size of it."""
     if config.rule != "constant":
-        options = dict(config.rule_options)
+        options: dict[str, Any] = dict(config.rule_options)
         rule: Any = RULES[config.rule]
-        try:
+        with refusing(f"{where}.rule_options = {options!r}", TypeError, ValueError):
             return rule(learning_rate, **options) if _is_capped(config.rule) else rule(**options)
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"{where}.rule_options = {options!r}: {error}") from error
     warmup = config.warmup_steps
     if config.schedule == "constant" and not warmup:
         return learning_rate
     if steps is None:
         raise UsageError(f"{where}.schedule = {config.schedule!r} needs steps, over which the rate goes down")
-    if warmup >= steps:
-        raise UsageError(f"{where}.warmup_steps = {warmup} must be less than the {steps} steps of the run")
+    require(warmup < steps, f"{where}.warmup_steps = {warmup} must be less than the {steps} steps of the run")
     after = {
         "constant": lambda: optax.constant_schedule(1.0),
         "cosine": lambda: optax.cosine_decay_schedule(1.0, steps - warmup),
@@ -291,36 +260,29 @@ def _fixed_cost(where: str, config: MethodConfig) -> int | None:
     return own + estimate.gradients + 2 * estimate.products  # a product takes about as long as two gradients
 
 
-def _first_slice(where: str, config: MethodConfig, sliced: Sequence[str]) -> Callable[[Data], Data]:
+def _first_slice(refuse: Callable[..., None], config: MethodConfig, sliced: Sequence[str]) -> Callable[[Data], Data]:
     """What stage 1 sees of a batch that is cut into a slice per stage."""
-    name, value = f"{where}.stage_batches", config.stage_batches
-    stages = TABLEAUS[config.factory].effective_stages if config.factory in TABLEAUS else None
-    _refuse_unless(
+    refuse(
         config.rule == "constant",
-        name,
-        value,
+        "stage_batches",
         "does not go with a rule, which measures the curvature of the whole batch: set one of them back",
     )
-    _refuse_unless(bool(sliced), name, value, "needs batches, and this loss sees all of its data at every step")
-    if stages is None:
-        raise UsageError(f"{name} = {value!r} needs a fixed number of stages, which {config.factory} does not have")
+    refuse(sliced, "stage_batches", "needs batches, and this loss sees all of its data at every step")
+    needs = f"needs a fixed number of stages, which {config.factory} does not have"
+    refuse(config.factory in TABLEAUS, "stage_batches", needs)
+    stages = TABLEAUS[config.factory].effective_stages
     return lambda data: rk_optax.first_stage_batch(data, stages, "split", sliced)
 
 
 def check_slices(where: str, config: MethodConfig, batch_size: int | None) -> None:
-    """Checks that a batch can be cut into a slice per stage, if it has to be.
-
-    Raises:
-        UsageError: if it cannot.
-    """
+    """Checks that a batch can be cut into a slice per stage, if it has to be."""
     stages = TABLEAUS[config.factory].effective_stages if config.stage_batches == "split" else 1
-    if stages > 1 and (batch_size is None or batch_size % stages):
-        raise UsageError(
-            f"data.batch_size = {batch_size} must be a multiple of {stages}, because {where} cuts a batch into a "
-            f"slice for each of its {stages} stages"
-        )
+    require(
+        stages == 1 or (batch_size and batch_size % stages == 0),
+        f"data.batch_size = {batch_size} must be a multiple of {stages}, because {where} cuts a batch into a slice for "
+        f"each of its {stages} stages",
+    )
 
 
-def _refuse_unless(condition: bool, name: str, value: Any, message: str) -> None:
-    if not condition:
-        raise UsageError(f"{name} = {value!r} {message}")
+def _refuse_unless(where: str, config: MethodConfig, condition: object, field: str, message: str) -> None:
+    require(condition, f"{where}.{field} = {getattr(config, field)!r} {message}")

@@ -3,7 +3,6 @@
 Each is written as published, so that a race compares with what others would run; none is part of rk_optax's API.
 """
 
-import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 
 import rk_optax
 from rk_optax.experiment.counted import Transformation, counted
-from rk_optax.experiment.errors import UsageError
+from rk_optax.experiment.errors import optional
 from rk_optax.solver._secant import broyden_inverse
 
 
@@ -33,10 +32,6 @@ def ssbroyden(loss_fn: Callable[..., jax.Array], max_linesearch_steps: int = 20)
     A dense inverse Hessian, a line search for the strong Wolfe conditions that first tries 1 (Optax's), and from each
     step s and change y of the gradient a member of the Broyden family (formulas 13 to 23 of arXiv 2405.04230). Where no
     step is found the inverse starts again from the identity.
-
-    Args:
-        loss_fn: `loss_fn(params, **data)`.
-        max_linesearch_steps: at which the line search gives up.
     """
     search = optax.scale_by_zoom_linesearch(max_linesearch_steps, initial_guess_strategy="one")
 
@@ -55,10 +50,9 @@ def ssbroyden(loss_fn: Callable[..., jax.Array], max_linesearch_steps: int = 20)
             return loss_fn(p, **data)
 
         value = value_fn(params) if value is None else value
+        of_loss: Any = {"value": value, "grad": grads, "value_fn": value_fn}
         after: Any
-        moves, after = search.update(
-            unravel(-direction), state.search, params, value=value, grad=grads, value_fn=value_fn
-        )
+        moves, after = search.update(unravel(-direction), state.search, params, **of_loss)
         s, y = ravel_pytree(moves)[0], ravel_pytree(after.grad)[0] - gradient
         fresh, sy = state.fresh | ~downhill, s @ y
         inverse = jnp.where(downhill, state.inverse, identity)
@@ -78,10 +72,8 @@ def ssbroyden(loss_fn: Callable[..., jax.Array], max_linesearch_steps: int = 20)
 def engd_w(loss_fn: rk_optax.LeastSquares, learning_rate: float | None = None, damping: float = 1e-8) -> Transformation:
     """Energy natural gradients by Woodbury's formula: θ − ηRᵀ(RRᵀ + λI)⁻¹r (Guzmán-Cordero et al. 2025).
 
-    Args:
-        loss_fn: the residuals.
-        learning_rate: η; None takes the least loss over 2⁰, 2⁻¹ ... 2⁻³⁰, as Müller and Zeinhofer (2023).
-        damping: λ.
+    `damping` is λ; the rate η is that of the least loss over 2⁰, 2⁻¹ ... 2⁻³⁰ where none is given, as in Müller and
+    Zeinhofer (2023).
     """
     return spring(loss_fn, learning_rate, damping, momentum=0.0, norm_constraint=None)
 
@@ -108,7 +100,8 @@ def spring(
 
     def step(grads: Any, last: jax.Array, params: Any, data: Any, value: Any) -> Any:
         flat, unravel = ravel_pytree(params)
-        residual, rows = _matrix(loss_fn, params, data)
+        of_data = loss_fn.rows(params, data)
+        residual, rows = of_data.residual, of_data.matrix()
         phi = momentum * last - _damped(rows, residual + momentum * (rows @ last), damping)
         if learning_rate is None:
             rates = jnp.asarray(0.5 ** np.arange(31.0), flat.dtype)
@@ -130,13 +123,13 @@ def somax_egn(
     """python-somax's `egn_mse`: Gauss–Newton by a Cholesky factorisation in the space of the residuals.
 
     Args:
-        loss_fn: the residuals, which are the library's predictions, with targets 0.
+        loss_fn: its residuals are the library's predictions, with targets 0.
         learning_rate: of a step.
         damping: λ, at the start.
         adapts: whether λ follows the quality of the model (the library's `trust_region`) or stays.
     """
     _check_residuals(loss_fn)
-    somax = _library("somax", "python-somax")
+    somax = optional("somax", "needs python-somax", "python-somax")
 
     def method(scale: float) -> Any:
         def predict(params: Any, data: Mapping[str, Any]) -> jax.Array:
@@ -155,14 +148,9 @@ def somax_egn(
 
 
 def optimistix_lm(loss_fn: rk_optax.LeastSquares, iterations: int = 4) -> Transformation:
-    """Optimistix's `LevenbergMarquardt`, `iterations` of its own to an update; its step size goes on from the last.
-
-    Args:
-        loss_fn: the residuals.
-        iterations: of the library in one update.
-    """
+    """Optimistix's `LevenbergMarquardt`, `iterations` of its own to an update; its step size goes on from the last."""
     _check_residuals(loss_fn)
-    optimistix, equinox = _library("optimistix", "optimistix"), _library("equinox", "equinox")
+    optimistix, equinox = (optional(name, f"needs {name}", name) for name in ("optimistix", "equinox"))
 
     class Resumed(optimistix.ClassicalTrustRegion):
         """The library's trust region, from a given step size."""
@@ -192,12 +180,6 @@ RIVALS: dict[str, Callable[..., Transformation]] = {
 }
 
 
-def _matrix(loss_fn: rk_optax.LeastSquares, params: Any, data: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
-    """The residuals, shape (N,), and their Jacobian, shape (N, P)."""
-    rows = loss_fn.rows(params, data)
-    return rows.residual, rows.matrix()
-
-
 def _damped(rows: jax.Array, right: jax.Array, damping: float) -> jax.Array:
     """Rᵀ(RRᵀ + λI)⁻¹c, by the smaller of RRᵀ and RᵀR: without Woodbury's formula where there are fewer weights."""
     wide = len(rows) <= rows.shape[1]
@@ -210,10 +192,3 @@ def _damped(rows: jax.Array, right: jax.Array, damping: float) -> jax.Array:
 def _check_residuals(loss_fn: Any) -> None:
     if not isinstance(loss_fn, rk_optax.LeastSquares):
         raise TypeError(f"needs residuals, an rk_optax.LeastSquares, and not a {type(loss_fn).__name__}")
-
-
-def _library(module: str, distribution: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UsageError(f"needs {distribution}, which is not installed: pip install {distribution}") from None

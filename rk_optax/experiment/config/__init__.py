@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
@@ -26,37 +26,29 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Options = Mapping[str, int | float | bool | str]
 
 
-def _different(seeds: tuple[int, ...]) -> tuple[int, ...]:
-    _require(len(set(seeds)) == len(seeds), "must be different")
-    return seeds
+def _must(holds: Callable[[Any], Any], message: str) -> AfterValidator:
+    """A check of one field."""
+
+    def check(value: Any) -> Any:
+        if not holds(value):
+            raise ValueError(message)
+        return value
+
+    return AfterValidator(check)
 
 
-def _rising(fractions: tuple[float, ...]) -> tuple[float, ...]:
-    _require(list(fractions) == sorted(set(fractions)), "must increase")
-    return fractions
-
-
-def _name(name: str) -> str:
-    fits = re.fullmatch(r"\w[\w ,+-]*", name) is not None
-    _require(fits, "is no name for an entrant: use letters, digits, spaces and , + - _")
-    return name
-
-
-def _from_anywhere(path: Path | None) -> Path | None:
-    return path and path.absolute()  # a run may go on from another directory
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+_DIFFERENT = _must(lambda seeds: len(set(seeds)) == len(seeds), "must be different")
+_RISING = _must(lambda fractions: list(fractions) == sorted(set(fractions)), "must increase")
+_NAME = _must(
+    re.compile(r"\w[\w ,+-]*").fullmatch, "is no name for an entrant: use letters, digits, spaces and , + - _"
+)
+_ABSOLUTE = AfterValidator(lambda path: path and path.absolute())  # a run may go on from another directory
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), _DIFFERENT]
+Name = Annotated[str, _NAME]
 
 
 def _is_rule(value: object) -> bool:
     return isinstance(value, type) and issubclass(value, StepSizeRule)
-
-
-Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_different)]
-Name = Annotated[str, AfterValidator(_name)]
 
 
 RULES = {name: value for name, value in vars(rk_optax).items() if _is_rule(value) and name.islower()}
@@ -90,6 +82,21 @@ class _Checked:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, revalidate_instances="always", extra="forbid")
 
+    def _mistakes(self) -> Iterable[str]:
+        """What is wrong with the fields together."""
+        return ()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        for mistake in self._mistakes():
+            raise ValueError(mistake)
+        return self
+
+
+def _one_of(first: str, a: Any, second: str, b: Any, reason: str) -> Iterable[str]:
+    if (a is None) == (b is None):
+        yield f"{first}, {second} = {(a, b)} must be one number and one None: {reason}"
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(_Checked):
@@ -97,7 +104,7 @@ class DataConfig(_Checked):
 
     name: Annotated[DatasetName, _DATASETS] = "digits"
     """Data set, a key of DATASETS in rk_optax/experiment/tasks/data.py."""
-    data_dir: Annotated[Path | None, tyro.conf.arg(aliases=("--data-dir",)), AfterValidator(_from_anywhere)] = None
+    data_dir: Annotated[Path | None, tyro.conf.arg(aliases=("--data-dir",)), _ABSOLUTE] = None
     """Directory of the four IDX files of mnist or fashion_mnist, which are fetched from OpenML without it; or of the
     six files of the binary version of cifar10, which needs it."""
     validation_fraction: Fraction = 0.15
@@ -111,11 +118,10 @@ class DataConfig(_Checked):
     context: Positive = 64
     """Characters of an example of a text."""
 
-    @model_validator(mode="after")
-    def _leaves_training_examples(self) -> Self:
+    def _mistakes(self) -> Iterable[str]:
         total = self.validation_fraction + self.test_fraction
-        _require(total < 1, f"validation_fraction + test_fraction = {total} must be below 1")
-        return self
+        if total >= 1:
+            yield f"validation_fraction + test_fraction = {total} must be below 1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +150,7 @@ class ModelConfig(_Checked):
     """Steps of the method in rk_net and in each block of rk_conv_net, a multiple of depth."""
     layer: Literal["double_sym", "single"] = "double_sym"
     """Right-hand side of an rk_net, a layer of rk_optax.networks."""
-    refine_at: Annotated[tuple[Fraction, ...], AfterValidator(_rising)] = ()
+    refine_at: Annotated[tuple[Fraction, ...], _RISING] = ()
     """Fractions of a run, such as 0.5, after which rk_net and rk_conv_net go on with twice as many nodes and steps: at
     the nearest evaluation, with the weights as a function of depth and the optimizer's state carried over."""
     l2: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
@@ -153,27 +159,17 @@ class ModelConfig(_Checked):
     """Mean cross-entropy of the logits, or half the mean squared distance of the outputs from the one-hot label, which
     shows a solver such as residual_euler its residuals."""
 
-    @model_validator(mode="after")
-    def _heads_share_the_width(self) -> Self:
-        _require(self.width % self.heads == 0, f"width = {self.width} must be a multiple of {self.heads} heads")
-        return self
-
-    @model_validator(mode="after")
-    def _steps_end_at_nodes(self) -> Self:
+    def _mistakes(self) -> Iterable[str]:
+        if self.width % self.heads:
+            yield f"width = {self.width} must be a multiple of {self.heads} heads"
         depth = 4 if self.name == "rk_conv_net" else self.depth
-        of_networks = self.name in ("rk_net", "rk_conv_net")
-        _require(
-            not of_networks or self.steps % depth == 0,
-            f"steps = {self.steps} must be a multiple of depth = {depth}: a step over a node of the weights loses the "
-            "method's order",
-        )
-        return self
-
-    @model_validator(mode="after")
-    def _refines_time(self) -> Self:
-        fits = self.name in ("rk_net", "rk_conv_net") or not self.refine_at
-        _require(fits, f"refine_at = {self.refine_at} is for rk_net and rk_conv_net, not {self.name}")
-        return self
+        if MODELS[self.name].refines and self.steps % depth:
+            yield (
+                f"steps = {self.steps} must be a multiple of depth = {depth}: a step over a node of the weights loses "
+                "the method's order"
+            )
+        if self.refine_at and not MODELS[self.name].refines:
+            yield f"refine_at = {self.refine_at} is for rk_net and rk_conv_net, not {self.name}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,11 +203,9 @@ class OptimizerConfig(MethodConfig):
     learning_rates: tuple[Rate, Rate] | None = None
     """Lowest and highest learning rate of the log-spaced grid that is searched; None if the method finds its own."""
 
-    @model_validator(mode="after")
-    def _lowest_first(self) -> Self:
-        rates = self.learning_rates
-        _require(rates is None or rates[0] < rates[1], f"learning_rates = {rates} must have the lowest first")
-        return self
+    def _mistakes(self) -> Iterable[str]:
+        if self.learning_rates and self.learning_rates[0] >= self.learning_rates[1]:
+            yield f"learning_rates = {self.learning_rates} must have the lowest first"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,14 +256,8 @@ class TrainConfig(_Checked):
     tensorboard: bool = False
     """Write the metrics for TensorBoard too."""
 
-    @model_validator(mode="after")
-    def _one_length(self) -> Self:
-        _require(
-            (self.steps is None) != (self.epochs is None),
-            f"steps, epochs = {(self.steps, self.epochs)} must be one number and one None: a run is so many steps or "
-            "so many epochs long",
-        )
-        return self
+    def _mistakes(self) -> Iterable[str]:
+        return _one_of("steps", self.steps, "epochs", self.epochs, "a run is so many steps or so many epochs long")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,14 +273,9 @@ class BudgetConfig(_Checked):
     scored_examples: Positive | None = None
     """Training examples on which the training loss is evaluated, always the same; None takes all."""
 
-    @model_validator(mode="after")
-    def _one_measure(self) -> Self:
-        _require(
-            (self.gradients is None) != (self.updates is None),
-            f"gradients, updates = {(self.gradients, self.updates)} must be one number and one None: a budget is in "
-            "gradients or in updates",
-        )
-        return self
+    def _mistakes(self) -> Iterable[str]:
+        reason = "a budget is in gradients or in updates"
+        return _one_of("gradients", self.gradients, "updates", self.updates, reason)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,24 +310,20 @@ class CompareConfig(_Checked):
     """Tune and train all runs of an entrant side by side. False makes them take turns in one program: on a CPU that
     is faster with small batches, and needs less memory."""
 
-    @model_validator(mode="after")
-    def _fair(self) -> Self:
-        shared = set(self.seeds) & set(self.tuning.seeds)
-        _require(
-            not shared,
-            f"tuning.seeds = {self.tuning.seeds} must not contain a seed of the comparison: a rate that was tuned on "
-            "the compared runs has an advantage there",
-        )
-        _require(
-            self.timed_updates is None or self.budget.updates is not None,
-            f"timed_updates = {self.timed_updates} needs a budget in updates: set budget.updates, or leave it None",
-        )
-        _require(
-            self.timed_updates is None or not self.model.refine_at,
-            f"timed_updates = {self.timed_updates} must be None with model.refine_at: a run that is refined has no "
-            "steps of equal length to extrapolate from",
-        )
-        return self
+    def _mistakes(self) -> Iterable[str]:
+        if set(self.seeds) & set(self.tuning.seeds):
+            yield (
+                f"tuning.seeds = {self.tuning.seeds} must not contain a seed of the comparison: a rate that was tuned "
+                "on the compared runs has an advantage there"
+            )
+        timed = f"timed_updates = {self.timed_updates}"
+        if self.timed_updates is not None and self.budget.updates is None:
+            yield f"{timed} needs a budget in updates: set budget.updates, or leave it None"
+        if self.timed_updates is not None and self.model.refine_at:
+            yield (
+                f"{timed} must be None with model.refine_at: a run that is refined has no steps of equal length to "
+                "extrapolate from"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -368,14 +347,12 @@ class RaceConfig(_Checked):
     targets: tuple[Rate, ...] = (1e-1, 1e-2, 1e-3)
     """Errors whose first crossing is reported."""
 
-    @model_validator(mode="after")
-    def _fair(self) -> Self:
-        _require(
-            self.tuning_seed not in self.seeds,
-            f"seeds = {self.seeds} must not contain tuning_seed: a value that was tuned on the race's own runs has an "
-            "advantage there",
-        )
-        return self
+    def _mistakes(self) -> Iterable[str]:
+        if self.tuning_seed in self.seeds:
+            yield (
+                f"seeds = {self.seeds} must not contain tuning_seed: a value that was tuned on the race's own runs has "
+                "an advantage there"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -412,16 +389,13 @@ class FlowConfig(_Checked):
     seed: Seed = 0
     """Seed of the initial parameters."""
 
-    @model_validator(mode="after")
-    def _whole(self) -> Self:
-        _require(
-            self.steps % self.save_every == 0,
-            f"steps = {self.steps} must be a multiple of save_every = {self.save_every}",
-        )
-        _require(
-            self.data.batch_size is None,
-            f"data.batch_size = {self.data.batch_size} must be None: the flow is that of the loss over all examples "
-            "(micro_batch saves memory)",
-        )
-        _require(self.model.dropout == 0, f"model.dropout = {self.model.dropout} must be 0: a flow has no random masks")
-        return self
+    def _mistakes(self) -> Iterable[str]:
+        if self.steps % self.save_every:
+            yield f"steps = {self.steps} must be a multiple of save_every = {self.save_every}"
+        if self.data.batch_size is not None:
+            yield (
+                f"data.batch_size = {self.data.batch_size} must be None: the flow is that of the loss over all "
+                "examples (micro_batch saves memory)"
+            )
+        if self.model.dropout:
+            yield f"model.dropout = {self.model.dropout} must be 0: a flow has no random masks"

@@ -4,31 +4,20 @@ import dataclasses
 import importlib.util
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pydantic
 
-from rk_optax.experiment.errors import UsageError
+from rk_optax.experiment.errors import UsageError, refusing, require
 
 Config = TypeVar("Config")
 
 
 def load(path: Path, kind: type[Config]) -> Config:
-    """Runs a configuration file and returns what its `get_config()` returns.
-
-    Args:
-        path: a Python file.
-        kind: the dataclass that `get_config()` has to return.
-
-    Returns:
-        The configuration, its fields checked one by one.
-
-    Raises:
-        UsageError: if the file is missing, fails, or returns something else.
-    """
-    if not path.is_file():
-        raise UsageError(f"{path}: no such config file")
+    """Runs a configuration file and returns what its `get_config()` returns, a dataclass of this kind, checked."""
+    require(path.is_file(), f"{path}: no such config file")
     module_name = f"_rk_optax_config_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:
@@ -39,41 +28,32 @@ def load(path: Path, kind: type[Config]) -> Config:
     try:
         spec.loader.exec_module(module)
         get_config = getattr(module, "get_config", None)
-        if not callable(get_config):
-            raise UsageError(f"{path}: define get_config() and let it return a {kind.__name__} (see configs/digits.py)")
-        config = get_config()
+        config: Any = get_config() if callable(get_config) else None
     except UsageError:
         raise
     except (Exception, SystemExit) as error:  # whatever the file does wrong is the file's error
         raise UsageError(f"{_place(error, path)}: {type(error).__name__}: {error}") from error
-    if not isinstance(config, kind):
-        raise UsageError(f"{path}: get_config() must return a {kind.__name__}, got {type(config).__name__}")
-    try:
+    usage = f"{path}: define get_config() and let it return a {kind.__name__} (see configs/digits.py)"
+    require(callable(get_config), usage)
+    returned = f"{path}: get_config() must return a {kind.__name__}, got {type(config).__name__}"
+    require(isinstance(config, kind), returned)
+    with refusing(str(path), UsageError):
         return checked(config)
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from error
 
 
 def checked(config: Config) -> Config:
-    """The configuration, of which every field has its declared type and lies in its declared range.
-
-    Raises:
-        UsageError: if one does not; the message names the field and what it may be.
-    """
-    try:
-        return pydantic.TypeAdapter(type(config)).validate_python(config)
-    except pydantic.ValidationError as error:
-        raise UsageError(_first(error)) from error
+    """The configuration, of which every field has its declared type and lies in its declared range."""
+    return _valid(pydantic.TypeAdapter(type(config)).validate_python, config)
 
 
 def parse(kind: type[Config], text: str | bytes) -> Config:
-    """The configuration that was written as JSON.
+    """The configuration that was written as JSON."""
+    return _valid(pydantic.TypeAdapter(kind).validate_json, text)
 
-    Raises:
-        UsageError: if the text is not JSON or does not fit the dataclass.
-    """
+
+def _valid(validate: Callable[[Any], Config], value: Any) -> Config:
     try:
-        return pydantic.TypeAdapter(kind).validate_json(text)
+        return validate(value)
     except pydantic.ValidationError as error:
         raise UsageError(_first(error)) from error
 
@@ -83,9 +63,7 @@ def _first(error: pydantic.ValidationError) -> str:
     mistake = error.errors()[0]
     where = ".".join(map(str, mistake["loc"])) or "the configuration"
     message = mistake["msg"].removeprefix("Value error, ").replace("Input should", "must")
-    if (
-        dataclasses.is_dataclass(mistake["input"]) and mistake["type"] == "value_error"
-    ):  # its fields do not fit together
+    if dataclasses.is_dataclass(mistake["input"]) and mistake["type"] == "value_error":  # of fields together
         return f"{where}: {message}" if mistake["loc"] else message
     return f"{where} = {mistake['input']!r}: {message}"
 

@@ -9,8 +9,9 @@ import numpy as np
 import rk_optax
 from rk_optax import spectrum
 from rk_optax.experiment.config import FlowConfig, checked
-from rk_optax.experiment.errors import UsageError
-from rk_optax.experiment.runs.protocol import Reporter, piece, restored
+from rk_optax.experiment.errors import require
+from rk_optax.experiment.runs.progress import ProgressBar
+from rk_optax.experiment.runs.protocol import piece
 from rk_optax.experiment.store.checkpoints import Checkpoints
 from rk_optax.experiment.store.run_folder import RunFolder
 from rk_optax.experiment.tasks.supervised import build_task
@@ -41,32 +42,28 @@ class Followed(NamedTuple):
 
 
 class FlowStudy:
-    """The three flows of a network whose configuration is known to be possible.
+    """Follows full-batch gradient descent, its gradient flow and its central flow from one start.
+
+    Shows their sharpness beside 2/h, their losses and their distances through time.
 
     Attributes:
-        loss_fn: `loss_fn(params, **data)`.
-        params: where all three start.
-        data: all examples of the loss.
+        loss_fn, params, data: the loss, `loss_fn(params, **data)`, where all three start, and all its examples.
         times: where they are looked at, multiples of the learning rate.
         flows: by name, what `rk_optax.gradient_flow` is told to follow each with.
     """
 
     def __init__(self, config: FlowConfig):
-        """Loads the data and builds the network.
-
-        Raises:
-            UsageError: if the configuration asks for something impossible.
-        """
+        """Loads the data and builds the network."""
         self.config = checked(config)
         task = build_task(config.data, config.model)
         start = task.init(config.seed)
-        if start.statistics:
-            raise UsageError(
-                f"model.name = {config.model.name!r} keeps statistics of its batches, so that its loss is no function "
-                "of the parameters alone: take another network"
-            )
-        if config.examples is not None and config.examples > task.examples:
-            raise UsageError(f"examples = {config.examples} is more than the {task.examples} training examples")
+        require(
+            not start.statistics,
+            f"model.name = {config.model.name!r} keeps statistics of its batches, so that its loss is no function of "
+            "the parameters alone: take another network",
+        )
+        enough = config.examples is None or config.examples <= task.examples
+        require(enough, f"examples = {config.examples} is more than the {task.examples} training examples")
         self.loss_fn = task.loss_fn
         self.params: Params = jax.tree.map(lambda leaf: config.initial_scale * leaf, start.params)
         self.data = {name: part[: config.examples] for name, part in task.source._asdict().items()}
@@ -88,19 +85,12 @@ class FlowStudy:
         common = {"save": save, "data": self.data, "batches": batches, "max_steps": None}
         return rk_optax.gradient_flow(self.loss_fn, self.params, self.times, **self.flows[name], **common, **options)
 
-    def run(self, folder: RunFolder, report: Reporter) -> list[Followed]:
-        """Follows the three, each from its latest checkpoint in the folder or else from the start.
-
-        Raises:
-            UsageError: if one of them does not reach the end, or a checkpoint is damaged.
-        """
+    def run(self, folder: RunFolder, report: ProgressBar) -> list[Followed]:
+        """Follows the three, each from its latest checkpoint in the folder or else from the start."""
         self._folder, self._report, self._descent = folder, report, None
         end = float(self.times[-1])
         report.start(end * len(self.flows))
-        return [
-            restored(Followed, piece(folder, report, name, end, lambda name=name: self._followed(name)))
-            for name in self.flows
-        ]
+        return [piece(folder, report, Followed, name, end, self._followed, name) for name in self.flows]
 
     def measured(self, name: str, flow: rk_optax.Flow, descent: rk_optax.Flow, seconds: float = np.nan) -> Followed:
         """What a whole flow that `follow` returned shows, beside that of gradient descent."""
@@ -118,18 +108,18 @@ class FlowStudy:
             seconds=seconds,
         )
 
-    def _followed(self, name: str) -> dict[str, Any]:
+    def _followed(self, name: str) -> Followed:
         flow, seconds = self._through(name)
         if name == DESCENT:
             self._descent = flow
         elif self._descent is None:  # a resumed run, which has been there
             self._descent = self._through(DESCENT, again=True)[0]
         followed = self.measured(name, flow, self._descent, seconds)
-        columns = (followed.steps, followed.times, followed.loss, followed.sharpness, followed.distance)
-        for row in zip(*columns, strict=True):
-            named = dict(zip(("steps", "time", "loss", "sharpness", "distance"), row, strict=True))
-            self._folder.log(name, flow=name, **named)
-        return followed._asdict()
+        columns = {"steps": followed.steps, "time": followed.times, "loss": followed.loss}
+        columns |= {"sharpness": followed.sharpness, "distance": followed.distance}
+        for row in zip(*columns.values(), strict=True):
+            self._folder.log(name, flow=name, **dict(zip(columns, row, strict=True)))
+        return followed
 
     def _through(self, name: str, *, again: bool = False) -> tuple[rk_optax.Flow, float]:
         """The flow to its end and its seconds, with checkpoints on the way; `again` where its work has been counted."""
@@ -150,22 +140,16 @@ class FlowStudy:
                 self._report.phase(f"{title}, t = {done:.4g}")
 
             flow = self.follow(name, state=state, progress=progress, steps_per_call=self.config.checkpoint_every)
-        if flow.result != rk_optax.FlowResult.REACHED_END:
-            raise UsageError(
-                f"{title} ended at t = {float(flow.time):.4g} of {self.times[-1]:.4g}: "
-                f"{rk_optax.FlowResult(int(flow.result)).message}; lower learning_rate or initial_scale"
-            )
+        require(
+            flow.result == rk_optax.FlowResult.REACHED_END,
+            f"{title} ended at t = {float(flow.time):.4g} of {self.times[-1]:.4g}: "
+            f"{rk_optax.FlowResult(int(flow.result)).message}; lower learning_rate or initial_scale",
+        )
         return flow, before + time.perf_counter() - began
 
     def _eigenvalues(self, t: jax.Array, params: Params) -> jax.Array:
-        return spectrum.eigenpairs(
-            self.loss_fn,
-            params,
-            self.config.eigenvalues,
-            data=self.data,
-            batches=self.config.micro_batch,
-            tolerance=1e-3,
-        ).values
+        options: dict[str, Any] = {"data": self.data, "batches": self.config.micro_batch, "tolerance": 1e-3}
+        return spectrum.eigenpairs(self.loss_fn, params, self.config.eigenvalues, **options).values
 
 
 def _rows(flow: rk_optax.Flow) -> np.ndarray:

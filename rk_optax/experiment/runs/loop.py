@@ -14,7 +14,7 @@ import optax
 
 import rk_optax
 from rk_optax.experiment.entrants import Optimizer
-from rk_optax.experiment.errors import UsageError
+from rk_optax.experiment.errors import refusing, require
 from rk_optax.experiment.tasks.task import Finer, Params, Score, Task, Variables
 
 
@@ -77,9 +77,6 @@ class Trainer:
             mesh: the devices that share each batch of a single run, along an axis `batch` whose size divides it;
                 None for the default device alone.
             refine_at: steps, multiples of `chunk`, after which the run goes on with `task.finer()`; see `refinements`.
-
-        Raises:
-            UsageError: if the optimizer's state cannot be carried over to a finer task.
         """
         self._task, self._optimizer, self._chunk, self._steps = task, optimizer, chunk, steps
         self._grid = not isinstance(seeds, int)
@@ -105,24 +102,18 @@ class Trainer:
         """Shapes and shardings of a run's state after so many steps."""
         return self._phase_after(steps).layout
 
-    def start(self) -> Point:
-        """The initial point."""
-        state = self._start(self._task.init(self._seeds), self._rates)
-        return Point(0, 0.0, jax.block_until_ready(state))
-
     def run(self, steps: int | None, start: Point | None = None) -> Iterator[Point]:
-        """Trains, stopping after every chunk.
+        """Trains, and yields the starting point and the point after each chunk; its state is valid until the next.
 
         Args:
             steps: where to end, whole chunks from the starting point; None for never.
             start: where to go on, by default from the initial point.
-
-        Yields:
-            The starting point and the point after each chunk; its state is valid until the next.
         """
-        point = self.start() if start is None else start
-        yield point
-        step, seconds, state, _ = point
+        if start is None:
+            initial = self._start(self._task.init(self._seeds), self._rates)
+            start = Point(0, 0.0, jax.block_until_ready(initial))
+        yield start
+        step, seconds, state, _ = start
         phase = self._phase_after(step)
         while steps is None or step < steps:
             if (following := self._phase_after(step + 1)) is not phase:
@@ -164,7 +155,8 @@ class Trainer:
     ) -> _Phase:
         advance = functools.partial(self._advance_run, task)
         if self._grid:
-            advance = (_over_grid if vectorized else _in_turns)(advance, (0, None, None, 0), (0, 0, None, None))
+            side_by_side = jax.vmap if vectorized else _in_turns
+            advance = _over_grid(advance, (0, None, None, 0), (0, 0, None, None), side_by_side)
         arguments = (layout, self._rates, self._source, self._indices(0))
         began = time.perf_counter()
         compiled = jax.jit(advance, donate_argnums=0, out_shardings=self._everywhere).lower(*arguments).compile()
@@ -178,9 +170,8 @@ class Trainer:
             opt_state = _carried(finer, self._optimizer, state.opt_state)
             return state._replace(params=finer.params(state.params), opt_state=opt_state)
 
-        if self._grid:
-            return finer.task, jax.jit(_over_grid(enter, (0,), (0,)), out_shardings=self._everywhere)
-        return finer.task, jax.jit(enter, out_shardings=self._everywhere)
+        over_runs = _over_grid(enter, (0,), (0,)) if self._grid else enter
+        return finer.task, jax.jit(over_runs, out_shardings=self._everywhere)
 
     def _indices(self, start: int) -> jax.Array:
         if isinstance(self._seeds, int):
@@ -208,12 +199,11 @@ class Trainer:
             def value_fn(params: Params) -> jax.Array:
                 return task.loss_fn(params, **data)
 
+            statistics = state.statistics
             if not optimizer.takes_gradient:
                 loss, grads = jnp.asarray(jnp.nan), jax.tree.map(jnp.zeros_like, state.params)
-                statistics = state.statistics
             elif reuses:
                 loss, grads = optax.value_and_grad_from_state(value_fn)(state.params, state=state.opt_state)
-                statistics = state.statistics
             else:
                 (loss, statistics), grads = gradient(state.params, **optimizer.first_stage(data))
             updates, opt_state = tx.update(
@@ -228,52 +218,38 @@ class Trainer:
 
 
 def refinements(fractions: Sequence[float], steps: int, every: int) -> tuple[int, ...]:
-    """The steps, multiples of `every`, that are nearest to fractions of a run.
-
-    Raises:
-        UsageError: if two of them are the same, or the run begins or ends there.
-    """
+    """The steps, multiples of `every`, that are nearest to fractions of a run and have to lie within it."""
     at = tuple(round(fraction * steps / every) * every for fraction in fractions)
-    if not all(before < after for before, after in itertools.pairwise((0, *at, steps))) and at:
-        raise UsageError(
-            f"model.refine_at = {tuple(fractions)} of {steps} steps, evaluated every {every}, is after steps {at}, "
-            "which must increase and lie within the run: take a smaller evaluate_every or a longer run"
-        )
+    require(
+        not at or all(before < after for before, after in itertools.pairwise((0, *at, steps))),
+        f"model.refine_at = {tuple(fractions)} of {steps} steps, evaluated every {every}, is after steps {at}, which "
+        "must increase and lie within the run: take a smaller evaluate_every or a longer run",
+    )
     return at
 
 
 def check_refinement(task: Task, optimizer: Optimizer, steps: int) -> None:
-    """Checks that the state of an optimizer can be carried over to the task's finer grid.
-
-    Raises:
-        UsageError: if it cannot.
-    """
+    """Checks that the state of an optimizer can be carried over to the task's finer grid."""
     opt_state = jax.eval_shape(lambda: optimizer.make(task.loss_fn, 0.1, steps).init(task.init(0).params))
     jax.eval_shape(functools.partial(_carried, task.finer(), optimizer), opt_state)
 
 
 def _carried(finer: Finer, optimizer: Optimizer, opt_state: Any) -> Any:
-    try:
+    with refusing("model.refine_at does not go with this optimizer", ValueError):
         return finer.opt_state(opt_state, powers=optimizer.powers)
-    except ValueError as error:
-        raise UsageError(f"model.refine_at does not go with this optimizer: {error}") from error
 
 
-def _over_grid(
-    function: Callable[..., Any], seed_axes: tuple[int | None, ...], rate_axes: tuple[int | None, ...]
-) -> Callable[..., Any]:
+_Axes = tuple[int | None, ...]  # of arguments, as `jax.vmap` has them
+
+
+def _over_grid(function: Callable[..., Any], seed_axes: _Axes, rate_axes: _Axes, over: Any = jax.vmap) -> Any:
     """The function of one run, mapped over a grid (seed, rate) of runs."""
-    return jax.vmap(jax.vmap(function, rate_axes), seed_axes)
+    return over(over(function, rate_axes), seed_axes)
 
 
-def _in_turns(
-    function: Callable[..., Any], seed_axes: tuple[int | None, ...], rate_axes: tuple[int | None, ...]
-) -> Callable[..., Any]:
-    """The same as `_over_grid`, one run after the other."""
-    return _over_one_axis(_over_one_axis(function, rate_axes), seed_axes)
+def _in_turns(function: Callable[..., Any], axes: _Axes) -> Callable[..., Any]:
+    """What `jax.vmap` returns, one run after the other."""
 
-
-def _over_one_axis(function: Callable[..., Any], axes: tuple[int | None, ...]) -> Callable[..., Any]:
     def over_runs(*arguments: Any) -> Any:
         mapped = {i: argument for i, (argument, axis) in enumerate(zip(arguments, axes, strict=True)) if axis == 0}
         return jax.lax.map(lambda own: function(*(own.get(i, whole) for i, whole in enumerate(arguments))), mapped)

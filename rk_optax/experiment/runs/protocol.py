@@ -1,56 +1,27 @@
-"""What all experiments keep to: reporting, choosing among trials, taking turns on the clock, pieces done once."""
+"""What all experiments keep to: choosing among trials, taking turns on the clock, pieces done once."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from rk_optax.experiment.errors import UsageError
+from rk_optax.experiment.errors import require
+from rk_optax.experiment.runs.progress import ProgressBar
 from rk_optax.experiment.store.run_folder import RunFolder
 
 Record = TypeVar("Record")
 
 
-class Reporter(Protocol):
-    """What an experiment tells while it runs; any of these may raise KeyboardInterrupt to end it."""
-
-    def start(self, work: float) -> None:
-        """Announces the total work, in gradient evaluations, steps or runs."""
-        ...
-
-    def phase(self, description: str) -> None:
-        """Says what is being done now."""
-        ...
-
-    def advance(self, work: float) -> None:
-        """Says that this much more of the work is done."""
-        ...
-
-    def say(self, message: str) -> None:
-        """Says something that is to stay readable."""
-        ...
-
-
-class BestTrial(NamedTuple):
-    """The best of several trials."""
-
-    best: int  # index of the trial
-    losses: np.ndarray  # (trial,) inf where a run diverged
-    at_edge: str | None  # "lowest" or "highest" where the best value bounds the grid
-    diverged: int
-
-
-def choose(name: str, losses: Sequence[float] | np.ndarray, remedy: str) -> BestTrial:
-    """The trial with the lowest loss.
-
-    Raises:
-        UsageError: if all of them diverged.
-    """
+def choose(name: str, losses: Sequence[float] | np.ndarray, remedy: str) -> tuple[int, np.ndarray]:
+    """Which trial has the lowest loss, and all losses, infinite where a run diverged; an error if all of them did."""
     finite = np.where(np.isfinite(losses), losses, np.inf)
-    best, diverged = int(finite.argmin()), int(np.isinf(finite).sum())
-    if diverged == len(finite):
-        raise UsageError(f"{name} diverged at every one of its {len(finite)} trials: {remedy}")
-    return BestTrial(best, finite, {0: "lowest", len(finite) - 1: "highest"}.get(best), diverged)
+    require(np.isfinite(finite).any(), f"{name} diverged at every one of its {len(finite)} trials: {remedy}")
+    return int(finite.argmin()), finite
+
+
+def nearest_multiple(number: int, unit: int) -> int:
+    """The positive multiple of a unit that is nearest to a number."""
+    return max(1, round(number / unit)) * unit
 
 
 def in_turns(entrants: Sequence[Any], repeat: int) -> list[Any]:
@@ -64,24 +35,35 @@ def seconds_at(steps: np.ndarray, timed: np.ndarray, seconds: np.ndarray) -> np.
     return np.interp(steps, timed, seconds) * beyond
 
 
-def piece(folder: RunFolder, report: Reporter, name: str, work: float, do: Callable[[], Any]) -> Any:
-    """The result of a piece of a run as JSON has it, so that a resumed run goes on with the same values as another."""
+def piece(
+    folder: RunFolder,
+    report: ProgressBar,
+    kind: type[Record],
+    name: str,
+    work: float,
+    do: Callable[..., Any],
+    *given: Any,
+    **about: Any,
+) -> Any:
+    """What `do(*given)` returns, a named tuple of a kind or a list of them; from the folder where it was done before.
+
+    Either way it is as JSON has it, so that a resumed run goes on with the same values as another. `about` is written
+    beside it.
+    """
     if folder.finished(name) is None:
-        folder.finish(name, do())
+        done = do(*given)
+        folder.finish(name, [each._asdict() for each in done] if isinstance(done, list) else about | done._asdict())
     else:
         report.advance(work)
-    return folder.finished(name)
+    kept = folder.finished(name)
+    return [restored(kind, each) for each in kept] if isinstance(kept, list) else restored(kind, kept)
 
 
-def restored(kind: type[Record], kept: Mapping[str, Any]) -> Record:
-    """A named tuple of arrays and numbers from what `piece` returned, null being NaN.
-
-    Raises:
-        UsageError: if that was written by an earlier version, which knew less.
-    """
+def restored(kind: type[Record], kept: Any) -> Record:
+    """A named tuple of arrays and numbers from what JSON has of it, null in an array being NaN."""
     fields: Sequence[str] = getattr(kind, "_fields", ())
-    if not kept.keys() >= set(fields):
-        raise UsageError("the pieces of this run are of another version of rk-optax: start afresh with --out")
+    known = isinstance(kept, Mapping) and kept.keys() >= set(fields)
+    require(known, "the pieces of this run are of another version of rk-optax: start afresh with --out")
     return kind(**{field: _array(kept[field]) if isinstance(kept[field], list) else kept[field] for field in fields})
 
 

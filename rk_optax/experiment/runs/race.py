@@ -5,7 +5,6 @@ factorisations, products and line searches count for what they take.
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,9 +15,10 @@ import numpy as np
 
 from rk_optax.experiment.config import EntrantConfig, RaceConfig, checked
 from rk_optax.experiment.entrants import Optimizer, build_optimizer
-from rk_optax.experiment.errors import UsageError
-from rk_optax.experiment.runs.loop import Point, Trainer
-from rk_optax.experiment.runs.protocol import Reporter, choose, in_turns, piece, restored
+from rk_optax.experiment.errors import refusing
+from rk_optax.experiment.runs.loop import Trainer
+from rk_optax.experiment.runs.progress import ProgressBar
+from rk_optax.experiment.runs.protocol import choose, in_turns, piece
 from rk_optax.experiment.store.run_folder import RunFolder
 from rk_optax.experiment.tasks.full_batch import FullBatch
 from rk_optax.experiment.tasks.problems import PROBLEMS
@@ -67,81 +67,74 @@ class Raced(NamedTuple):
 
 
 class Race:
-    """A race whose configuration is known to be possible."""
+    """Runs solvers and optimizers on a full-batch problem with a known solution, each tuned on a seed of its own.
+
+    Shows what every error costs in gradients, V (one value_and_grad) and seconds.
+    """
 
     def __init__(self, config: RaceConfig):
-        """Builds every entrant once.
-
-        Raises:
-            UsageError: if the configuration asks for something impossible.
-        """
+        """Builds every entrant once."""
         self.config = checked(config)
-        try:
+        with refusing(f"problem_options = {dict(config.problem_options)!r}", TypeError):
             problem = self._problem(config.tuning_seed)
-        except TypeError as error:
-            raise UsageError(f"problem_options = {dict(config.problem_options)!r}: {error}") from error
         for name, entrant in config.entrants.items():
-            value = entrant.trials[0] if entrant.trials else None
-            optimizer, rate = _build(name, entrant, problem, value)
+            optimizer, rate = _build(name, entrant, problem, _first(entrant))
             optimizer.make(problem.loss_fn, rate, entrant.steps)  # does its schedule fit?
         self.error_name = problem.error_name
 
-    def run(self, folder: RunFolder, report: Reporter) -> list[Raced]:
-        """Tunes and runs every entrant on every seed; pieces that a resumed folder holds are taken from there.
-
-        Raises:
-            UsageError: if an entrant diverges with every value of its tuned argument.
-        """
+    def run(self, folder: RunFolder, report: ProgressBar) -> list[Raced]:
+        """Tunes and runs every entrant on every seed; pieces that a resumed folder holds are taken from there."""
         config, entrants = self.config, self.config.entrants
-        trials = {name: len(e.trials) if len(e.trials) > 1 else 0 for name, e in entrants.items()}
-        report.start(sum(trials.values()) + len(config.seeds) * len(entrants))
-        values: dict[str, float | None] = {}
-        for name, entrant in entrants.items():
-            values[name] = entrant.trials[0] if entrant.trials else None
-            if trials[name]:
-                report.phase(f"tuning {name}")
-                tune = functools.partial(self._piece, folder, report, name, config.tuning_seed)
-                shortfalls = [
-                    tune(v, f"tune-{name}-{i}", config.tuning_fraction).shortfall(config.targets)
-                    for i, v in enumerate(entrant.trials)
-                ]
-                values[name] = entrant.trials[choose(name, shortfalls, f"change entrants.{name}.trials").best]
-                tried = ", ".join(map("{:g}".format, entrant.trials))
-                report.say(f"tuned {name}: {entrant.tunes} {values[name]:g} of {tried}")
-        runs: dict[str, list[RaceRun]] = {name: [] for name in entrants}
+
+        def run(key: str, name: str, value: float | None, seed: int, fraction: float = 1.0) -> RaceRun:
+            given, about = (name, value, seed, fraction, report), {"entrant": name, "value": value, "seed": seed}
+            return piece(folder, report, RaceRun, key, 1, self._run, *given, **about)
+
+        tuned = {name: entrant for name, entrant in entrants.items() if len(entrant.trials) > 1}
+        report.start(sum(len(entrant.trials) for entrant in tuned.values()) + len(config.seeds) * len(entrants))
+        values = {name: _first(entrant) for name, entrant in entrants.items()}
+        for name, entrant in tuned.items():
+            report.phase(f"tuning {name}")
+            runs = [
+                run(f"tune-{name}-{i}", name, value, config.tuning_seed, config.tuning_fraction)
+                for i, value in enumerate(entrant.trials)
+            ]
+            shortfalls = [each.shortfall(config.targets) for each in runs]
+            best, _ = choose(name, shortfalls, f"change entrants.{name}.trials")
+            values[name] = entrant.trials[best]
+            tried = ", ".join(map("{:g}".format, entrant.trials))
+            report.say(f"tuned {name}: {entrant.tunes} {entrant.trials[best]:g} of {tried}")
+        raced: dict[str, list[RaceRun]] = {name: [] for name in entrants}
         for index, seed in enumerate(config.seeds):
             for name in in_turns(list(entrants), index):
                 report.phase(f"{name}, seed {seed}")
-                runs[name].append(self._piece(folder, report, name, seed, values[name], f"run-{name}-{seed}", 1.0))
-        return [Raced(name, values[name], runs[name]) for name in entrants]
-
-    def _piece(
-        self, folder: RunFolder, report: Reporter, name: str, seed: int, value: float | None, key: str, fraction: float
-    ) -> RaceRun:
-        def do() -> dict[str, Any]:
-            run = self._run(name, value, seed, fraction, report)
-            report.advance(1)
-            return {"entrant": name, "value": value, "seed": seed, **run._asdict()}
-
-        return restored(RaceRun, piece(folder, report, key, 1, do))
+                raced[name].append(run(f"run-{name}-{seed}", name, values[name], seed))
+        return [Raced(name, values[name], runs) for name, runs in raced.items()]
 
     def _problem(self, seed: int) -> FullBatch:
         return PROBLEMS[self.config.problem](seed, **self.config.problem_options)
 
-    def _run(self, name: str, value: float | None, seed: int, fraction: float, report: Reporter) -> RaceRun:
+    def _run(self, name: str, value: float | None, seed: int, fraction: float, report: ProgressBar) -> RaceRun:
         entrant, problem = self.config.entrants[name], self._problem(seed)
         optimizer, rate = _build(name, entrant, problem, value)
         trainer = Trainer(problem, optimizer, seed, rate, entrant.chunk, steps=entrant.steps)
         v_seconds = _time_gradient(problem)
         points = []
         for point in trainer.run(None):
-            points.append(_measured(trainer, point))
+            score = trainer.score(point)
+            cost, end = map(float, point.state.cost), (float(score.loss), float(score.metrics["error"]))
+            points.append((point.steps, point.seconds, *cost, *end))
             report.advance(0)
             done = entrant.steps is not None and point.steps >= entrant.steps
-            if done or point.seconds >= entrant.seconds * fraction or not np.isfinite(points[-1][-1]):
+            if done or point.seconds >= entrant.seconds * fraction or not np.isfinite(end[1]):
                 break
         columns = (np.array(column, float) for column in zip(*points, strict=True))
+        report.advance(1)
         return RaceRun(*columns, v_seconds=min(v_seconds, _time_gradient(problem)))
+
+
+def _first(entrant: EntrantConfig) -> float | None:
+    return entrant.trials[0] if entrant.trials else None
 
 
 def _build(name: str, config: EntrantConfig, problem: FullBatch, value: float | None) -> tuple[Optimizer, float | None]:
@@ -150,12 +143,6 @@ def _build(name: str, config: EntrantConfig, problem: FullBatch, value: float | 
     if value is not None and rate is None:
         config = dataclasses.replace(config, options={**config.options, config.tunes: value})
     return build_optimizer(f"entrants.{name}", config, problem.loss_fn, has_rate=rate is not None), rate
-
-
-def _measured(trainer: Trainer, point: Point) -> tuple[float, ...]:
-    """A point in the order of RaceRun's fields."""
-    score = trainer.score(point)
-    return point.steps, point.seconds, *map(float, point.state.cost), float(score.loss), float(score.metrics["error"])
 
 
 def _time_gradient(problem: FullBatch, repeats: int = 15, calls: int = 10) -> float:

@@ -9,9 +9,10 @@ import numpy as np
 
 from rk_optax.experiment.config import TrainConfig, checked
 from rk_optax.experiment.entrants import build_optimizer, check_slices
-from rk_optax.experiment.errors import UsageError
+from rk_optax.experiment.errors import optional, require
 from rk_optax.experiment.runs.loop import Point, Trainer, check_refinement, refinements
-from rk_optax.experiment.runs.protocol import Reporter
+from rk_optax.experiment.runs.progress import ProgressBar
+from rk_optax.experiment.runs.protocol import nearest_multiple
 from rk_optax.experiment.store.checkpoints import Checkpoints
 from rk_optax.experiment.store.run_folder import TrainFolder
 from rk_optax.experiment.tasks.supervised import Supervised, build_task, probe_loss
@@ -21,20 +22,15 @@ _LONGEST_CHUNK = 50
 
 
 class Training:
-    """A training run whose configuration is known to be possible, ready to run."""
+    """Trains a network with one optimizer, writing metrics and checkpoints as it goes."""
 
     def __init__(self, config: TrainConfig):
-        """Checks the configuration, loads the data and plans the run.
-
-        Raises:
-            UsageError: if the configuration asks for something impossible.
-        """
+        """Checks the configuration, loads the data and plans the run."""
         self.config = checked(config)
         self._summary_writer = _summary_writer() if config.tensorboard else None
         probe, rate = probe_loss(config.model), config.optimizer.learning_rate
-        self.optimizer = build_optimizer(
-            "optimizer", config.optimizer, probe, has_rate=rate is not None, sliced=Supervised.sliced
-        )
+        options: dict[str, Any] = {"has_rate": rate is not None, "sliced": Supervised.sliced}
+        self.optimizer = build_optimizer("optimizer", config.optimizer, probe, **options)
         check_slices("optimizer", config.optimizer, config.data.batch_size)
         self.task = build_task(config.data, config.model, config.metrics)
         batch = config.data.batch_size or self.task.examples
@@ -55,12 +51,8 @@ class Training:
         at = self._refine_at
         return Trainer(self.task, self.optimizer, seed, rate, chunk, steps=self.steps, mesh=self._mesh, refine_at=at)
 
-    def run(self, folder: TrainFolder, report: Reporter) -> dict[str, Any]:
-        """Trains from the latest checkpoint in the folder, or else from the start.
-
-        Raises:
-            UsageError: if a checkpoint or the metrics are damaged.
-        """
+    def run(self, folder: TrainFolder, report: ProgressBar) -> dict[str, Any]:
+        """Trains from the latest checkpoint in the folder, or else from the start."""
         report.start(self.steps)
         if self._mesh is not None:
             report.say(f"{self._mesh.size} devices share each batch")
@@ -69,13 +61,12 @@ class Training:
         with contextlib.ExitStack() as stack:
             keep = self.config.keep_checkpoints
             checkpoints = stack.enter_context(Checkpoints(folder.path / "checkpoints", keep))
-            start, done, losses = None, 0, []
+            start, done, losses, board = None, 0, [], None
             restored = checkpoints.restore(trainer.layout)
             if restored is not None:
                 done, seconds, leaves = restored
                 start = Point(done, seconds, trainer.restored(leaves))
             record = folder.rewind(None if start is None else done)
-            board = None
             if self._summary_writer is not None:
                 after = None if start is None else done + 1  # what was written beyond is dropped
                 board = stack.enter_context(self._summary_writer(str(folder.path / "tensorboard"), purge_step=after))
@@ -120,20 +111,17 @@ def _plan(config: TrainConfig, per_epoch: int) -> tuple[int, int, int]:
     steps = config.steps if config.steps is not None else (config.epochs or 0) * per_epoch
     evaluate_every = config.evaluate_every or min(per_epoch, steps)
     checkpoint_every = config.checkpoint_every or evaluate_every
-    if steps % evaluate_every:
-        length = (
-            f"steps = {steps}" if config.steps is not None else f"epochs = {config.epochs}, which are {steps} steps,"
-        )
-        raise UsageError(
-            f"{length} must be a multiple of evaluate_every = {evaluate_every}: take steps = "
-            f"{max(1, round(steps / evaluate_every)) * evaluate_every}, or evaluate_every = "
-            f"{_largest_divisor(steps, evaluate_every)}"
-        )
-    if checkpoint_every % evaluate_every:
-        raise UsageError(
-            f"checkpoint_every = {checkpoint_every} must be a multiple of evaluate_every = {evaluate_every}: take "
-            f"{max(1, round(checkpoint_every / evaluate_every)) * evaluate_every}"
-        )
+    length = f"steps = {steps}" if config.steps is not None else f"epochs = {config.epochs}, which are {steps} steps,"
+    require(
+        steps % evaluate_every == 0,
+        f"{length} must be a multiple of evaluate_every = {evaluate_every}: take steps = "
+        f"{nearest_multiple(steps, evaluate_every)}, or evaluate_every = {_largest_divisor(steps, evaluate_every)}",
+    )
+    require(
+        checkpoint_every % evaluate_every == 0,
+        f"checkpoint_every = {checkpoint_every} must be a multiple of evaluate_every = {evaluate_every}: take "
+        f"{nearest_multiple(checkpoint_every, evaluate_every)}",
+    )
     return steps, evaluate_every, checkpoint_every
 
 
@@ -143,13 +131,8 @@ def _largest_divisor(number: int, limit: int) -> int:
 
 def _summary_writer() -> Any:
     """The class that writes for TensorBoard."""
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise UsageError(
-            "tensorboard = True needs tensorboardX, which is not installed: pip install 'rk-optax[tensorboard]'"
-        ) from error
-    return SummaryWriter
+    extra = "'rk-optax[tensorboard]'"
+    return optional("tensorboardX", "tensorboard = True needs tensorboardX", extra).SummaryWriter
 
 
 def _write(board: Any, record: dict[str, Any]) -> None:

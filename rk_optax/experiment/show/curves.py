@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rk_optax.experiment.errors import UsageError
+from rk_optax.experiment.errors import UsageError, require
 from rk_optax.experiment.runs.protocol import seconds_at
 from rk_optax.experiment.store.run_folder import metrics, read_json
 
@@ -28,26 +28,20 @@ class Curve(NamedTuple):
 
 
 def read_curves(path: Path) -> list[Curve]:
-    """The curve of a training run, or the curves of a comparison or a race, each averaged over its seeds.
-
-    Raises:
-        UsageError: if it holds no run with metrics, or a damaged one.
-    """
+    """The curve of a training run, or the curves of a comparison or a race, each averaged over its seeds."""
     config = read_json(path / "config.json")
     command = config.get("command") if isinstance(config, Mapping) else None
     read: dict[Any, Callable[[Path, _Record], list[Curve]]] = {"train": _train, "compare": _compare, "race": _race}
-    if command == "flow":
-        raise UsageError(f"{path} holds flows, whose figure is {path / 'flow.png'}")
-    if not isinstance(command, str) or command not in read:
-        raise UsageError(f"{path / 'config.json'} is damaged: no command of rk-optax made this run")
+    require(command != "flow", f"{path} holds flows, whose figure is {path / 'flow.png'}")
+    known = isinstance(command, str) and command in read
+    require(known, f"{path / 'config.json'} is damaged: no command of rk-optax made this run")
     try:
         curves = read[command](path, config)
     except UsageError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"the metrics in {path} are damaged: {type(error).__name__}: {error}") from error
-    if not any(len(curve.steps) for curve in curves):
-        raise UsageError(f"{path}: the run has no metrics to plot yet")
+    require(any(len(curve.steps) for curve in curves), f"{path}: the run has no metrics to plot yet")
     return curves
 
 
@@ -79,15 +73,12 @@ def _race(path: Path, config: _Record) -> list[Curve]:
         name = str(read_json(summary)["error"])
     curves = []
     for entrant in config["config"]["entrants"]:
-        records: list[_Record] = []
         pieces = (path / "pieces" / f"run-{entrant}-{seed}.json" for seed in config["config"]["seeds"])
-        runs = [run for run in pieces if run.exists()]
-        for piece in map(read_json, runs):
-            fields = ("steps", "gradients", "seconds", "loss", "error")
-            points = zip(*(piece[field] for field in fields), strict=True)
-            records.extend(dict(zip(fields, point, strict=True)) for point in points)
-        whole = _means(records, "gradients", "seconds", "loss", "error", average=np.median, least=len(runs))
-        steps, (cost, seconds, loss, error) = whole
+        runs = [read_json(piece) for piece in pieces if piece.exists()]
+        fields = ("steps", "gradients", "seconds", "loss", "error")
+        points = [point for run in runs for point in zip(*(run[field] for field in fields), strict=True)]
+        records: list[_Record] = [dict(zip(fields, point, strict=True)) for point in points]
+        steps, (cost, seconds, loss, error) = _means(records, *fields[1:], average=np.median, least=len(runs))
         curves.append(Curve(f"{path.name}, {entrant}", steps, cost, seconds, loss, error, name))
     return curves
 
@@ -105,9 +96,7 @@ def _means(
     for record in records:
         by_step[record["steps"]].append(record)
     steps = sorted(step for step, same in by_step.items() if len(same) >= least)
-    values = [[average([_number(record[field]) for record in by_step[step]]) for step in steps] for field in fields]
+    values = [
+        [average(np.array([record[field] for record in by_step[step]], float)) for step in steps] for field in fields
+    ]
     return np.array(steps, float), [np.array(column, float) for column in values]
-
-
-def _number(value: Any) -> float:
-    return np.nan if value is None else float(value)

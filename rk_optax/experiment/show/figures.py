@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from rk_optax.experiment.errors import UsageError
+from rk_optax.experiment.errors import require
 from rk_optax.experiment.runs.compare import Compared
 from rk_optax.experiment.runs.flow import DESCENT, Followed
 from rk_optax.experiment.runs.race import Raced
@@ -50,8 +50,7 @@ def plot_comparison(results: Sequence[Compared], path: Path) -> None:
         errors = [error_percent(result.runs.test_accuracy)[:, 1:] for result in results]
         for axis, runs in zip(column, (losses, errors), strict=True):
             lines = [_Drawn(name, x[1:], y) for name, x, y in zip(names, costs, runs, strict=True)]
-            _draw(axis, lines, np.mean, _marked)
-            axis.set_xscale("log")
+            _draw(axis, lines, np.mean)
             axis.axvline(min(cost[-1] for cost in costs), color="0.4", linewidth=1.2, linestyle=":")
         column[1].set_xlabel(label)
     axes[0, 0].set_ylabel("training loss")
@@ -69,8 +68,7 @@ def plot_race(results: Sequence[Raced], error_name: str, path: Path) -> None:
     for axis, (field, label) in zip(axes, labels.items(), strict=True):
         names = [f"{result.name}{_valued(result.value, 'g')}" for result in results]
         grids = [on_grid(result.runs, field) for result in results]
-        _draw(axis, [_Drawn(n, x, y) for n, (x, y) in zip(names, grids, strict=True)], np.median, _every_twelfth)
-        axis.set_xscale("log")
+        _draw(axis, [_Drawn(n, x, y) for n, (x, y) in zip(names, grids, strict=True)], np.median)
         axis.set_xlabel(label)
     axes[0].set_ylabel(error_name)
     title = f"entrant, tuned value (median and range over {len(results[0].runs)} seeds)"
@@ -100,14 +98,9 @@ def plot_flows(results: Sequence[Followed], learning_rate: float, path: Path | s
 
 
 def plot_curves(curves: Sequence[Curve], x: str, path: Path) -> None:
-    """Draws training loss and error of several runs against steps, cost or seconds.
-
-    Raises:
-        UsageError: if their errors are not of one kind.
-    """
+    """Draws training loss and error of several runs against steps, cost or seconds."""
     kinds = dict.fromkeys(curve.error_name for curve in curves)
-    if len(kinds) > 1:
-        raise UsageError(f"cannot overlay runs that measure different errors: {'; '.join(kinds)}. Draw them apart")
+    require(len(kinds) <= 1, f"cannot overlay runs that measure different errors: {'; '.join(kinds)}. Draw them apart")
     figure = Figure(figsize=(9, 7), dpi=120, layout="constrained")
     axes = figure.subplots(2, 1, sharex=True)
     for axis, name, field in zip(axes, ("training loss", *kinds), ("train_loss", "error"), strict=True):
@@ -116,27 +109,22 @@ def plot_curves(curves: Sequence[Curve], x: str, path: Path) -> None:
             along, values = getattr(curve, x), getattr(curve, field)
             seen = np.isfinite(along) & np.isfinite(values)
             lines.append(_Drawn(curve.label, along[seen], values[seen][None]))
-        _draw(axis, lines, np.mean, _eight)
+        _draw(axis, lines, np.mean, along="linear")
         axis.set_ylabel(name)
     axes[1].set_xlabel(AXES[x])
     _save(figure, axes[0], path, columns=min(len(curves), 3))
 
 
-def _draw(
-    axis: Any, lines: Sequence[_Drawn], middle: Callable[..., np.ndarray], marked: Callable[[np.ndarray, int], Any]
-) -> None:
-    """Lines with their bands."""
+def _draw(axis: Any, lines: Sequence[_Drawn], middle: Callable[..., np.ndarray], along: str = "log") -> None:
+    """Lines with their bands, along a scale."""
     for index, (label, x, runs) in enumerate(lines):
-        style: dict[str, Any] = {
-            "color": COLORS[index % len(COLORS)],
-            "linestyle": ("-", "--", ":")[index // len(COLORS) % 3],
-            "marker": MARKERS[index % len(MARKERS)],
-        }
-        axis.plot(
-            x, middle(runs, axis=0), label=label, linewidth=1.6, markersize=6, markevery=marked(x, index), **style
-        )
+        color, line = COLORS[index % len(COLORS)], ("-", "--", ":")[index // len(COLORS) % 3]
+        marks = _marked(x, index) if along == "log" else (index, max(1, len(x) // 8))
+        style: dict[str, Any] = {"marker": MARKERS[index % len(MARKERS)], "markersize": 6, "markevery": marks}
+        axis.plot(x, middle(runs, axis=0), label=label, color=color, linestyle=line, linewidth=1.6, **style)
         if len(runs) > 1:
-            axis.fill_between(x, runs.min(axis=0), runs.max(axis=0), color=style["color"], alpha=0.2, linewidth=0)
+            axis.fill_between(x, runs.min(axis=0), runs.max(axis=0), color=color, alpha=0.2, linewidth=0)
+    axis.set_xscale(along)
     # The loss of a race may be negative.
     _style(axis, logarithmic=all(np.nanmin(runs, initial=np.inf) > 0 for _, _, runs in lines))
 
@@ -166,11 +154,3 @@ def _marked(x: np.ndarray, index: int) -> list[int]:
     """Indices of points to mark, evenly on a logarithmic axis, staggered from line to line."""
     wanted = np.geomspace(x[0], x[-1], 6) * 1.15**index
     return np.unique(np.searchsorted(x, wanted[wanted <= x[-1]])).tolist()
-
-
-def _every_twelfth(x: np.ndarray, index: int) -> tuple[int, int]:
-    return 3 * index % 12, 12
-
-
-def _eight(x: np.ndarray, index: int) -> tuple[int, int]:
-    return index, max(1, len(x) // 8)

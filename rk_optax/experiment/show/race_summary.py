@@ -15,19 +15,16 @@ def race_summary(results: Sequence[Raced], targets: Sequence[float]) -> list[dic
     """
     rows = []
     for result in results:
-        last = {
-            field: [_or_infinite(float(getattr(run, field)[-1])) for run in result.runs]
-            for field in ("error", "loss", "seconds")
-        }
+        errors = np.array([run.error[-1] if np.isfinite(run.error[-1]) else np.inf for run in result.runs])
         rows.append(
             {
                 "entrant": result.name,
                 "tuned": result.value,
                 "seeds": len(result.runs),
-                "final_error": _median(last["error"]),
-                "final_error_range": [_median([end(last["error"])]) for end in (min, max)],
-                "final_loss": _median(last["loss"]),
-                "seconds": _median(last["seconds"]),
+                "final_error": _median(errors),
+                "final_error_range": [_median(errors.min()), _median(errors.max())],
+                "final_loss": _median([run.loss[-1] for run in result.runs]),
+                "seconds": _median([run.seconds[-1] for run in result.runs]),
                 "v_ms": _median([1e3 * run.v_seconds for run in result.runs]),
                 "targets": [_price(result.runs, target) for target in targets],
                 "curve": _curve(result.runs),
@@ -54,13 +51,11 @@ def on_grid(runs: Sequence[RaceRun], field: str) -> tuple[np.ndarray, np.ndarray
 def _price(runs: Sequence[RaceRun], target: float) -> dict[str, Any]:
     """What an error costs."""
     paid = [(run, run.first_below(target)) for run in runs]
-    columns = {
-        "gradients": [np.inf if i is None else run.gradients[i] for run, i in paid],
-        "v": [np.inf if i is None else run.seconds[i] / run.v_seconds for run, i in paid],
-        "seconds": [np.inf if i is None else run.seconds[i] for run, i in paid],
-    }
-    reached = sum(i is not None for _, i in paid)
-    return {"error": target, "reached": reached, **{name: _median(values) for name, values in columns.items()}}
+    gradients = [np.inf if i is None else run.gradients[i] for run, i in paid]
+    seconds = [np.inf if i is None else run.seconds[i] for run, i in paid]
+    v = [spent / run.v_seconds for spent, run in zip(seconds, runs, strict=True)]
+    prices = {"gradients": _median(gradients), "v": _median(v), "seconds": _median(seconds)}
+    return {"error": target, "reached": sum(i is not None for _, i in paid), **prices}
 
 
 def _curve(runs: Sequence[RaceRun]) -> dict[str, list[float]]:
@@ -76,10 +71,7 @@ def _curve(runs: Sequence[RaceRun]) -> dict[str, list[float]]:
     }
 
 
-def _or_infinite(value: float) -> float:
-    return value if np.isfinite(value) else np.inf
-
-
-def _median(values: Sequence[float]) -> float | None:
-    middle = float(np.median(values))
+def _median(values: Any) -> float | None:
+    """The median, where what is not finite is the largest; None if that is the median."""
+    middle = float(np.median(np.where(np.isfinite(values), values, np.inf)))
     return middle if np.isfinite(middle) else None

@@ -1,7 +1,6 @@
 """Checkpoints of a training run: whole states, written atomically by Orbax, checked before they are used."""
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,11 +10,22 @@ import absl.logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pydantic
 
-from rk_optax.experiment.errors import UsageError
+from rk_optax.experiment.errors import UsageError, refusing, require
+from rk_optax.experiment.store.run_folder import differing
 
 _FORMAT = 2
 _ABOUT = "about.json"
+
+
+class _About(pydantic.BaseModel):
+    """What stands in a checkpoint beside its arrays."""
+
+    format: int
+    seconds: float = pydantic.Field(ge=0)
+    layout: dict[str, str] = pydantic.Field(min_length=1)
+    files: dict[str, str] = pydantic.Field(min_length=1)  # their checksums
 
 
 class Checkpoints:
@@ -29,23 +39,17 @@ class Checkpoints:
     """
 
     def __init__(self, path: Path, keep: int):
-        """Opens the folder of the checkpoints, new or old.
-
-        Raises:
-            UsageError: if it cannot be read.
-        """
+        """Opens the folder of the checkpoints, new or old."""
         # What Orbax has to say goes into exceptions too, and these we report.
         absl.logging.set_verbosity(absl.logging.FATAL)
         logging.getLogger("absl").setLevel(logging.FATAL)
         self._path = path.absolute()
-        if (path / "index.json").exists():
-            raise UsageError(f"{path}: checkpoints of another version of rk-optax; remove {path} to start anew")
+        old = (path / "index.json").exists()
+        require(not old, f"{path}: checkpoints of another version of rk-optax; remove {path} to start anew")
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
-        try:
+        with refusing(f"{path}: cannot hold checkpoints", OSError):
             self._path.mkdir(exist_ok=True)
             self._manager = ocp.CheckpointManager(self._path, options=options)
-        except OSError as error:
-            raise UsageError(f"{path}: cannot hold checkpoints: {error.strerror or error}") from error
 
     def __enter__(self) -> Self:
         return self
@@ -62,33 +66,39 @@ class Checkpoints:
         # Orbax refuses arrays without entries; there is nothing in them to keep.
         self._manager.save(steps, args=ocp.args.StandardSave({name: a for name, a in arrays.items() if a.size}))
         folder = self._folder(steps)
-        about = {"format": _FORMAT, "seconds": seconds, "layout": _layout(arrays), "files": _checksums(folder)}
-        (folder / f"{_ABOUT}.new").write_text(json.dumps(about, indent=1), encoding="utf-8")
+        about = _About(format=_FORMAT, seconds=seconds, layout=_layout(arrays), files=_checksums(folder))
+        (folder / f"{_ABOUT}.new").write_text(about.model_dump_json(indent=1), encoding="utf-8")
         (folder / f"{_ABOUT}.new").replace(folder / _ABOUT)
 
     def restore(self, layout: Callable[[int], Any]) -> tuple[int, float, Any] | None:
-        """Steps, seconds and host arrays of the latest checkpoint; None if there is no checkpoint.
+        """Steps, seconds and host arrays of the latest checkpoint; None if there is none.
 
-        Args:
-            layout: of the state after so many steps, as shapes.
-
-        Raises:
-            UsageError: if the checkpoint is damaged, or of another layout.
+        `layout(steps)` is the state after so many steps, as shapes.
         """
         steps = max(self._counted(), default=None)
         if steps is None:
             return None
-        about = self._about(steps)
+        try:
+            about = _About.model_validate_json((self._folder(steps) / _ABOUT).read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            self._refuse(steps, f"is damaged: {_ABOUT}: {_line(error)}")
+        if about.format != _FORMAT:
+            self._refuse(steps, "is of another version of rk-optax")
         like = layout(steps)
         wanted = named(like)
-        self._compare(steps, about["layout"], _layout(wanted))
+        expected = _layout(wanted)
+        for name in differing(expected, about.layout):
+            self._refuse(
+                steps,
+                f"has another layout: {name} is {about.layout.get(name, 'missing')}, this version of rk-optax expects "
+                f"{expected.get(name, 'nothing there')}",
+            )
         try:
             found = _checksums(self._folder(steps))
         except OSError as error:
             self._refuse(steps, f"cannot be read: {error.strerror or error}")
-        for name in [*about["files"], *found]:
-            if found.get(name) != about["files"].get(name):
-                self._refuse(steps, f"is damaged: {name} is not what was written")
+        for name in differing(about.files, found):
+            self._refuse(steps, f"is damaged: {name} is not what was written")
         empty = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in wanted.items()}
         try:
             filled = {name: array for name, array in empty.items() if array.size}
@@ -96,35 +106,13 @@ class Checkpoints:
         except Exception as error:  # another version of Orbax, perhaps
             self._refuse(steps, f"cannot be read: {_line(error)}")
         leaves = [arrays.get(name, empty[name]) for name in wanted]
-        return steps, about["seconds"], jax.tree.unflatten(jax.tree.structure(like), leaves)
+        return steps, about.seconds, jax.tree.unflatten(jax.tree.structure(like), leaves)
 
     def _counted(self) -> list[int]:
         return [steps for steps in self._manager.all_steps(read=True) if (self._folder(steps) / _ABOUT).exists()]
 
-    def _about(self, steps: int) -> dict[str, Any]:
-        try:
-            about = json.loads((self._folder(steps) / _ABOUT).read_text(encoding="utf-8"))
-            if about["format"] != _FORMAT:
-                self._refuse(steps, "is of another version of rk-optax")
-            if not (dict(about["layout"]) and dict(about["files"]) and float(about["seconds"]) >= 0):
-                raise ValueError("it is incomplete")
-        except UsageError:
-            raise
-        except (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-            self._refuse(steps, f"is damaged: {_ABOUT}: {_line(error)}")
-        return about
-
     def _folder(self, steps: int) -> Path:
         return self._path / str(steps)
-
-    def _compare(self, steps: int, found: Mapping[str, str], wanted: Mapping[str, str]) -> None:
-        for name in [*wanted, *found]:
-            if found.get(name) != wanted.get(name):
-                self._refuse(
-                    steps,
-                    f"has another layout: {name} is {found.get(name, 'missing')}, this version of rk-optax expects "
-                    f"{wanted.get(name, 'nothing there')}",
-                )
 
     def _refuse(self, steps: int, reason: str) -> NoReturn:
         others = [other for other in self._counted() if other < steps]

@@ -5,7 +5,7 @@ import json
 import platform
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TextIO, TypeVar
 
 import flax
 import jax
@@ -15,7 +15,7 @@ from pydantic_core import to_jsonable_python
 
 import rk_optax
 from rk_optax.experiment.config import parse
-from rk_optax.experiment.errors import UsageError
+from rk_optax.experiment.errors import UsageError, refusing, require
 
 Config = TypeVar("Config")
 
@@ -28,25 +28,19 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, *, resume: bool = False):
-        """Creates the folder, or opens that of a run that is to go on.
-
-        Raises:
-            UsageError: if it holds something, or nothing to resume, or cannot be written.
-        """
+        """Creates the folder, or opens that of a run that is to go on."""
         self.path, self._resumed = path, resume
-        try:
+        with refusing(f"{path}: cannot write a run there", OSError):
             if resume:
                 self._forget_unfinished()
             else:
                 path.mkdir(parents=True, exist_ok=True)
-                if not _blank(path):
-                    raise UsageError(
-                        f"{path} is not empty: choose another folder with --out, or go on with the run in it with "
-                        "--resume"
-                    )
-            self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
-        except OSError as error:
-            raise UsageError(f"{path}: cannot write a run there: {error.strerror or error}") from error
+                remedy = "choose another folder with --out, or go on with the run in it with --resume"
+                require(_blank(path), f"{path} is not empty: {remedy}")
+            self._metrics = self._opened()
+
+    def _opened(self) -> TextIO:
+        return (self.path / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
 
     def _forget_unfinished(self) -> None:
         """Drops the metrics of a piece that was interrupted: it will be done anew."""
@@ -121,85 +115,67 @@ class TrainFolder(RunFolder):
         """Leaves the metrics alone until the checkpoint is known that they have to end with."""
 
     def rewind(self, steps: int | None) -> dict[str, Any] | None:
-        """Drops the metrics beyond a checkpoint, with a last line that was cut short.
-
-        Raises:
-            UsageError: if the metrics are damaged before that.
-        """
-        path = self.path / "metrics.jsonl"
-        kept, last = [], None
-        if steps is not None:
-            try:
-                for line, record in metrics(self.path):
-                    if record["steps"] <= steps:
-                        kept.append(line)
-                        last = record
-                    if record["steps"] >= steps:
-                        break
-            except (ValueError, KeyError, TypeError):
-                last = None
-            if last is None or last["steps"] != steps:
-                raise UsageError(f"{path} is damaged: no metrics of step {steps}, from which the run goes on")
+        """Drops the metrics beyond a checkpoint, with a last line that was cut short; returns the last record left."""
+        path, kept, last = self.path / "metrics.jsonl", [], {}
+        try:
+            for line, record in metrics(self.path) if steps is not None else ():
+                if record["steps"] <= steps:
+                    kept.append(line)
+                    last = record
+                if record["steps"] >= steps:
+                    break
+        except (ValueError, KeyError, TypeError):
+            last = {}
+        require(
+            last.get("steps") == steps, f"{path} is damaged: no metrics of step {steps}, from which the run goes on"
+        )
         self._metrics.close()
-        self._replace("metrics.jsonl", "".join(kept))
-        self._metrics = path.open("a", encoding="utf-8", buffering=1)
-        return last
+        self._replace(path.name, "".join(kept))
+        self._metrics = self._opened()
+        return last or None
 
 
 def stored_config(path: Path, command: str, kind: type[Config]) -> Config:
-    """The configuration of the run in a folder.
-
-    Raises:
-        UsageError: if there is no such run, or its `config.json` is damaged.
-    """
+    """The configuration of the run in a folder."""
     config = path / "config.json"
-    if not config.exists():
-        raise UsageError(f"{path} holds no run to resume: start one with --out {path}")
+    require(config.exists(), f"{path} holds no run to resume: start one with --out {path}")
     content = read_json(config)
-    if not isinstance(content, dict) or content.get("command") != command:
-        raise UsageError(f"{path} holds no run of rk-optax {command}")
-    try:
+    written = isinstance(content, dict) and content.get("command") == command
+    require(written, f"{path} holds no run of rk-optax {command}")
+    with refusing(f"{config} is damaged, or of another version of rk-optax", UsageError):
         return parse(kind, json.dumps(content.get("config")))
-    except UsageError as error:
-        raise UsageError(f"{config} is damaged, or of another version of rk-optax: {error}") from error
 
 
 def first_difference(old: Any, new: Any) -> str | None:
     """The first field in which two configurations differ, with both values; None if there is none."""
     before, after = (_flat(_strict(dataclasses.asdict(config))) for config in (old, new))
-    for field in [*before, *after]:
-        if before.get(field) != after.get(field):
-            return f"{field} = {before.get(field)!r}, not {after.get(field)!r}"
+    for field in differing(before, after):
+        return f"{field} = {before.get(field)!r}, not {after.get(field)!r}"
     return None
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file of a run holds.
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[str]:
+    """The keys under which two mappings have not the same."""
+    return (key for key in {**one, **other} if one.get(key) != other.get(key))
 
-    Raises:
-        UsageError: if there is no such file, or it is damaged.
-    """
-    try:
+
+def read_json(path: Path) -> Any:
+    """What a JSON file of a run holds."""
+    with (
+        refusing(f"{path.parent} holds no run: {path.name}", OSError),
+        refusing(f"{path} is damaged", ValueError, RecursionError),  # of UTF-8 or of JSON
+    ):
         return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path.parent} holds no run: {path.name}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:  # of UTF-8 or of JSON
-        raise UsageError(f"{path} is damaged: {error}") from error
 
 
 def metrics(folder: Path) -> Iterator[tuple[str, Any]]:
-    """The lines of `metrics.jsonl` and what they say; a kill may have cut the last one short.
-
-    Raises:
-        UsageError: if a line is damaged.
-    """
+    """The lines of `metrics.jsonl` and what they say; a kill may have cut the last one short."""
     path = folder / "metrics.jsonl"
-    try:
-        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-            if line.endswith(b"\n"):
-                yield line.decode(), json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is damaged: {error}") from error
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        if line.endswith(b"\n"):
+            with refusing(f"{path} is damaged", ValueError, RecursionError):
+                read = line.decode(), json.loads(line)
+            yield read
 
 
 def _blank(path: Path) -> bool:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from sklearn.datasets import fetch_openml, load_digits
 from sklearn.model_selection import train_test_split
 
-from rk_optax.experiment.errors import UsageError
-from rk_optax.experiment.tasks import cifar, idx, text
+from rk_optax.experiment.errors import UsageError, refusing, require
+from rk_optax.experiment.tasks import image_files, text
 from rk_optax.experiment.tasks.models import MODELS
 from rk_optax.experiment.tasks.task import Array, Kind
 
@@ -41,40 +41,30 @@ class Dataset(NamedTuple):
 
 
 def load_dataset(config: DataConfig) -> Dataset:
-    """Loads and splits the data: the same configuration always gives the same split.
-
-    Raises:
-        UsageError: if the data cannot be had, or are not of their kind, or the split leaves too few examples, or fewer
-            than a batch.
-    """
+    """Loads and splits the data: the same configuration always gives the same split."""
     load, kind, _ = DATASETS[config.name]
-    train, validation, test, classes = load(config)
-    if train.images.ndim != _AXES[kind]:
-        raise UsageError(
-            f"data.name = {config.name!r}: examples of shape {train.images.shape[1:]} are no {kind}, as DATASETS has it"
-        )
-    if config.batch_size is not None and config.batch_size > len(train.labels):
-        raise UsageError(
-            f"data.batch_size = {config.batch_size} is more than the {len(train.labels)} training "
-            "examples; None takes all of them"
-        )
-    return Dataset(train, validation, test, classes)
+    dataset = load(config)
+    shape, examples = dataset.train.images.shape[1:], len(dataset.train.labels)
+    require(
+        len(shape) == _AXES[kind],
+        f"data.name = {config.name!r}: examples of shape {shape} are no {kind}, as DATASETS has it",
+    )
+    require(
+        config.batch_size is None or config.batch_size <= examples,
+        f"data.batch_size = {config.batch_size} is more than the {examples} training examples; None takes all of them",
+    )
+    return dataset
 
 
 def check_kind(data: DataConfig, model: ModelConfig) -> None:
-    """Checks that the network takes what the data set is made of.
-
-    Raises:
-        UsageError: if it does not.
-    """
+    """Checks that the network takes what the data set is made of."""
     takes, given = MODELS[model.name].takes, DATASETS[data.name].kind
-    if given in takes:
-        return
-    models = [name for name, architecture in MODELS.items() if given in architecture.takes]
-    datasets = [name for name, source in DATASETS.items() if source.kind in takes]
-    raise UsageError(
+    models = " or ".join(name for name, architecture in MODELS.items() if given in architecture.takes)
+    datasets = " or ".join(name for name, source in DATASETS.items() if source.kind in takes)
+    require(
+        given in takes,
         f"model.name = {model.name!r} takes {' or '.join(takes)}, and data.name = {data.name!r} is {given}: take "
-        f"{' or '.join(models)} for these data, or {' or '.join(datasets)} for this network"
+        f"{models} for these data, or {datasets} for this network",
     )
 
 
@@ -98,21 +88,22 @@ def batch_indices(seed: int, examples: int, batch_size: int | None, start: int, 
     return batches[offset : offset + count].astype(np.int32)
 
 
-def _stratified(images: Array, labels: Array, fraction: float, seed: int) -> tuple[Split, Split]:
-    try:
+def _stratified(whole: Split, fraction: float, seed: int) -> tuple[Split, Split]:
+    """A data set without a fraction of it, and that fraction."""
+    images, labels = whole
+    with refusing("data.validation_fraction, data.test_fraction: cannot split", ValueError):
         parts = train_test_split(images, labels, test_size=fraction, random_state=seed, stratify=labels)
-    except ValueError as error:
-        raise UsageError(f"data.validation_fraction, data.test_fraction: cannot split: {error}") from error
-    a, b, labels_a, labels_b = map(np.asarray, parts)
-    return Split(a, labels_a), Split(b, labels_b)
+    rest, part, labels_of_rest, labels_of_part = map(np.asarray, parts)
+    return Split(rest, labels_of_rest), Split(part, labels_of_part)
 
 
 def _in_three(examples: Array, labels: Array, classes: int, config: DataConfig) -> Dataset:
     """Examples that come without a test part: the parts have the fractions of the configuration, class by class."""
-    rest, test = _stratified(examples, labels.astype(np.int32), config.test_fraction, config.split_seed)
+    whole = Split(examples, labels.astype(np.int32))
+    rest, test = _stratified(whole, config.test_fraction, config.split_seed)
     # Of the rest, so that both fractions are of the whole.
     fraction = config.validation_fraction / (1 - config.test_fraction)
-    return Dataset(*_stratified(*rest, fraction, config.split_seed), test, classes)
+    return Dataset(*_stratified(rest, fraction, config.split_seed), test, classes)
 
 
 def _digits(config: DataConfig) -> Dataset:
@@ -123,21 +114,23 @@ def _digits(config: DataConfig) -> Dataset:
 
 
 def _mnist(config: DataConfig) -> Dataset:
-    """MNIST or a data set of its shape: its test part stays whole, the validation split is cut from the other."""
-    parts = _fetch(config.name) if config.data_dir is None else idx.read_directory(config.data_dir)
-    rest, test = (
-        Split((part.images[..., np.newaxis] / np.float32(255)).astype(np.float32), part.labels.astype(np.int32))
-        for part in parts
-    )
-    return Dataset(*_stratified(*rest, config.validation_fraction, config.split_seed), test, classes=10)
+    """MNIST or a data set of its shape."""
+    parts = _fetch(config.name) if config.data_dir is None else image_files.read_idx(config.data_dir)
+    return _images(config, [(images[..., np.newaxis], labels) for images, labels in parts])
 
 
 def _cifar10(config: DataConfig) -> Dataset:
-    """CIFAR-10: its test part stays whole, the validation split is cut from the other. Nothing is augmented."""
     if config.data_dir is None:
         raise UsageError("data.name = 'cifar10' needs --data-dir, the directory of its binary version's six .bin files")
-    rest, test = (Split(*part) for part in cifar.read_directory(config.data_dir))
-    return Dataset(*_stratified(*rest, config.validation_fraction, config.split_seed), test, classes=10)
+    return _images(config, image_files.read_cifar10(config.data_dir))
+
+
+def _images(config: DataConfig, parts: Iterable[image_files.Labelled]) -> Dataset:
+    """Of ten classes: the test part stays whole, the validation split is cut from the other. Nothing is augmented."""
+    rest, test = (
+        Split((images / np.float32(255)).astype(np.float32), labels.astype(np.int32)) for images, labels in parts
+    )
+    return Dataset(*_stratified(rest, config.validation_fraction, config.split_seed), test, classes=10)
 
 
 def _sums(config: DataConfig) -> Dataset:
@@ -149,19 +142,18 @@ def _sums(config: DataConfig) -> Dataset:
     validations = round(config.validation_fraction * len(lines))
     parts = lines[tests + validations :], lines[tests : tests + validations], lines[:tests]
     train, validation, test = (Split(*text.windows(part, alphabet, config.context)) for part in parts)
-    if not (len(train.labels) and len(validation.labels) and len(test.labels)):
-        raise UsageError(
-            f"data.validation_fraction, data.test_fraction: cannot split: a part has no {config.context} characters"
-        )
+    require(
+        all(len(part.labels) for part in (train, validation, test)),
+        f"data.validation_fraction, data.test_fraction: cannot split: a part has no {config.context} characters",
+    )
     return Dataset(train, validation, test, len(alphabet))
 
 
 def _no_directory(config: DataConfig, reason: str) -> None:
-    if config.data_dir is not None:
-        raise UsageError(f"data.data_dir = {str(config.data_dir)!r}: {reason}; leave it out")
+    require(config.data_dir is None, f"data.data_dir = {str(config.data_dir)!r}: {reason}; leave it out")
 
 
-def _fetch(name: str) -> tuple[idx.Labelled, idx.Labelled]:
+def _fetch(name: str) -> tuple[image_files.Labelled, image_files.Labelled]:
     """The parts of a data set of OpenML, which scikit-learn keeps in its cache once it has them."""
     try:
         with warnings.catch_warnings():
@@ -170,15 +162,15 @@ def _fetch(name: str) -> tuple[idx.Labelled, idx.Labelled]:
             fetched: Any = fetch_openml(_OPENML[name], version=1, as_frame=False, parser="liac-arff")
         images = np.asarray(fetched.data, np.uint8).reshape(_OPENML_EXAMPLES, 28, 28)
         labels = np.asarray(fetched.target, np.uint8)
-        if labels.shape != (_OPENML_EXAMPLES,) or labels.max() > 9:
-            raise ValueError("its labels are not what they should be")
+        expected = labels.shape == (_OPENML_EXAMPLES,) and labels.max() <= 9
+        require(expected, "its labels are not what they should be")
     except Exception as error:  # the network's, the server's, the cache's or the parser's
         raise UsageError(
             f"data.name = {name!r}: cannot be fetched from OpenML: {error}; put its four IDX files into a directory "
             "and name that with --data-dir"
         ) from error
     train, test = slice(_OPENML_TRAINING), slice(_OPENML_TRAINING, None)
-    return idx.Labelled(images[train], labels[train]), idx.Labelled(images[test], labels[test])
+    return (images[train], labels[train]), (images[test], labels[test])
 
 
 class Source(NamedTuple):
@@ -189,7 +181,7 @@ class Source(NamedTuple):
     about: str
 
 
-_AXES: dict[Kind, int] = {"images": 4, "features": 2, "text": 2}  # of examples
+_AXES: dict[Kind, int] = {"images": 3, "features": 1, "text": 1}  # of an example
 _OPENML = {"mnist": "mnist_784", "fashion_mnist": "Fashion-MNIST"}
 _OPENML_EXAMPLES, _OPENML_TRAINING = 70_000, 60_000  # the training part comes first
 # A new data set needs a line here.

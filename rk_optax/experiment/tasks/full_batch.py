@@ -18,7 +18,6 @@ class FullBatch(Task):
         error_name: what that is.
     """
 
-    constant = True
     examples = 1
 
     def __init__(
@@ -28,23 +27,26 @@ class FullBatch(Task):
         data: Data,
         error: Callable[[Params], jax.Array],
         error_name: str,
+        *,
+        sample: Callable[[jax.Array], Data] | None = None,
+        seed: int = 0,
     ):
-        """Takes `loss_fn(params, **data)`."""
+        """Takes `loss_fn(params, **data)`.
+
+        With `sample(key)` every step sees data of its own, drawn from the seed; the loss that is reported is of `data`.
+        """
         self.loss_fn, self.params, self.source = loss_fn, params, data
         self.error, self.error_name = error, error_name
+        self.constant, self._sample, self._seed = sample is None, sample, seed
         self._measure = jax.jit(lambda params, data: (loss_fn(params, **data), error(params)))
 
     def init(self, seeds: int | Sequence[int]) -> Variables:
-        """The start, which is part of the problem; there are no dropout masks to draw."""
-        return Variables(self.params, {}, jax.random.key_data(jax.random.key(0)))
-
-    def batches(self, seed: int, start: int, count: int) -> np.ndarray:
-        """Nothing to choose, `count` times."""
-        return np.zeros((count, 0), np.int32)
+        """The start, which is part of the problem, and the key of all samples."""
+        return Variables(self.params, {}, jax.random.key_data(jax.random.key(self._seed)))
 
     def data(self, source: Data, batch: jax.Array, statistics: Any, dropout_key: jax.Array) -> Data:
-        """All of it."""
-        return source
+        """All of the source, or a sample."""
+        return source if self._sample is None else self._sample(jax.random.wrap_key_data(dropout_key))
 
     def score(self, params: Params, statistics: Any, split: Any = None, *, grid: bool = False) -> Score:
         """Loss and error, on all of the data."""

@@ -19,8 +19,6 @@ from rk_optax.experiment.tasks.task import Kind
 if TYPE_CHECKING:  # the configuration knows what is here
     from rk_optax.experiment.config import ModelConfig
 
-_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"tanh": nn.tanh, "relu": nn.relu, "gelu": nn.gelu}
-
 
 class MLP(nn.Module):
     """A multilayer perceptron on flattened images."""
@@ -123,4 +121,4 @@ MODELS: dict[str, Architecture] = {
 
 def build_model(config: ModelConfig, classes: int) -> nn.Module:
     """The network that a configuration describes, with one logit per class."""
-    return MODELS[config.name].build(config, _ACTIVATIONS[config.activation], classes)
+    return MODELS[config.name].build(config, getattr(nn, config.activation), classes)

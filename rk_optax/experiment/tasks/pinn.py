@@ -1,8 +1,8 @@
 """Physics-informed networks: the residuals of a differential equation as a least-squares loss."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from scipy.integrate import solve_ivp
 
 import rk_optax
 from rk_optax.experiment.tasks.full_batch import FullBatch
-from rk_optax.experiment.tasks.task import Data, Params, Variables
+from rk_optax.experiment.tasks.task import Data, Params
 
 
 def network(params: Params, x: jax.Array) -> jax.Array:
@@ -30,17 +30,12 @@ def _pinn(
     points: Any,
     values: Any,
     u: Callable[[Params, jax.Array], jax.Array] = network,
+    **options: Any,
 ) -> FullBatch:
-    """A problem.
+    """A problem whose error is relative in L2, from the `values` of the solution at some `points`.
 
-    Args:
-        key: of the initial weights.
-        widths: of the network's layers.
-        terms: of the loss, each a weight and the residual at one point.
-        data: the points, by the name under which a residual takes them.
-        points: where the error is measured, which is relative in L2.
-        values: of the solution there.
-        u: the solution as the network has it.
+    Each of the `terms` of its loss is a weight and the residual at one point, which takes the `data` by name; `u` is
+    the solution as the network of these `widths` has it. Further options are those of `FullBatch`.
     """
     points, values = jnp.asarray(points, float), jnp.asarray(values, float)
 
@@ -54,7 +49,7 @@ def _pinn(
         pointwise=tuple(data),
         reduction="mean",
     )
-    return FullBatch(loss_fn, initial_network(key, widths), data, error, "relative L2 error")
+    return FullBatch(loss_fn, initial_network(key, widths), data, error, "relative L2 error", **options)
 
 
 def poisson(seed: int, width: int = 32, layers: int = 3, inside: int = 900, side: int = 30) -> FullBatch:
@@ -90,6 +85,25 @@ def poisson(seed: int, width: int = 32, layers: int = 3, inside: int = 900, side
 VISCOSITY = 0.01 / float(np.pi)
 
 
+class _Evolution(NamedTuple):
+    """An equation on (−1, 1) × (0, 1)."""
+
+    residual: Callable[[Callable[[jax.Array], jax.Array], jax.Array], jax.Array]  # of a function, at a point (x, t)
+    start: Callable[[jax.Array], jax.Array]  # u(x, 0)
+    solution: Callable[[np.ndarray, np.ndarray], np.ndarray]  # at all points of two axes, shape (len(t), len(x))
+
+
+def _burgers(viscosity: float) -> _Evolution:
+    def residual(u: Callable[[jax.Array], jax.Array], xt: jax.Array) -> jax.Array:
+        value, (u_x, u_t) = jax.value_and_grad(u)(xt)
+        return u_t + value * u_x - viscosity * _second_derivative(u, xt, jnp.array([1.0, 0.0]))
+
+    def solution(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        return burgers_solution(x, t[:, None], viscosity)
+
+    return _Evolution(residual, lambda x: -jnp.sin(jnp.pi * x), solution)
+
+
 def burgers(seed: int) -> FullBatch:
     """u_t + u u_x = ν u_xx on (−1, 1) × (0, 1), u(x, 0) = −sin(πx), u(±1, t) = 0, ν = 0.01/π: a shock forms at x = 0.
 
@@ -97,30 +111,16 @@ def burgers(seed: int) -> FullBatch:
     The points inside are cubes of uniform ones in x, so denser at the shock: uniform ones do not see it, and a network
     can then have any loss and an error of 0.2.
     """
-    inside, first, sides, start = jax.random.split(jax.random.key(seed), 4)
-    xt = jax.random.uniform(inside, (1000, 2), minval=jnp.array([-1.0, 0.0]), maxval=1.0)
-    xt = xt.at[:, 0].power(3)
-    x_start = jax.random.uniform(first, (100,), minval=-1.0, maxval=1.0)
-    t_side = jax.random.uniform(sides, (100,))
+    inside, first, sides, weights = jax.random.split(jax.random.key(seed), 4)
+    data = _evolution_points(inside, 1000, first, 100)
+    data["xt"] = data["xt"].at[:, 0].power(3)
     x_side = jnp.where(jnp.arange(100) < 50, -1.0, 1.0)
-
-    def equation(params: Params, xt: jax.Array) -> jax.Array:
-        def u(point: jax.Array) -> jax.Array:
-            return network(params, point)
-
-        value, (u_x, u_t) = jax.value_and_grad(u)(xt)
-        return u_t + value * u_x - VISCOSITY * _second_derivative(u, xt, jnp.array([1.0, 0.0]))
-
-    def at_start(params: Params, x_start: jax.Array) -> jax.Array:
-        return network(params, jnp.stack([x_start, jnp.zeros_like(x_start)])) + jnp.sin(jnp.pi * x_start)
+    data["side"] = jnp.stack([x_side, jax.random.uniform(sides, (100,))], axis=1)
 
     def at_side(params: Params, side: jax.Array) -> jax.Array:
         return network(params, side)
 
-    grid = np.stack(np.meshgrid(np.linspace(-1, 1, 81), np.linspace(0, 1, 26)), axis=-1).reshape(-1, 2)
-    terms = {"equation": (1.0, equation), "start": (10.0, at_start), "side": (10.0, at_side)}
-    data = {"xt": xt, "x_start": x_start, "side": jnp.stack([x_side, t_side], axis=1)}
-    return _pinn(start, (2, 32, 32, 32, 1), terms, data, grid, burgers_solution(grid[:, 0], grid[:, 1]))
+    return _evolution(_burgers(VISCOSITY), weights, (2, 32, 32, 32, 1), data, side=(10.0, at_side))
 
 
 def burgers_mild(seed: int) -> FullBatch:
@@ -129,72 +129,51 @@ def burgers_mild(seed: int) -> FullBatch:
     4,096 points inside and 512 at t = 0. The network sees cos(πx), sin(πx) and t; the error is relative in L2, on a
     grid.
     """
-
-    def equation(u: Callable[[jax.Array], jax.Array], xt: jax.Array) -> jax.Array:
-        value, (u_x, u_t) = jax.value_and_grad(u)(xt)
-        return u_t + value * u_x - 0.01 * _second_derivative(u, xt, jnp.array([1.0, 0.0]))
-
-    def solution(x: np.ndarray, t: np.ndarray) -> np.ndarray:
-        of_x, of_t = np.meshgrid(x, t)
-        return burgers_solution(of_x.ravel(), of_t.ravel(), 0.01)
-
-    return _periodic(seed, equation, lambda x: -jnp.sin(jnp.pi * x), solution)
+    return _periodic(seed, _burgers(0.01))
 
 
 def allen_cahn(seed: int) -> FullBatch:
     """u_t = 10⁻⁴ u_xx + 5(u − u³) on (−1, 1) × (0, 1), u(x, 0) = x² cos(πx), periodic in x; else as `burgers_mild`."""
 
-    def equation(u: Callable[[jax.Array], jax.Array], xt: jax.Array) -> jax.Array:
+    def residual(u: Callable[[jax.Array], jax.Array], xt: jax.Array) -> jax.Array:
         value, (_, u_t) = jax.value_and_grad(u)(xt)
         return u_t - 1e-4 * _second_derivative(u, xt, jnp.array([1.0, 0.0])) - 5 * (value - value**3)
 
-    return _periodic(seed, equation, lambda x: x**2 * jnp.cos(jnp.pi * x), allen_cahn_solution)
+    return _periodic(seed, _Evolution(residual, lambda x: x**2 * jnp.cos(jnp.pi * x), allen_cahn_solution))
 
 
-def _periodic(
-    seed: int,
-    equation: Callable[[Callable[[jax.Array], jax.Array], jax.Array], jax.Array],
-    start: Callable[[jax.Array], jax.Array],
-    solution: Callable[[np.ndarray, np.ndarray], np.ndarray],
-) -> FullBatch:
-    """A problem on (−1, 1) × (0, 1) that is periodic in x; `solution` is for all points of the axes of x and t."""
+def _periodic(seed: int, equation: _Evolution) -> FullBatch:
     inside, first, weights = jax.random.split(jax.random.key(seed), 3)
-    xt = jax.random.uniform(inside, (4096, 2), minval=jnp.array([-1.0, 0.0]), maxval=1.0)
-    x_start = jax.random.uniform(first, (512,), minval=-1.0, maxval=1.0)
 
     def u(params: Params, point: jax.Array) -> jax.Array:
         x, t = point
         return network(params, jnp.stack([jnp.cos(jnp.pi * x), jnp.sin(jnp.pi * x), t]))
 
-    def inner(params: Params, xt: jax.Array) -> jax.Array:
-        return equation(lambda point: u(params, point), xt)
+    data = _evolution_points(inside, 4096, first, 512)
+    return _evolution(equation, weights, (3, 20, 20, 20, 20, 1), data, u)
+
+
+def _evolution_points(inside: jax.Array, count: int, first: jax.Array, count_at_start: int) -> Data:
+    """So many points inside and at t = 0, uniform."""
+    xt = jax.random.uniform(inside, (count, 2), minval=jnp.array([-1.0, 0.0]), maxval=1.0)
+    return {"xt": xt, "x_start": jax.random.uniform(first, (count_at_start,), minval=-1.0, maxval=1.0)}
+
+
+def _evolution(
+    equation: _Evolution, key: jax.Array, widths: tuple[int, ...], data: Data, u: Any = network, **further: Any
+) -> FullBatch:
+    """A problem of an equation and its start, with `further` terms; the error is measured on a grid."""
+
+    def inside(params: Params, xt: jax.Array) -> jax.Array:
+        return equation.residual(lambda point: u(params, point), xt)
 
     def at_start(params: Params, x_start: jax.Array) -> jax.Array:
-        return u(params, jnp.stack([x_start, jnp.zeros_like(x_start)])) - start(x_start)
+        return u(params, jnp.stack([x_start, jnp.zeros_like(x_start)])) - equation.start(x_start)
 
     axes = np.linspace(-1, 1, 81), np.linspace(0, 1, 26)
     grid = np.stack(np.meshgrid(*axes), axis=-1).reshape(-1, 2)
-    terms, data = {"equation": (1.0, inner), "start": (10.0, at_start)}, {"xt": xt, "x_start": x_start}
-    return _pinn(weights, (3, 20, 20, 20, 20, 1), terms, data, grid, solution(*axes).ravel(), u)
-
-
-class NewPoints(FullBatch):
-    """A problem that every step sees at other points; the loss that is reported is that of the points of `source`."""
-
-    constant = False
-
-    def __init__(self, problem: FullBatch, sample: Callable[[jax.Array], Data], seed: int):
-        """Draws the data of a step by `sample(key)`."""
-        super().__init__(problem.loss_fn, problem.params, problem.source, problem.error, problem.error_name)
-        self._sample, self._seed = sample, seed
-
-    def init(self, seeds: int | Sequence[int]) -> Variables:
-        """The start, and the key of all points."""
-        return super().init(seeds)._replace(key=jax.random.key_data(jax.random.key(self._seed)))
-
-    def data(self, source: Data, batch: jax.Array, statistics: Any, dropout_key: jax.Array) -> Data:
-        """New points."""
-        return self._sample(jax.random.wrap_key_data(dropout_key))
+    terms = {"equation": (1.0, inside), "start": (10.0, at_start), **further}
+    return _pinn(key, widths, terms, data, grid, equation.solution(*axes).ravel(), u)
 
 
 def poisson_5d(seed: int, inside: int = 3000, boundary: int = 500, new_points: bool = False) -> FullBatch:
@@ -225,8 +204,9 @@ def poisson_5d(seed: int, inside: int = 3000, boundary: int = 500, new_points: b
 
     test = jax.random.uniform(elsewhere, (4000, 5))
     terms = {"equation": (1.0, equation), "boundary": (1.0, at_boundary)}
-    problem = _pinn(start, (5, 64, 64, 48, 48, 1), terms, sample(points), test, jax.vmap(solution)(test))
-    return NewPoints(problem, sample, seed) if new_points else problem
+    options: dict[str, Any] = {"sample": sample, "seed": seed} if new_points else {}
+    widths = 5, 64, 64, 48, 48, 1
+    return _pinn(start, widths, terms, sample(points), test, jax.vmap(solution)(test), **options)
 
 
 def burgers_solution(x: np.ndarray, t: np.ndarray, viscosity: float = VISCOSITY) -> np.ndarray:

@@ -78,9 +78,8 @@ class ConvRKNet(nn.Module):
 def finer(net: RKNet | ConvRKNet) -> tuple[RKNet | ConvRKNet, Callable[[Any], Any], Callable[..., Any]]:
     """The network with steps and distances between nodes half as long, and how to get there.
 
-    Returns:
-        The network; a function of its parameters that leaves θ(t) as it is; one of the state of an optimizer, and of
-        the powers of `refine_state`.
+    That is a function of its parameters that leaves θ(t) as it is, and one of an optimizer's state and of the powers of
+    `refine_state`.
     """
     following = net.clone(halvings=net.halvings + 1)
     old, nodes = _nodes(net), _nodes(following)

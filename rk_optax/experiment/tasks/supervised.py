@@ -12,7 +12,7 @@ import optax
 
 import rk_optax
 from rk_optax.experiment.config import DataConfig, ModelConfig
-from rk_optax.experiment.errors import UsageError
+from rk_optax.experiment.errors import require
 from rk_optax.experiment.tasks.data import Dataset, Split, batch_indices, check_kind, load_dataset
 from rk_optax.experiment.tasks.models import MODELS, build_model
 from rk_optax.experiment.tasks.rk_net import ConvRKNet, RKNet, finer
@@ -57,15 +57,9 @@ class Supervised(Task):
         squared: bool = False,
         metrics: Sequence[str] = ("accuracy",),
     ):
-        """Puts the data on the default device.
+        """Takes a network of `models`, and for the rest what the fields of the configurations say.
 
-        Args:
-            model: a Flax Linen module as those of `rk_optax.experiment.tasks.models`.
-            dataset: what it is trained and scored on.
-            batch_size: examples per batch; None for all.
-            l2: the loss has a term of l2/2 times the squared norm of the parameters.
-            squared: whether the loss is half the mean squared distance rather than cross-entropy.
-            metrics: keys of METRICS.
+        `squared` is for half the mean squared distance rather than cross-entropy.
         """
         self.model, self._l2, self._batch_size, self._squared, self._metrics = model, l2, batch_size, squared, metrics
         self.dataset: Dataset = jax.device_put(dataset)
@@ -155,19 +149,14 @@ class Supervised(Task):
 
 
 def build_task(data: DataConfig, model: ModelConfig, metrics: Sequence[str] = ("accuracy",)) -> Supervised:
-    """The network and the data that a configuration describes.
-
-    Raises:
-        UsageError: if they do not go together, or the data cannot be had.
-    """
-    unknown = [name for name in metrics if name not in METRICS]
-    if unknown:
-        raise UsageError(f"metrics = {unknown[0]!r} must be one of {', '.join(METRICS)}")
-    if "transfer_gap" in metrics and not MODELS[model.name].refines:
-        refining = ", ".join(name for name, architecture in MODELS.items() if architecture.refines)
-        raise UsageError(
-            f"metrics = 'transfer_gap' needs a network with a grid to refine ({refining}), not {model.name}"
-        )
+    """The network and the data that a configuration describes."""
+    for name in metrics:
+        require(name in METRICS, f"metrics = {name!r} must be one of {', '.join(METRICS)}")
+    refining = ", ".join(name for name, architecture in MODELS.items() if architecture.refines)
+    require(
+        "transfer_gap" not in metrics or MODELS[model.name].refines,
+        f"metrics = 'transfer_gap' needs a network with a grid to refine ({refining}), not {model.name}",
+    )
     check_kind(data, model)
     dataset = load_dataset(data)
     network = build_model(model, dataset.classes)
@@ -178,15 +167,9 @@ def build_task(data: DataConfig, model: ModelConfig, metrics: Sequence[str] = ("
 def structured_loss(
     outputs: Callable[..., Any], classes: int, l2: float, squared: bool, size: int, pointwise: bool
 ) -> rk_optax.ModelLoss:
-    """The loss as a function of the outputs, or of the residuals, and the penalty.
+    """The loss as a function of `outputs(params, images, statistics, dropout_key)` or of residuals, and the penalty.
 
-    Args:
-        outputs: `outputs(params, images, statistics, dropout_key)`.
-        classes: outputs of an example, where the loss is squared.
-        l2: weight of the penalty.
-        squared: whether the loss is half the mean squared distance rather than cross-entropy.
-        size: number of parameters.
-        pointwise: whether the outputs of an example depend on that example alone.
+    `size` is the number of parameters; `pointwise` says that the outputs of an example depend on that example alone.
     """
     if squared:
 
@@ -234,12 +217,8 @@ def _residuals(outputs: Any, labels: Array, classes: int) -> jax.Array:
 
 def _in_pieces(function: Callable[[Split], Any], split: Split) -> Any:
     """A function of examples, evaluated on so many at a time."""
-    whole = len(split.labels) - len(split.labels) % _PIECE
-    if whole == 0:
-        return function(split)
-    pieces = Split(*(part[:whole].reshape(-1, _PIECE, *part.shape[1:]) for part in split))
-    done = jax.tree.map(lambda part: part.reshape(whole, *part.shape[2:]), jax.lax.map(function, pieces))
-    if whole == len(split.labels):
-        return done
-    rest = function(Split(*(part[whole:] for part in split)))
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), done, rest)
+
+    def of_one(example: Split) -> Any:
+        return jax.tree.map(lambda values: values[0], function(Split(*(part[None] for part in example))))
+
+    return jax.lax.map(of_one, split, batch_size=_PIECE)

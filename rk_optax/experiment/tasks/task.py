@@ -58,16 +58,16 @@ class Task(abc.ABC):
     source: Any
     examples: int
     sliced: ClassVar[tuple[str, ...]] = ()
-    constant: ClassVar[bool] = False
+    constant: bool = False
     gradients_per_row: float = 1.0
 
     @abc.abstractmethod
     def init(self, seeds: int | Sequence[int]) -> Variables:
-        """What a run starts from; of several seeds, stacked."""
+        """What a run starts from, which depends on the seed alone; of several seeds, stacked."""
 
-    @abc.abstractmethod
     def batches(self, seed: int, start: int, count: int) -> np.ndarray:
-        """Indices (count, batch_size) of the batches from step `start` on."""
+        """Indices (count, batch_size) of the batches from step `start` on; none where there is nothing to choose."""
+        return np.zeros((count, 0), np.int32)
 
     @abc.abstractmethod
     def data(self, source: Any, batch: jax.Array, statistics: Any, dropout_key: jax.Array) -> Data:
@@ -78,11 +78,7 @@ class Task(abc.ABC):
         """Loss and metrics over a split of the data, of a run or of a grid of runs."""
 
     def finer(self) -> Finer:
-        """The same on a grid of twice as many steps, where there is a grid.
-
-        Raises:
-            TypeError: if there is none.
-        """
+        """The same on a grid of twice as many steps; a TypeError where there is no grid."""
         raise TypeError(f"{type(self).__name__} has no grid to refine")
 
     def loss_and_statistics(self, params: Params, **data: Any) -> tuple[jax.Array, Any]:

@@ -50,11 +50,12 @@ def test_mnist_is_the_study_of_results(batch_size):
     plan = make_plan(config)
     widths = [entrant.rates[-1] / entrant.rates[0] for entrant in plan]
     assert widths == pytest.approx([widths[0]] * 10)
-    assert len({(entrant.steps, entrant.tuning_steps, len(entrant.rates)) for entrant in plan}) == 1
-    assert plan[0].steps >= 200
+    assert len({(entrant.whole.steps, entrant.tuning.steps, len(entrant.rates)) for entrant in plan}) == 1
+    assert plan[0].whole.steps >= 200
     # At equal cost, too, every entrant is read where it was evaluated.
     assert all(
-        entrant.steps % (entrant.optimizer.gradients_per_step * config.budget.evaluate_every) == 0 for entrant in plan
+        entrant.whole.steps % (entrant.optimizer.gradients_per_step * config.budget.evaluate_every) == 0
+        for entrant in plan
     )
 
 

@@ -10,9 +10,9 @@ from rk_optax.experiment.runs.plan import make_plan
 
 def test_everybody_spends_the_same(smoke_config):
     plan = make_plan(smoke_config)
-    assert {e.steps * e.optimizer.gradients_per_step for e in plan} == {smoke_config.budget.gradients}
+    assert {e.whole.steps * e.optimizer.gradients_per_step for e in plan} == {smoke_config.budget.gradients}
     assert {len(e.rates) for e in plan} == {smoke_config.tuning.trials}
-    steps = {e.name: e.steps for e in plan}
+    steps = {e.name: e.whole.steps for e in plan}
     assert steps["sgd"] == 2 * steps["heun"] == 4 * steps["rk4"]
 
 
@@ -27,8 +27,8 @@ def test_unit_serves_every_entrant(smoke_config):
         smoke_config, optimizers=optimizers, budget=BudgetConfig(gradients=120, evaluate_every=5)
     )
     plan = make_plan(config)
-    assert {e.timed_chunk * e.optimizer.gradients_per_step for e in plan} == {5 * 12}
-    assert [e.steps for e in plan] == [120, 30, 40]
+    assert {e.timed.chunk * e.optimizer.gradients_per_step for e in plan} == {5 * 12}
+    assert [e.whole.steps for e in plan] == [120, 30, 40]
 
 
 @pytest.mark.parametrize(("gradients", "nearest"), [(50, 48), (3, 16), (60, 64)])
@@ -45,13 +45,13 @@ def in_updates(config, updates=40, **changes):
 def test_a_budget_in_updates_is_the_same_steps_for_everybody(smoke_config):
     tuning = dataclasses.replace(smoke_config.tuning, fraction=0.3)
     plan = make_plan(in_updates(smoke_config, tuning=tuning, timed_updates=5))
-    assert {(e.steps, e.tuning_steps, e.timed_steps, e.timed_chunk) for e in plan} == {(40, 12, 5, 5)}
+    assert {(e.whole.steps, e.tuning.steps, e.timed.steps, e.timed.chunk) for e in plan} == {(40, 12, 5, 5)}
     assert {len(e.rates) for e in plan} == {smoke_config.tuning.trials}
 
 
 def test_timed_runs_are_whole_unless_told(smoke_config):
     for config in (smoke_config, in_updates(smoke_config)):
-        assert all(e.timed_steps == e.steps and e.steps % e.timed_chunk == 0 for e in make_plan(config))
+        assert all(e.timed.steps == e.whole.steps and e.timed.steps % e.timed.chunk == 0 for e in make_plan(config))
 
 
 def test_updates_must_end_at_an_evaluation(smoke_config):
@@ -84,9 +84,9 @@ def test_methods_whose_steps_differ_end_with_their_budget(smoke_config):
     rkc, backward_euler = make_plan(config)
     assert (rkc.rates, len(backward_euler.rates)) == ((None,), 3)
     for entrant in (rkc, backward_euler):
-        assert (entrant.budget, entrant.tuning_budget, entrant.steps) == (48, 24, 48)
+        assert (entrant.whole.budget, entrant.tuning.budget, entrant.whole.steps) == (48, 24, 48)
     rkc, _ = make_plan(in_updates(config))
-    assert (rkc.budget, rkc.steps) == (np.inf, 40)
+    assert (rkc.whole.budget, rkc.whole.steps) == (np.inf, 40)
 
 
 def test_a_schedule_must_fit_the_tuning_runs_too(smoke_config):

@@ -126,7 +126,7 @@ COMPARED = CompareConfig(
 
 def test_a_comparison_plans_fractions_of_every_run():
     def plan(**changes):
-        return [(e.refine_at, e.tuning_refine_at) for e in make_plan(dataclasses.replace(COMPARED, **changes))]
+        return [(e.whole.refine_at, e.tuning.refine_at) for e in make_plan(dataclasses.replace(COMPARED, **changes))]
 
     assert plan() == [((8,), (8,)), ((2,), (2,))]
     with pytest.raises(UsageError, match="smaller evaluate_every or a longer run"):  # two steps of rk4 in tuning

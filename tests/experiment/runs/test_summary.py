@@ -3,7 +3,7 @@ import pytest
 
 from rk_optax.experiment.entrants import Optimizer
 from rk_optax.experiment.runs.compare import Compared, Runs, Timing, Tuned
-from rk_optax.experiment.runs.plan import Entrant
+from rk_optax.experiment.runs.plan import Entrant, Length
 from rk_optax.experiment.runs.summary import Spread, as_json, summarize
 
 from ..helpers import strict_loads
@@ -13,8 +13,9 @@ def result(name, cost, total_steps, seconds_per_step):
     """A run over three seeds whose loss at step n is n, n + 1, n + 2."""
     steps = np.arange(0, total_steps + 1, 10)
     loss = steps + np.arange(3)[:, None]
+    lengths = [Length(total_steps, 10, total_steps)] * 3
     return Compared(
-        Entrant(name, Optimizer(lambda *_: None, cost), total_steps, total_steps, total_steps, 10, (0.1, 0.2)),
+        Entrant(name, Optimizer(lambda *_: None, cost), (0.1, 0.2), *lengths),
         Tuned(0.2, np.array([np.inf, 1.0]), "highest"),
         Runs(steps, np.tile(cost * steps, (3, 1)), loss.astype(float), loss / 1000),
         Timing(np.array([0, total_steps]), np.array([0, total_steps * seconds_per_step]), np.ones(2), 0.5),

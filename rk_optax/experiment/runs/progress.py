@@ -12,9 +12,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 class ProgressBar:
     """A bar with the remaining time on a terminal; elsewhere only what is said.
 
-    While it is entered, Ctrl-C raises KeyboardInterrupt from the next report, and only a second
-    Ctrl-C raises it wherever the program is. Python's own handler may raise inside a callback of
-    JAX, where the exception is dropped and the run goes on, or while XLA works, which can crash.
+    While it is entered, Ctrl-C raises KeyboardInterrupt from the next report, and only a second Ctrl-C raises it
+    wherever the program is. Python's own handler may raise inside a callback of JAX, where the exception is dropped and
+    the run goes on, or while XLA works, which can crash.
     """
 
     def __init__(self, console: Console):
@@ -51,7 +51,7 @@ class ProgressBar:
             signal.signal(signal.SIGINT, self._previous_handler)
 
     def start(self, work: float) -> None:
-        """Announces the total work."""
+        """Announces the total work, in gradient evaluations, steps or runs."""
         self._progress.update(self._task, total=work)
 
     def phase(self, description: str) -> None:
