@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rk_optax.field import Capability, VectorField
 
@@ -43,7 +44,10 @@ class Cost(NamedTuple):
         return cls(*(jnp.zeros([], jnp.int32) for _ in cls._fields))
 
     def plus(self, other: Cost) -> Cost:
-        """The sum, field by field, in int32; one that would not fit stays at the largest int32."""
+        """The sum, field by field, in int32; one that would not fit stays at the largest int32.
+
+        Of two plain integers it is one.
+        """
         return Cost(*(saturating_sum(x, y) for x, y in zip(self, other, strict=True)))
 
     def beyond_k1(self) -> Cost:
@@ -51,11 +55,13 @@ class Cost(NamedTuple):
         return self._replace(gradients=jnp.maximum(self.gradients - 1, 0))
 
 
-def saturating_sum(x: Any, y: Any) -> jax.Array:
-    """X + y of counts, in int32, or the largest int32 where that is less."""
+def saturating_sum(x: Any, y: Any) -> Any:
+    """X + y of counts, in int32, or the largest int32 where that is less; of two plain integers a plain integer."""
+    most = np.iinfo(np.int32).max
+    if isinstance(x, int) and isinstance(y, int):
+        return min(x + y, int(most))
     x, y = jnp.asarray(x, jnp.int32), jnp.asarray(y, jnp.int32)
-    most = jnp.iinfo(jnp.int32).max
-    return jnp.where(x > most - y, most, x + y)
+    return jnp.minimum(x, most - y) + y
 
 
 class Step(NamedTuple):
