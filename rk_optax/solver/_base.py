@@ -44,10 +44,7 @@ class Cost(NamedTuple):
         return cls(*(jnp.zeros([], jnp.int32) for _ in cls._fields))
 
     def plus(self, other: Cost) -> Cost:
-        """The sum, field by field, in int32; one that would not fit stays at the largest int32.
-
-        Of two plain integers it is one.
-        """
+        """The sum, field by field, in int32; one that would not fit stays at the largest int32."""
         return Cost(*(saturating_sum(x, y) for x, y in zip(self, other, strict=True)))
 
     def beyond_k1(self) -> Cost:
@@ -56,10 +53,18 @@ class Cost(NamedTuple):
 
 
 def saturating_sum(x: Any, y: Any) -> Any:
-    """X + y of counts, in int32, or the largest int32 where that is less; of two plain integers a plain integer."""
+    """X + y of counts, in int32, or the largest int32 where that is less.
+
+    Of two that are known when the program is traced it is a number of NumPy's, and one that is 0 adds no operation: an
+    update has many of both.
+    """
     most = np.iinfo(np.int32).max
-    if isinstance(x, int) and isinstance(y, int):
-        return min(x + y, int(most))
+    known = [isinstance(count, int | np.integer) for count in (x, y)]
+    if all(known):
+        return np.int32(min(int(x) + int(y), most))
+    for count, other, is_known in ((x, y, known[0]), (y, x, known[1])):
+        if is_known and count == 0:
+            return jnp.asarray(other, jnp.int32)
     x, y = jnp.asarray(x, jnp.int32), jnp.asarray(y, jnp.int32)
     return jnp.minimum(x, most - y) + y
 
