@@ -74,7 +74,7 @@ def inner(x: Tree, y: Tree) -> jax.Array:
     Squares of numbers below 1e-19 or above 1e19 are beyond float32: use `norm`, or `unit` first.
     """
     products = [
-        jnp.sum(_wide(jnp.real(jnp.conj(a) * b) if jnp.iscomplexobj(a) or jnp.iscomplexobj(b) else a * b))
+        jnp.sum(_wide(jnp.real(jnp.conj(a) * b) if jnp.iscomplexobj(a) or jnp.iscomplexobj(b) else jnp.asarray(a) * b))
         for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
     ]
     return _reduced(jnp.add, products)
@@ -103,23 +103,27 @@ def _largest(x: jax.Array) -> jax.Array:
 def norm(tree: Tree) -> jax.Array:
     """The 2-norm over all leaves: a real scalar, of at least float32.
 
-    No square under- or overflows: where their sum nears an end of the range, a second pass divides by the magnitude
-    first. The derivative at 0 is 0.
+    No square under- or overflows: where their sum nears an end of the range, a second pass first multiplies by a power
+    of two that takes every number of that end to the middle. The derivative at 0 is 0.
     """
+    leaves = jax.tree.leaves(tree)
+    dtype = common_dtype(np.float32, *(real_dtype(x) for x in leaves))
+    leaves = [x.astype(common_dtype(x.dtype, dtype)) for x in leaves]
+    square = inner(leaves, leaves)
+    limits = jnp.finfo(dtype)
+    zero, one = (jnp.full_like(square, value) for value in (0, 1))
 
-    def divided() -> tuple[jax.Array, jax.Array]:
-        size = magnitude(tree)
+    def scaled() -> tuple[jax.Array, jax.Array]:
+        far = limits.dtype.type(2.0 ** (limits.maxexp * 3 // 4))
+        factor = jax.lax.select(square < 1, one * far, one / far)
         # Without the barrier XLA takes the factors of constant leaves together, and their square is what overflows.
-        reduced = jax.lax.optimization_barrier(scale(1 / size, tree))
-        return size.astype(square.dtype), inner(reduced, reduced)
+        middle = jax.lax.optimization_barrier(scale(factor, leaves))
+        return 1 / factor, inner(middle, middle)
 
-    square = inner(tree, tree)
-    limits = jnp.finfo(square.dtype)
     safe = (square > limits.tiny / limits.eps**2) & (square < limits.max)
-    zero, one = jnp.zeros_like(square), jnp.ones_like(square)
-    size, square = jax.lax.cond(safe, lambda: (one, square), divided)
+    unit, square = jax.lax.cond(safe, lambda: (one, square), scaled)
     vanishes = square == 0
-    return size * jax.lax.select(vanishes, zero, jnp.sqrt(jax.lax.select(vanishes, one, square)))
+    return unit * jax.lax.select(vanishes, zero, jnp.sqrt(jax.lax.select(vanishes, one, square)))
 
 
 def unit(tree: Tree) -> tuple[Tree, jax.Array]:
