@@ -60,7 +60,7 @@ def cast_like(tree: Tree, like: Tree) -> Tree:
 def all_finite(tree: Tree) -> jax.Array:
     """Whether every number in `tree` is finite: a boolean scalar."""
     flags = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
-    return functools.reduce(jnp.logical_and, flags, jnp.asarray(True))
+    return functools.reduce(jnp.logical_and, flags) if flags else jnp.asarray(True)
 
 
 def select(condition: jax.Array, on_true: Tree, on_false: Tree) -> Tree:
@@ -74,7 +74,8 @@ def inner(x: Tree, y: Tree) -> jax.Array:
     Squares of numbers below 1e-19 or above 1e19 are beyond float32: use `norm`, or `unit` first.
     """
     products = [
-        jnp.sum(_wide(jnp.real(jnp.conj(a) * b))) for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
+        jnp.sum(_wide(jnp.real(jnp.conj(a) * b) if jnp.iscomplexobj(a) or jnp.iscomplexobj(b) else jnp.asarray(a) * b))
+        for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
     ]
     return _reduced(jnp.add, products)
 
@@ -83,11 +84,15 @@ def magnitude(tree: Tree) -> jax.Array:
     """A power of two near the largest |x|, by which a tree can be divided without rounding; 1 for zeros and NaN."""
     parts = [part for x in jax.tree.leaves(tree) if x.size for part in _real_parts(jax.lax.stop_gradient(x))]
     largest = _reduced(jnp.maximum, [_wide(_largest(part)) for part in parts])
-    known = jnp.isfinite(largest) & (largest > 0)
+    limits = jnp.finfo(largest.dtype)
+    # The bits of its exponent alone, which are the power of two below it; the fewest operations, of which an update
+    # has many: frexp and ldexp are a hundred.
+    integer = np.dtype(f"uint{limits.bits}").type
+    bits = jax.lax.bitcast_convert_type(largest, integer) & integer(((1 << limits.nexp) - 1) << limits.nmant)
+    power = 2 * jax.lax.bitcast_convert_type(bits, largest.dtype)
     # Within the range whose inverse, and whose numbers' squares after the division, are far from the ends.
-    most = jnp.finfo(largest.dtype).maxexp * 3 // 4
-    exponent = jnp.where(known, jnp.clip(jnp.frexp(jnp.where(known, largest, 1))[1], -most, most), 0)
-    return jnp.where(largest == jnp.inf, 2.0**most, jnp.ldexp(jnp.ones_like(largest), exponent))
+    most = limits.dtype.type(2.0 ** (limits.maxexp * 3 // 4))
+    return jax.lax.select(largest > 0, jax.lax.clamp(1 / most, power, most), jnp.ones_like(largest))
 
 
 def _largest(x: jax.Array) -> jax.Array:
@@ -98,24 +103,27 @@ def _largest(x: jax.Array) -> jax.Array:
 def norm(tree: Tree) -> jax.Array:
     """The 2-norm over all leaves: a real scalar, of at least float32.
 
-    No square under- or overflows: where their sum nears an end of the range, a second pass divides by the magnitude
-    first. The derivative at 0 is 0.
+    No square under- or overflows: where their sum nears an end of the range, a second pass first multiplies by a power
+    of two that takes every number of that end to the middle. The derivative at 0 is 0.
     """
+    leaves = jax.tree.leaves(tree)
+    dtype = common_dtype(np.float32, *(real_dtype(x) for x in leaves))
+    leaves = [x.astype(common_dtype(x.dtype, dtype)) for x in leaves]
+    square = inner(leaves, leaves)
+    limits = jnp.finfo(dtype)
+    zero, one = (jnp.full_like(square, value) for value in (0, 1))
 
-    def root(square: jax.Array) -> jax.Array:
-        zero = square == 0
-        return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square)))
-
-    def divided() -> jax.Array:
-        size = magnitude(tree)
+    def scaled() -> tuple[jax.Array, jax.Array]:
+        far = limits.dtype.type(2.0 ** (limits.maxexp * 3 // 4))
+        factor = jax.lax.select(square < 1, one * far, one / far)
         # Without the barrier XLA takes the factors of constant leaves together, and their square is what overflows.
-        reduced = jax.lax.optimization_barrier(scale(1 / size, tree))
-        return size.astype(square.dtype) * root(inner(reduced, reduced))
+        middle = jax.lax.optimization_barrier(scale(factor, leaves))
+        return 1 / factor, inner(middle, middle)
 
-    square = inner(tree, tree)
-    limits = jnp.finfo(square.dtype)
     safe = (square > limits.tiny / limits.eps**2) & (square < limits.max)
-    return jax.lax.cond(safe, lambda: root(square), divided)
+    unit, square = jax.lax.cond(safe, lambda: (one, square), scaled)
+    vanishes = square == 0
+    return unit * jax.lax.select(vanishes, zero, jnp.sqrt(jax.lax.select(vanishes, one, square)))
 
 
 def unit(tree: Tree) -> tuple[Tree, jax.Array]:
@@ -153,7 +161,7 @@ def _real_parts(x: jax.Array) -> list[jax.Array]:
 def _reduced(combine: Callable[[jax.Array, jax.Array], jax.Array], scalars: Sequence[jax.Array]) -> jax.Array:
     """One scalar of several, in the widest of their dtypes; 0 of none."""
     dtype = common_dtype(np.dtype(np.float32), *(x.dtype for x in scalars))
-    return functools.reduce(combine, [x.astype(dtype) for x in scalars], jnp.zeros([], dtype))
+    return functools.reduce(combine, [x.astype(dtype) for x in scalars]) if scalars else jnp.zeros([], dtype)
 
 
 def replicated(tree: Tree) -> Tree:

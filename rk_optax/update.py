@@ -255,7 +255,7 @@ class Update:
             step_size=attempted.step_size,
             time=time,
             time_rounding=time_rounding,
-            cost=state.cost.plus(prepared.cost).plus(step.cost).plus(attempted.cost),
+            cost=state.cost.plus(prepared.cost.plus(step.cost).plus(attempted.cost)),
             accepted=accepted,
             reason=attempted.reason,
             rejected=saturating_sum(state.rejected, ~accepted),

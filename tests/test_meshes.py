@@ -53,9 +53,14 @@ def step(solver, gather=lambda params: params):
     return jax.jit(lambda params, data: tx.update(jax.grad(loss)(params, **data), tx.init(params), params, **data))
 
 
+@functools.cache
+def step_of_one_device(name):
+    return step(SOLVERS[name])(jax.tree.map(jnp.asarray, PARAMS), DATA)[0]
+
+
 @pytest.mark.parametrize(("axes", "split", "name"), CASES)
 def test_a_step_on_a_mesh_is_the_step_of_one_device(axes, split, name):
-    expected = step(SOLVERS[name])(jax.tree.map(jnp.asarray, PARAMS), DATA)[0]
+    expected = step_of_one_device(name)
     mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit if axes == "explicit" else AxisType.Auto,))
 
     def gather(params):  # with explicit axes a model of split parameters says where they come together
@@ -101,11 +106,11 @@ POINTS = [
 ]
 
 
-@pytest.mark.parametrize(("axes", "number", "rule"), POINTS)
-def test_least_squares_with_points_on_eight_devices_is_that_of_one(axes, number, rule, x64):
-    """Fewer residuals (24) than weights (40) and as many; weights of points, an l2 term, two steps."""
-    params, data = jax.tree.map(jnp.float64, (PARAMS, DATA | {"edge": -DATA["x"]}))
-    weights = jnp.asarray(np.r_[0.0, np.linspace(0.5, 2, 7)])
+WEIGHTS = np.r_[0.0, np.linspace(0.5, 2, 7)]
+
+
+def two_updates(number, rule):
+    """`two(weights, params, data)`: the loss before the second of two updates, and parameters and state after it."""
 
     @jax.jit
     def update(weights, params, state, data):
@@ -118,14 +123,27 @@ def test_least_squares_with_points_on_eight_devices_is_that_of_one(axes, number,
         _, params, state = update(weights, params, None, data)
         return update(weights, params, state, data)
 
-    value, expected, state = two(weights, params, data)
+    return two
+
+
+@functools.cache
+def two_updates_of_one_device(number, rule):
+    params, data = jax.tree.map(jnp.float64, (PARAMS, DATA | {"edge": -DATA["x"]}))
+    return two_updates(number, rule)(jnp.asarray(WEIGHTS), params, data)
+
+
+@pytest.mark.parametrize(("axes", "number", "rule"), POINTS)
+def test_least_squares_with_points_on_eight_devices_is_that_of_one(axes, number, rule, x64):
+    """Fewer residuals (24) than weights (40) and as many; weights of points, an l2 term, two steps."""
+    params, data = jax.tree.map(jnp.float64, (PARAMS, DATA | {"edge": -DATA["x"]}))
+    value, expected, state = two_updates_of_one_device(number, rule)
     assert bool(state.accepted)
     assert int(state.solver.form) == (0 if number == 1 else 1)
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit if axes == "explicit" else AxisType.Auto,))
     with jax.set_mesh(mesh):
         along, whole = NamedSharding(mesh, PartitionSpec("d")), NamedSharding(mesh, PartitionSpec())
-        placed = jax.device_put(weights, along), jax.device_put(params, whole), jax.device_put(data, along)
-        split_value, found, split_state = two(*placed)
+        placed = jax.device_put(jnp.asarray(WEIGHTS), along), jax.device_put(params, whole), jax.device_put(data, along)
+        split_value, found, split_state = two_updates(number, rule)(*placed)
     assert float(split_value) == pytest.approx(float(value), rel=1e-9)
     assert float(split_state.step_size) == pytest.approx(float(state.step_size), rel=1e-6)
     for key, leaf in found.items():
@@ -151,7 +169,7 @@ def exchanged(program):
 def test_the_rows_stay_on_the_devices_of_their_points(axes, number, context):
     """Of 40 weights, and of 24 residuals or 40 of three functions: one sum over devices of the smaller matrix."""
     params, data = jax.tree.map(jnp.asarray, (PARAMS, DATA | {"edge": -DATA["x"]}))
-    weights = jnp.asarray(np.r_[0.0, np.linspace(0.5, 2, 7)], np.float32)
+    weights = jnp.asarray(WEIGHTS, np.float32)
     scale, y = jnp.linspace(0.5, 2, 40), jnp.linspace(-1, 1, 24 if number == 1 else 40)
 
     def products(weights, params, data, scale, y):

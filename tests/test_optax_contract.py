@@ -194,7 +194,7 @@ def test_the_types_of_params_and_state_are_stable_through_cond(optimizer, dtype,
     factory, keywords = optimizer
     params = jnp.array([1.0, 2.0], dtype)
     tx = factory(sum_of_squares, **keywords)
-    step = make_step(tx, sum_of_squares)
+    step = jax.jit(make_step(tx, sum_of_squares))  # traced once for both
 
     def perhaps_step(params, state, condition):
         return jax.lax.cond(condition, step, lambda params, state: (params, state), params, state)

@@ -1,5 +1,6 @@
 """The rule that chooses among the steps of one factorisation: against choices made by NumPy."""
 
+import functools
 import itertools
 
 import jax
@@ -31,6 +32,7 @@ def target(noise=0.0, seed=0):
     )
 
 
+@functools.cache  # many tests take the same steps
 def stepper(rule, loss=LOSS, solver=rk_optax.residual_euler, **options):
     tx = solver(loss, rule, **options)
 
@@ -156,7 +158,7 @@ def test_at_a_minimum_nothing_moves_and_the_reason_says_why():
     data = {"x": X.astype(np.float32), "y": target(0.3).astype(np.float32)}
     seen = run(path_control(), 40, data)
     assert int(seen[-1][1].reason) in (Reason.ACCEPTED, Reason.UNRESOLVED)
-    gradient = jax.grad(LOSS)(jnp.asarray(seen[-1][0]), **data)
+    gradient = jax.jit(jax.grad(LOSS))(jnp.asarray(seen[-1][0]), **data)
     assert np.abs(gradient).max() < 1e-4
     assert np.isfinite(seen[-1][1].rule.next_step_size)
 
@@ -165,7 +167,8 @@ def test_momentum_is_judged_with_the_step(x64):
     data = {"x": X, "y": target()}
     seen = run(path_control(), 12, data, momentum=0.5)
     losses = [float(state.rule.loss) for _, state in seen]
-    actual = [float(LOSS(jnp.asarray(theta), **data)) for theta, _ in seen]
+    loss = jax.jit(LOSS)
+    actual = [float(loss(jnp.asarray(theta), **data)) for theta, _ in seen]
     np.testing.assert_allclose(losses, actual, rtol=1e-9)
     assert all(b <= a for a, b in itertools.pairwise(losses))
 
@@ -193,8 +196,9 @@ def test_other_losses_take_the_least_of_the_trials_in_a_krylov_space(x64):
     tx = rk_optax.rosenbrock_euler(loss, path_control(), curvature="hessian")
     theta = jnp.array([0.1, 1.0])  # of negative curvature
     state = tx.init(theta)
+    gradient = jax.jit(jax.grad(loss))
     for _ in range(12):
-        updates, state = jax.jit(tx.update)(jax.grad(loss)(theta), state, theta)
+        updates, state = jax.jit(tx.update)(gradient(theta), state, theta)
         theta = theta + updates
     np.testing.assert_allclose(theta, [1, 0], atol=1e-7)
     assert int(state.cost.losses) == 12 * (6 + 2)
@@ -218,7 +222,7 @@ def test_a_step_begins_with_the_points_of_the_coarsest_subset_and_is_judged_on_a
     (_, refused), (found, state) = run(rule, 2, lambda i: measured(0.3) if i else broken, loss=BY_POINT)
     assert (int(refused.reason), float(refused.rule.loss)) == (Reason.NOT_FINITE, np.inf)  # though the subset is finite
     x, y = (value[chosen] for value in measured(0.3).values())
-    jacobian, r = np.asarray(jax.jacfwd(curve)(jnp.asarray(START), x, y)), np.asarray(curve(START, x, y))
+    jacobian, r = map(np.asarray, jax.jit(lambda w: (jax.jacfwd(curve)(w, x, y), curve(w, x, y)))(jnp.asarray(START)))
     matrix = np.eye(4) + state.step_size * jacobian.T @ jacobian / 63
     np.testing.assert_allclose(found, START - state.step_size * np.linalg.solve(matrix, jacobian.T @ r / 63), rtol=1e-9)
     whole = 0.5 * np.mean(np.asarray(curve(found, *measured(0.3).values())) ** 2)
@@ -248,9 +252,9 @@ def test_a_function_that_sees_all_points_at_once_keeps_them_on_fewer():
     fewer, data = loss.on_fewer_points({"x": x, "q": q}, 4)
     chosen = np.random.default_rng(0).permutation(100)[:25]
     expected = 0.5 * (4 * np.sum((2 * x[chosen]) ** 2) + 3 * np.sum(q * 2 * x) ** 2)
-    assert float(fewer(jnp.asarray(2.0), **data)) == pytest.approx(expected, rel=1e-5)
-    rows = fewer.rows(jnp.asarray(2.0), data)
-    assert float(rows.gradient) == pytest.approx(expected, rel=1e-5)  # of a square of θ = 2
+    value, slope = jax.jit(lambda theta: (fewer(theta, **data), fewer.rows(theta, data).gradient))(2.0)
+    assert float(value) == pytest.approx(expected, rel=1e-5)
+    assert float(slope) == pytest.approx(expected, rel=1e-5)  # of a square of θ = 2
 
 
 def test_fewer_points_are_tried_again_ever_more_rarely(x64):

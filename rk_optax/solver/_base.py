@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rk_optax import _checks, _returned
 from rk_optax.field import Capability, VectorField
@@ -53,11 +54,21 @@ class Cost(NamedTuple):
         return self._replace(gradients=jnp.maximum(self.gradients - 1, 0))
 
 
-def saturating_sum(x: Any, y: Any) -> jax.Array:
-    """X + y of counts, in int32, or the largest int32 where that is less."""
+def saturating_sum(x: Any, y: Any) -> Any:
+    """X + y of counts, in int32, or the largest int32 where that is less.
+
+    Of two that are known when the program is traced it is a number of NumPy's, and one that is 0 adds no operation: an
+    update has many of both.
+    """
+    most = np.iinfo(np.int32).max
+    known = [isinstance(count, int | np.integer) for count in (x, y)]
+    if all(known):
+        return np.int32(min(int(x) + int(y), most))
+    for count, other, is_known in ((x, y, known[0]), (y, x, known[1])):
+        if is_known and count == 0:
+            return jnp.asarray(other, jnp.int32)
     x, y = jnp.asarray(x, jnp.int32), jnp.asarray(y, jnp.int32)
-    most = jnp.iinfo(jnp.int32).max
-    return jnp.where(x > most - y, most, x + y)
+    return jnp.minimum(x, most - y) + y
 
 
 class Step(NamedTuple):

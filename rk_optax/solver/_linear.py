@@ -409,6 +409,7 @@ def solver_of_positive(lower: Float[Array, "n n"]) -> Callable[[Float[Array, " n
     return solve
 
 
+@jax.jit  # of the many blocks of a matrix it is traced once
 def _inverse_of_triangular(factor: Float[Array, "n n"]) -> Float[Array, "n n"]:
     """L⁻¹ of a lower triangular L whose size is a power of two: of blocks of one, two, four ... on the diagonal."""
     inverse = 1 / jnp.diag(factor)[:, None, None]

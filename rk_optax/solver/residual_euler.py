@@ -140,7 +140,8 @@ class ResidualEuler(Solver):
                 )
             return self._by_products(self._matrix_free.step(field, params, k1, h, (), wants=wants))
         system = _System.at(field, params)
-        shifted, more, right = system, jnp.zeros([], system.rows.dtype), _tree.norm(k1)
+        before = _tree.norm(k1)
+        shifted, more, right = system, jnp.zeros([], system.rows.dtype), before
         if self.inertia:
             shifted, more = system.shifted(
                 jnp.asarray(self.inertia, more.dtype) * system.rows.vectors.flatten(state.moved)
@@ -148,12 +149,12 @@ class ResidualEuler(Solver):
             right = _tree.norm(shifted.scale * shifted.gradient(shifted.residual, shifted.theta))
         solve = _in_parameter_space if size <= count else _in_row_space
         solution = solve(shifted, h, tolerance=self.tolerance, max_iterations=self.max_iterations)
-        direction = system.rows.vectors.tree(solution.direction)
-        fall = predicted_fall(field, k1, h, direction)
+        vector = solution.direction
         if self.inertia:
-            fall = shifted.fall(h, solution.direction)
             inverse = _tree.ratio(jnp.ones_like(more), jnp.asarray(h, more.dtype))
-            direction = system.rows.vectors.tree(solution.direction - inverse * (shifted.theta - system.theta))
+            vector = solution.direction - inverse * (shifted.theta - system.theta)
+        direction = system.rows.vectors.tree(vector)
+        fall = shifted.fall(h, solution.direction) if self.inertia else predicted_fall(field, k1, h, direction)
         defect = _tree.norm(shifted.residual_of(solution.direction, h))
         new = _state(solution.form, solution.iterations, _tree.ratio(defect, right))
         refused = new
@@ -161,7 +162,7 @@ class ResidualEuler(Solver):
             refused = new._replace(moved=jax.tree.map(jnp.zeros_like, state.moved))
             new = new._replace(moved=_tree.cast_like(_tree.scale(-h, direction), state.moved))
         # An h so large that numbers of g* are below the smallest one would otherwise be a step without them, or of 0.
-        before, after = _tree.norm(k1), _tree.norm(direction)
+        after = _tree.norm(vector)
         least = float(jnp.finfo(after.dtype).tiny) * 1e4
         lost = (before > least) & (after < least)
         return Step(
