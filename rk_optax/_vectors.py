@@ -81,8 +81,12 @@ def lower_gram(rows: Inexact[Array, "n p"], scale: Float[Array, " p"] | None = N
 
 
 def real_matmul(a: Inexact[Array, ...], b: Inexact[Array, ...]) -> Float[Array, ...]:
-    """Re(a̅ b) in full precision: accelerators multiply in bfloat16 or TF32 unless told not to."""
-    return jnp.real(jnp.matmul(jnp.conj(a), b, precision="highest"))
+    """Re(a̅ b) of vectors, matrices or as many matrices, in full precision: accelerators shorten numbers unless told.
+
+    Not `jnp.matmul`, whose explicit dtype of the result `jax.vmap` would ask for out of `_precision.doubled`, too.
+    """
+    product = jax.lax.dot if a.ndim <= 2 else jax.lax.batch_matmul
+    return jnp.real(product(jnp.conj(a), b, precision="highest"))
 
 
 def length(vector: Float[Array, " n"]) -> Float[Array, ""]:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rk_optax import _checks, _tree
+from rk_optax import _checks, _precision, _tree
 from rk_optax._anderson import History, anderson
 from rk_optax.field import Capability, VectorField
 from rk_optax.solver import Cost, Factored, Path, Quantity, Step, saturating_sum, underivable
@@ -65,16 +65,22 @@ class PathControl(KeptStepSize):
     trials are all shorter. No h is so short that it stays: where all trials together would show no fall, and a step of
     the reciprocal of the mean eigenvalue one, they begin there anew.
 
-    Use it on data that stay, in either precision: its steps on all points cost more than those of `trust_ratio_control`
-    (in float64 1.8 times as much, in float32 seven times) and lead further. Relative errors in float64 on a 2-D Poisson
-    network of 2,241 weights and 1,020 residuals, medians of five seeds after so many seconds of one core: 6e-4 (1 s),
-    3e-6 (3 s), 4e-8 (10 s) and 4e-10 (25 s), and of the trust ratio 2e-2 (5 s), 2e-4 (10 s) and 2e-5 (25 s). A smaller
-    `boldness` goes on with longer steps while their loss is not yet the least: it falls later and may end lower.
+    Use it on data that stay, in either precision: its steps on all points cost 1.8 times as much as those of
+    `trust_ratio_control` in float64 and three times in float32, and lead further. Relative errors in float64 on a 2-D
+    Poisson network of 2,241 weights and 1,020 residuals, medians of five seeds after so many seconds of one core: 6e-4
+    (1 s), 3e-6 (3 s), 4e-8 (10 s) and 4e-10 (25 s), and of the trust ratio 2e-2 (5 s), 2e-4 (10 s) and 2e-5 (25 s). A
+    smaller `boldness` goes on with longer steps while their loss is not yet the least: it falls later, maybe lower.
 
     In float64, for parameters in float64, a long h meets the rounding of the Gram matrix of the residuals' Jacobian,
     which hides all its eigenvalues below that of the largest. Where the chosen h is that long, the next steps on all
-    points are by the singular values of the Jacobian itself, as all are in float32. They take about three times as
-    long, and lead from an error of about 2e-8 of that network to the one above.
+    points are by the singular values of the Jacobian itself. They take about three times as long, and lead from an
+    error of about 2e-8 of that network to the one above.
+
+    In float32 the residuals and their Jacobian are in float32, and what is made of them in float64, also where
+    `jax_enable_x64` is off: the Gram matrix, its factor and the coordinates of the steps. That needs JAX 0.8 and a CPU
+    or GPU; elsewhere all steps are by singular values in float32, which take several times as long. What bounds the
+    error in the end is the rounding of the residuals, 3e-6 of that network. Where they are evaluated in float64 (with
+    `jax_enable_x64` and points in float64), parameters in float32 have led to 1.3e-7.
 
     It begins with few of the loss's points, where a step costs little and leads nearly as far: `subsets` divides their
     number. Where a step lowers the loss on all points by less than half as much as that on its subset, as logarithms,
@@ -103,11 +109,12 @@ class PathControl(KeptStepSize):
       initial_step_size: about which the first trial steps lie, as a learning rate; None: the reciprocal of the mean
         eigenvalue of the first matrix (of the largest, in a Krylov space), so that units do not matter.
       probes: the number of trial steps, static; None for 4, and by singular values 6 in float64 and 8 in float32, where
-        the factor takes most of a step; for 6 and 16 where there are no corrections.
-      width: the largest factor by which h changes in one update, above 1; None for 6 in float64 and 30 in float32.
+        the factor takes most of a step; for 6 in float64 and 16 in float32 where there are no corrections.
+      width: the largest factor by which h changes in one update, above 1; None for 6, and 30 where the factor is in
+        float32.
       boldness: β in (0, 1]; 1 takes the least loss.
       corrections: evaluations of the residuals for each trial beyond the first, static; least squares alone has them.
-        None for 6, and by singular values 12 in float64 and 10 in float32.
+        None for 6 in float64 and 10 in float32, and by singular values 12 in float64.
       subsets: by what the number of points is divided in the beginning, and then, static and falling; () for all points
         from the start. Each takes its part of the time to compile, and under `jax.vmap` of every step.
       precise: whether long steps in float64 are by singular values; likewise. They never are where the Jacobian is on
@@ -145,6 +152,7 @@ class PathControl(KeptStepSize):
         if self.width is not None:
             _checks.numbers(self, width="growth")
         _checks.numbers(self, boldness="fraction")
+        _checks.flags(self, "precise")
         if self.corrections is not None and (self.corrections != 0 or isinstance(self.corrections, bool)):
             _checks.count(self.corrections, "corrections")
         object.__setattr__(self, "subsets", tuple(self.subsets))
@@ -235,52 +243,61 @@ class PathControl(KeptStepSize):
         `taken` says that h does not come from refusals in a row; see `_visible`.
         """
         path, cost, solver = factored(part)
-        dtype = path.typical.dtype
-        probes, width, corrections = self._trial_steps(path, dtype)
-        before = before if part is whole else path.loss_at_start(params)
-        rounding = 2 * jnp.finfo(before.dtype).eps * jnp.abs(before)
-        h, before = _visible(path, h.astype(dtype), width, rounding.astype(dtype), taken), before.astype(dtype)
+        probes, width, corrections = self._trial_steps(path)
+        real, trials = h.dtype, probes * (corrections + 1)
 
-        def best() -> tuple[jax.Array, jax.Array, jax.Array]:
-            exponents = jnp.linspace(-1.0, 1.0, probes, dtype=dtype)
-            sizes = _bounded(h * jnp.asarray(width, dtype) ** exponents)
+        def best(h: jax.Array, before: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            exponents = jnp.linspace(-1.0, 1.0, probes, dtype=h.dtype)
+            sizes = _bounded(h * jnp.asarray(width, h.dtype) ** exponents, real)
             losses, coordinates = _least(path, params, sizes, corrections)
-            falls = jnp.where(jnp.isfinite(losses), before - losses.astype(dtype), -jnp.inf)
+            falls = jnp.where(jnp.isfinite(losses), before - losses.astype(h.dtype), -jnp.inf)
             enough = (falls > 0) & (falls >= self.boldness * jnp.max(falls))
             index = jnp.max(jnp.where(enough, jnp.arange(probes), 0))
             return sizes[index], coordinates[index], falls[index]
 
-        def only() -> tuple[jax.Array, jax.Array, jax.Array]:
-            return h, path.start(h[None])[0], jnp.zeros([], dtype)
+        def only(h: jax.Array, before: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            return h, path.start(h[None])[0], jnp.zeros_like(before)
 
-        trials = probes * (corrections + 1)
+        with _precision.doubled(path.dtype):
+            dtype = path.dtype
+            before = before if part is whole else path.loss_at_start(params).astype(before.dtype)
+            rounding = 2 * jnp.finfo(before.dtype).eps * jnp.abs(before)
+            h = _visible(path, h.astype(dtype), width, rounding.astype(dtype), taken)
+            if part is whole:
+                h, coordinates, fall = jax.lax.cond(several, best, only, h, before.astype(dtype))
+            else:
+                h, coordinates, fall = best(h, before.astype(dtype))
+            predicted = path.predicted_fall(h[None], path.start(h[None]))[0]
+            direction = jax.tree.map(lambda leaf: leaf[0], path.direction(h[None], coordinates[None]))
+            beyond = (h * jnp.finfo(dtype).eps) * path.largest
+            numbers = tuple(x.astype(real) for x in (h, fall, before, predicted, beyond))
+        h, fall, before, predicted, beyond = numbers
         if part is whole:
-            h, coordinates, fall = jax.lax.cond(several, best, only)
-            cost = cost.plus(Cost(losses=jnp.where(several, trials, 0)))
+            cost = cost._replace(losses=cost.losses + jnp.where(several, trials, 0))
         else:
-            h, coordinates, fall = best()
             # In what it would be on all points, rounded up; rows are counted as they are.
             n, of = part.count_rows(params), whole.count_rows(params)
-            work = cost.plus(Cost(losses=trials))
-            cost = Cost(*(-(-count * n // of) for count in work))._replace(rows=work.rows)
-        predicted = path.predicted_fall(h[None], path.start(h[None]))[0]
-        direction = jax.tree.map(lambda leaf: leaf[0], path.direction(h[None], coordinates[None]))
-        beyond = ((h * jnp.finfo(dtype).eps) * path.largest).astype(dtype)
+            work = cost._replace(losses=cost.losses + trials)
+            cost = Cost(*(-(-int(count) * n // of) for count in work))._replace(rows=cost.rows)
+        cost = Cost(*(jnp.asarray(count, jnp.int32) for count in cost))
         return _Chosen(h, direction, fall, before, predicted, beyond, cost, solver)
 
-    def _trial_steps(self, path: Path, dtype: Any) -> tuple[int, Number, int]:
+    def _trial_steps(self, path: Path) -> tuple[int, Number, int]:
         """How many, how far from h the outermost, and their corrections: more where the factor takes most of a step."""
-        double = jnp.finfo(dtype).bits >= 64
+        double = jnp.finfo(path.dtype).bits >= 64
+        network = jnp.finfo(
+            _tree.default_float()
+        ).bits  # in float32 a trial costs half as much, and the factor the same
         if not path.correctable:
             probes, corrections = 6 if double else 16, 0
         elif path.precise:
             probes, corrections = (6, 12) if double else (8, 10)
         else:
-            probes, corrections = 4, 6
+            probes, corrections = 4, 6 if network >= 64 else 10
         probes = probes if self.probes is None else self.probes
         if path.correctable and self.corrections is not None:
             corrections = self.corrections
-        return probes, self._width(dtype), corrections
+        return probes, self._width(path.dtype), corrections
 
     def _width(self, dtype: Any) -> Number:
         return (6.0 if jnp.finfo(dtype).bits >= 64 else 30.0) if self.width is None else self.width
@@ -319,7 +336,7 @@ class PathControl(KeptStepSize):
         wait = jnp.where(failed, 2 ** jnp.minimum(state.failures, 16), jnp.maximum(state.wait - 1, 0))
         fewer = ~failed & ~changing & (wait == 0)
         new = state._replace(
-            next_step_size=_bounded(h),
+            next_step_size=_bounded(h, dtype),
             loss=_known(jnp.where(accepted, after, before)),
             fall=fall,
             divisor=jnp.where((changing & ~tie) | accepted | misled, divisor, state.divisor).astype(dtype),
@@ -395,7 +412,7 @@ def _least(path: Path, params: PyTree, h: jax.Array, corrections: int) -> tuple[
     return least, kept
 
 
-def _bounded(h: jax.Array) -> jax.Array:
-    """The step size within what its dtype can express, with room on both sides: none is the last."""
-    info = jnp.finfo(h.dtype)
+def _bounded(h: jax.Array, dtype: Any) -> jax.Array:
+    """The step size within what `dtype` can express, with room on both sides: none is the last."""
+    info = jnp.finfo(dtype)
     return jnp.clip(h, float(info.tiny) * 1e6, float(info.max) * 1e-6)

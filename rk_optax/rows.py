@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rk_optax import _tree
+from rk_optax import _precision, _tree
 from rk_optax._vectors import RealVectors, lower_gram, real_matmul
 
 if TYPE_CHECKING:
@@ -353,7 +353,9 @@ class BlockedRows(Rows):
         return jax.lax.scan(step, total, (term.points, term.weights, beside))[0]
 
     def _array(self, term: Blocks, points: PyTree, weights: jax.Array) -> jax.Array:
-        return _in_one_array(self.vectors, *_weighted(*term.rows_at(points), weights))[1]
+        with _precision.callers():
+            rows = _weighted(*term.rows_at(points), weights)
+        return _in_one_array(self.vectors, *rows)[1]
 
 
 def rows_of(

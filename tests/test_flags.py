@@ -57,8 +57,6 @@ KEYWORDS = {
     "nnx.RKBlock": {"rngs": flax.nnx.Rngs(0)},
     **{name: {"data": X} for name in ARGUMENTS if name.startswith("spectrum.")},
 }
-# (name, flag) that nothing checks yet; one that is checked fails here until it is taken out.
-PENDING = {("PathControl", "precise"), ("path_control", "precise")}
 
 
 def public():
@@ -89,14 +87,7 @@ def flags():
 
 
 FLAGS = list(flags())
-CASES = [
-    pytest.param(
-        *case,
-        id=f"{case[0]}-{case[2]}",
-        marks=pytest.mark.xfail(reason="not checked yet") if (case[0], case[2]) in PENDING else (),
-    )
-    for case in FLAGS
-]
+CASES = [pytest.param(*case, id=f"{case[0]}-{case[2]}") for case in FLAGS]
 
 
 def make(name, member, flag, value):
@@ -107,8 +98,12 @@ def make(name, member, flag, value):
 
 def test_the_flags_are_found():
     names = {(name, flag) for name, _, flag in FLAGS}
-    assert {("rk4", "nesterov"), ("Explicit", "unroll"), ("gradient_flow", "has_aux")} < names
-    assert names > PENDING
+    assert {
+        ("rk4", "nesterov"),
+        ("Explicit", "unroll"),
+        ("gradient_flow", "has_aux"),
+        ("PathControl", "precise"),
+    } < names
     assert set(ARGUMENTS) <= {name for name, _ in names}
 
 

@@ -106,7 +106,7 @@ class Tridiagonal(ShiftedFactor):
         v = jnp.pad(jnp.where(idle[None], 0, v), ((0, 0), (0, -(n - 1) % width)))
         inverse = jnp.pad(1 / jnp.where(idle, 1, scales), (0, v.shape[1] - n + 1), constant_values=1)
         v, inverse = v.reshape(n, -1, width).transpose(1, 0, 2), inverse.reshape(-1, width)
-        products = jnp.matmul(v.transpose(0, 2, 1), v, precision="highest")
+        products = jax.lax.batch_matmul(v.transpose(0, 2, 1), v, precision="highest")
         identity = jnp.broadcast_to(jnp.eye(width, dtype=lower.dtype), products.shape)
         triangles = jax.scipy.linalg.solve_triangular(
             jnp.triu(products, 1) + identity * inverse[:, None], identity, unit_diagonal=False

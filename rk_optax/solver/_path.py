@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from rk_optax import _tree
+from rk_optax import _precision, _tree
 from rk_optax._vectors import RealVectors, length, real_matmul
 from rk_optax.field import Linear, VectorField
 from rk_optax.rows import DenseRows, Rows
@@ -48,6 +49,11 @@ class Path(abc.ABC):
 
     correctable: ClassVar[bool] = False
     precise: ClassVar[bool] = False
+
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> np.dtype:
+        """Of its numbers; where that is float64 and `jax_enable_x64` is off, they are for `_precision.doubled`."""
 
     @property
     @abc.abstractmethod
@@ -109,7 +115,20 @@ class LeastSquaresPath(Path):
     scale: Float[Array, " p"]  # P, the preconditioner
     residual: Float[Array, " n"]
     factor: ShiftedFactor
+    started: Float[Array, "j m"] = dataclasses.field(init=False)  # Wᵀ of what `start` solves for, once for all h
     correctable: ClassVar[bool] = True
+
+    def __post_init__(self):
+        object.__setattr__(self, "started", self.factor.coordinates(self._wanted()))
+
+    @abc.abstractmethod
+    def _wanted(self) -> Float[Array, "j m"]:
+        """The right-hand side of a linearly implicit step, or what it is combined of for each h."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """See `Path.dtype`."""
+        return self.rows.dtype
 
     @property
     def typical(self) -> Float[Array, ""]:
@@ -150,21 +169,24 @@ class LeastSquaresPath(Path):
 
     def evaluate(self, params: Tree) -> Trial:
         """The loss and the residuals at one point."""
-        residual = self.field.residual(params)
-        loss = 0.5 * _tree.inner(residual, residual)
-        if self.field.l2 is not None:
-            square = _tree.inner(params, params).astype(loss.dtype)
-            loss = loss + 0.5 * jnp.asarray(self.field.l2, loss.dtype) * square
+        with _precision.callers():
+            residual = self.field.residual(params)
+            loss = 0.5 * _tree.inner(residual, residual)
+            if self.field.l2 is not None:
+                square = _tree.inner(params, params).astype(loss.dtype)
+                loss = loss + 0.5 * jnp.asarray(self.field.l2, loss.dtype) * square
         return Trial(loss, residual.astype(self.rows.dtype))
 
 
 class ParameterPath(LeastSquaresPath):
     """In the space of the P parameters: P^½(RᵀR + λI)P^½ = WDWᵀ, and g* = P^½Wz."""
 
+    def _wanted(self) -> Float[Array, "j m"]:
+        return ((self.rows.rmv(self.residual) + self.l2 * self.theta) * jnp.sqrt(self.scale))[None]
+
     def start(self, h: Float[Array, " k"]) -> Float[Array, "k m"]:
         """See `Path.start`."""
-        pulled = (self.rows.rmv(self.residual) + self.l2 * self.theta) * jnp.sqrt(self.scale)
-        return self.factor.solve(h, self.factor.coordinates(pulled[None]))
+        return self.factor.solve(h, self.started)
 
     def corrected(
         self, h: Float[Array, " k"], coordinates: Float[Array, "k m"], response: Float[Array, "k n"]
@@ -182,10 +204,18 @@ class ParameterPath(LeastSquaresPath):
 class RowPath(LeastSquaresPath):
     """In the space of the N residuals: RPRᵀ = WDWᵀ, and g* = (PRᵀWz + λθ)/(1 + hλ), with P = I where λ is not 0."""
 
+    def _wanted(self) -> Float[Array, "j m"]:
+        without_decay = self.residual[None]
+        if self.field.l2 is None:
+            return without_decay
+        return jnp.concatenate([without_decay, self.rows.mv(self.theta)[None]])
+
     def start(self, h: Float[Array, " k"]) -> Float[Array, "k m"]:
         """See `Path.start`."""
-        wanted = self.residual[None] - (self._short(h) * self.l2)[:, None] * self.rows.mv(self.theta)[None]
-        return self.factor.solve(self._short(h), self.factor.coordinates(wanted))
+        wanted = self.started[:1]
+        if len(self.started) > 1:
+            wanted = wanted - (self._short(h) * self.l2)[:, None] * self.started[1:]
+        return self.factor.solve(self._short(h), wanted)
 
     def corrected(
         self, h: Float[Array, " k"], coordinates: Float[Array, "k m"], response: Float[Array, "k n"]
@@ -244,11 +274,17 @@ def least_squares_path(
 ) -> LeastSquaresPath:
     """The path at `params`, in the space of the `parameters` or of the residuals. Costs the rows.
 
-    In float32 it is by singular values always, and if `precise`, wherever all rows are in one array.
+    In float64, also where `jax_enable_x64` is off: then its numbers are for `_precision.doubled`. Without either it is
+    by singular values in float32, and so it is in float64 if `precise`, wherever all rows are in one array.
     """
-    real = _tree.default_float()
-    rows = field.rows(params).astype(real)
-    vectors, residual = rows.vectors, rows.residual.astype(real)
+    real = _precision.widest_float()
+    rows = field.rows(params)
+    with _precision.doubled(real):
+        return _factored(field, params, rows.astype(real), parameters=parameters, precise=precise)
+
+
+def _factored(field: VectorField, params: Tree, rows: Rows, *, parameters: bool, precise: bool) -> LeastSquaresPath:
+    real, vectors, residual = rows.dtype, rows.vectors, rows.residual.astype(rows.dtype)
     theta, scale = vectors.flatten(params), vectors.diagonal(field.scale)
     l2 = jnp.asarray(0.0 if field.l2 is None else field.l2, real)
     if (jnp.finfo(real).bits < 64 or (precise and rows.in_one_array)) and min(rows.shape) > 0:
@@ -312,6 +348,11 @@ class KrylovPath(Path):
     eigenvalues: Float[Array, " m"]  # Ritz values
     basis: Float[Array, "m m"]
     size: Float[Array, ""]  # ‖P^½∇L‖
+
+    @property
+    def dtype(self) -> np.dtype:
+        """See `Path.dtype`."""
+        return self.vectors.dtype
 
     @property
     def typical(self) -> Float[Array, ""]:

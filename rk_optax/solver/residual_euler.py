@@ -46,10 +46,9 @@ class ResidualEuler(Solver):
     comes in is used for the predicted fall alone, and `value_and_update` makes it of the rows, unless a path may be of
     fewer.
 
-    Under `rk_optax.path_control` the matrix is reduced to tridiagonal form, once for all h; in float32, where the
-    matrix keeps too few digits for that, R itself into singular vectors. Under any other rule a Cholesky factor of the
-    matrix preconditions the few iterations of CG that make good its rounding (`state.solver.iterations`; one while h is
-    small).
+    Under `rk_optax.path_control` the matrix is formed in float64, for an R in float32 too, and reduced to tridiagonal
+    form, once for all h. Under any other rule a Cholesky factor of the matrix preconditions the few iterations of CG
+    that make good its rounding (`state.solver.iterations`; one while h is small).
 
     It has no `linear_solver`: B is symmetric and not negative, and what no factor solves is what CG is made for.
 

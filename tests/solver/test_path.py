@@ -7,7 +7,7 @@ import pytest
 import scipy.optimize
 from jax.flatten_util import ravel_pytree
 
-from rk_optax import LeastSquares, ResidualEuler, RosenbrockEuler
+from rk_optax import LeastSquares, ResidualEuler, RosenbrockEuler, _precision, _tree
 from rk_optax.objective import Objective
 from rk_optax.parameter_view import ParameterView
 
@@ -45,9 +45,16 @@ def path_of(residuals, look, solver=None, *, l2=None, scale=None, params=THETA, 
             tree = unravel(jnp.array(np.array(scale)))
             field = field.preconditioned(lambda g: jax.tree.map(jnp.multiply, tree, g), tree)
         step = solver.step(field, params, field(params), 0.0, solver.init(params), wants=frozenset({"path"}))
-        return look(step.quantities[form](field), field)
+        found = step.quantities[form](field)
+        with _precision.doubled(found.path.dtype):
+            seen = look(found, field)
+        return jax.tree.map(lambda x: x if isinstance(x, int) else _in_default_precision(x), seen)
 
     return seen(params), np.asarray(theta, np.result_type(theta.dtype, float)), unravel
+
+
+def _in_default_precision(x):
+    return jax.lax.convert_element_type(x, float) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def directions_at(sizes, *more):
@@ -70,11 +77,13 @@ def rows_of(tree):
     return np.concatenate([np.reshape(leaf, (len(leaf), -1)) for leaf in jax.tree.leaves(tree)], axis=1)
 
 
-@pytest.fixture(params=[64, 32])
-def eps(request):
-    """The rounding of the precision that is in use: by the Gram matrix in float64, by singular values in float32."""
-    if request.param == 64:
+@pytest.fixture(params=["64", "32", "32 alone"])
+def eps(request, monkeypatch):
+    """The rounding of the numbers around: in float32 with a Gram matrix in float64, or without by singular values."""
+    if request.param == "64":
         request.getfixturevalue("x64")
+    if request.param == "32 alone":
+        monkeypatch.setattr(_precision, "widest_float", _tree.default_float)
     return float(jnp.finfo(jnp.zeros(1).dtype).eps)
 
 
@@ -136,7 +145,7 @@ def test_corrections_lead_to_backward_euler_with_the_jacobian_of_its_start(form,
 @pytest.mark.covering(most=1)
 @pytest.mark.parametrize("form", ["parameters", "rows"])
 def test_singular_values_have_the_digits_that_the_gram_matrix_lost(form, eps):
-    """In float32 always; in float64 as the precise path, by the side of the usual one, which is off by more than it."""
+    """In float64 as the precise path, by the side of the usual one; in float32 as the Gram matrix in float64, too."""
     rng = np.random.default_rng(0)
     left, right = (np.linalg.qr(rng.normal(size=(n, 6)))[0] for n in ((9, 6) if form == "parameters" else (6, 9)))
     least, real = (-5, np.float32) if eps > 1e-10 else (-10, np.float64)
