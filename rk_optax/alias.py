@@ -247,8 +247,9 @@ def rosenbrock_euler(
     """Linearly implicit Euler, by CG: order 1, no stability limit; two gradients and a product per CG iteration.
 
     By default `rk_optax.trust_ratio_control()` finds h, and the loss is a `rk_optax.ModelLoss` or `LeastSquares`; any
-    loss goes with `curvature="hessian"`, and with `"secant"`, a quasi-Newton method for up to some thousand parameters
-    and data that stay, by default under `rk_optax.line_search(first=True)`. See `rk_optax.RosenbrockEuler`.
+    loss goes with `curvature="hessian"`, and with `"secant"`, a quasi-Newton method for data that stay (of more than
+    4,096 parameters with a limited memory), by default under `rk_optax.line_search(first=True)`. See
+    `rk_optax.RosenbrockEuler`.
     """
     solver = RosenbrockEuler(curvature, tolerance, max_iterations, linear_solver=linear_solver)
     control = _search_for_secants if curvature == "secant" else trust_ratio_control

@@ -35,10 +35,7 @@ class SecantState(NamedTuple):
     def updated(self, params: jax.Array, gradient: jax.Array) -> SecantState:
         """With the step that has led to `params`.
 
-        H begins as γI. No curvature has been seen yet that would fix γ, whose unit is that of θ²/L, so the step -γ∇L is
-        made a tenth as long as the parameters that have a gradient: a multiple of the loss or of the parameters changes
-        nothing but units. A line search shortens what is too long, and the first secant gives H its scale. Where all
-        these parameters are 0 no length is known, and that of the step is 1, as in L-BFGS-B.
+        H begins as a multiple of the identity (`first_inverse`), and the first secant gives it its scale.
 
         Along a step without positive curvature B = H⁻¹ is quartered, so that the steps grow until they have left such a
         place: nothing else would, without a line search that lengthens them. Where rounding has made H indefinite, as
@@ -66,17 +63,15 @@ class SecantState(NamedTuple):
         uphill = jnp.min(jnp.diagonal(new), initial=jnp.inf) <= 0
         slope = gradient / _tree.magnitude(gradient).astype(gradient.dtype)
         uphill = uphill | (real_matmul(slope, real_matmul(new, slope)) < 0)
-        reach = 0.1 * _tree.norm(jnp.where(gradient == 0, 0, params))
-        first = _tree.ratio(jnp.where(reach == 0, 1, reach), _tree.norm(gradient))
-        known = jnp.isfinite(first) & (first > 0)
+        first, known = first_inverse(params, gradient)
         begins = (~self.seen | uphill) & known
         first = jnp.where(curved, unit * _tree.ratio(sy, real_matmul(y, y)), first)
         new = jnp.where(begins, first * jnp.eye(len(params), dtype=params.dtype), new)
         return SecantState(new, params, gradient, self.seen | known, (self.fresh & ~moved) | begins)
 
-    def solve(self, c: Any, scale: jax.Array, b: jax.Array) -> jax.Array:
-        """X of (I + c·PH⁻¹) x = b: H (H + cP)⁻¹ b, for a diagonal P > 0 (`scale`)."""
-        shift = jnp.asarray(c, b.dtype) * scale
+    def solve(self, c: Any, scale: jax.Array | None, b: jax.Array) -> jax.Array:
+        """X of (I + c·PH⁻¹) x = b: H (H + cP)⁻¹ b, for a diagonal P > 0 (`scale`; None for I)."""
+        shift = jnp.asarray(c, b.dtype) * (jnp.ones_like(b) if scale is None else scale)
         b, size = _tree.unit(b)  # which over a long step may be below all numbers
 
         def by_factor() -> jax.Array:
@@ -92,6 +87,18 @@ class SecantState(NamedTuple):
         # Then three terms of the series in H/(cP) are all that rounding leaves of it.
         far = jnp.min(shift, initial=jnp.inf) > 1e6 * jnp.trace(self.inverse)
         return size * real_matmul(self.inverse, jax.lax.cond(far, by_series, by_factor))
+
+
+def first_inverse(params: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The γ of H = γI before any curvature has been seen that would fix it, and whether this gradient gives one.
+
+    Its unit is that of θ²/L, so the step −γ∇L is made a tenth as long as the parameters that have a gradient: a
+    multiple of the loss or of the parameters changes nothing but units. A line search shortens what is too long. Where
+    all these parameters are 0 no length is known, and that of the step is 1, as in L-BFGS-B.
+    """
+    reach = 0.1 * _tree.norm(jnp.where(gradient == 0, 0, params))
+    first = _tree.ratio(jnp.where(reach == 0, 1, reach), _tree.norm(gradient))
+    return first, jnp.isfinite(first) & (first > 0)
 
 
 def broyden_inverse(

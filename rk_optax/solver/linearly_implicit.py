@@ -16,6 +16,7 @@ from rk_optax._vectors import RealVectors
 from rk_optax.field import Capability, Linear, VectorField
 from rk_optax.solver._base import Cost, Quantity, Solver, Step, check_offers
 from rk_optax.solver._diagonal import DiagonalCurvature
+from rk_optax.solver._limited_secant import LimitedSecantState
 from rk_optax.solver._linear import Solution
 from rk_optax.solver._path import Factored, krylov_path
 from rk_optax.solver._secant import SecantState
@@ -24,7 +25,7 @@ from rk_optax.solver.linear_solvers import CONJUGATE_GRADIENTS, LinearSolver, ch
 PyTree = Any
 Curvature = Literal["hessian", "gauss_newton", "diagonal", "secant", "zero"] | DiagonalCurvature
 _Solve = Callable[[Any, PyTree], Solution]
-_MOST_OF_SECANTS = 8192  # parameters: a matrix of half a gigabyte in float64
+_MOST_OF_DENSE_SECANTS = 4096  # parameters: beyond, the factor of such a matrix takes longer than a hundred gradients
 
 
 class LinearState(NamedTuple):
@@ -34,7 +35,7 @@ class LinearState(NamedTuple):
     residual: jax.Array  # shape=(), float: relative residual of the last linear system
     negative_curvature: jax.Array  # shape=(), bool: whether CG stopped at a direction of negative curvature
     diagonal: PyTree = ()  # a `DiagonalState` where the curvature is such an estimate
-    secant: PyTree = ()  # a `SecantState` likewise: P² numbers
+    secant: PyTree = ()  # a `SecantState` likewise: P² numbers; of more parameters a `LimitedSecantState`
 
 
 def _initial_state(diagonal: PyTree = (), secant: PyTree = ()) -> LinearState:
@@ -80,12 +81,8 @@ class _Rosenbrock(Solver):
         """Nothing has been solved yet."""
         if self.curvature == "secant":
             size = RealVectors(params, None).size
-            if size > _MOST_OF_SECANTS:
-                raise ValueError(
-                    f"curvature='secant' keeps a dense {size}×{size} matrix; it is for at most {_MOST_OF_SECANTS} "
-                    "parameters. Take 'gauss_newton' or 'hessian', or optax.lbfgs."
-                )
-            return _initial_state(secant=SecantState.empty(size, _real_dtype(params)))
+            form = SecantState if size <= _MOST_OF_DENSE_SECANTS else LimitedSecantState
+            return _initial_state(secant=form.empty(size, _real_dtype(params)))
         return _initial_state(() if self._estimator is None else self._estimator.init(params))
 
     @property
@@ -111,9 +108,10 @@ class _Rosenbrock(Solver):
         if self.curvature == "zero":
             return functools.partial(_divide, None), {}, Cost()
         if self.curvature == "secant":
-            vectors = RealVectors(params, state.secant.inverse.dtype)  # which stage_dtype may exceed
-            scale = vectors.diagonal(field.scale)
-            secant = state.secant.updated(vectors.flatten(params), vectors.flatten(k1) / scale)
+            vectors = RealVectors(params, state.secant.params.dtype)  # which stage_dtype may exceed
+            scale = None if field.scale is None else vectors.diagonal(field.scale)
+            k1 = vectors.flatten(k1)
+            secant = state.secant.updated(vectors.flatten(params), k1 if scale is None else k1 / scale)
 
             def by_secants(c: Any, b: PyTree) -> Solution:
                 x = secant.solve(c, scale, vectors.flatten(b))
@@ -174,8 +172,9 @@ class RosenbrockEuler(_Rosenbrock):
       curvature: B, "gauss_newton" (of a `ModelLoss` or `LeastSquares`; never negative), "hessian" (of any loss; with
         `rk_optax.Gmres()` the Jacobian of any smooth field) or an estimate of its diagonal, "diagonal" or a
         `DiagonalCurvature`, which needs no CG: a product each `every` steps. "secant" is what the steps so far say of
-        the Hessian, the self-scaled Broyden method: any loss, P×P numbers, no product; its rule is
-        `rk_optax.line_search(first=True)`, and the data are to stay.
+        the Hessian: any loss, no product; its rule is `rk_optax.line_search(first=True)`, and the data are to stay.
+        Up to 4,096 parameters it is the self-scaled Broyden method, with P×P numbers; beyond, BFGS of the latest 20
+        steps, with 40·P numbers, whose direction for h → ∞ is that of L-BFGS.
       tolerance: relative residual at which the linear solver stops, in (0, 1).
       max_iterations: cap on it, in products.
       linear_solver: `rk_optax.ConjugateGradients()`, for symmetric systems, or `rk_optax.Gmres()`, for any.
