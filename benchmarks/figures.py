@@ -45,6 +45,7 @@ STYLES: dict[str, tuple[str, str, str, str]] = {  # method: label, colour, marke
     "rosenbrock_euler": ("rosenbrock_euler", SKY, "d", "-"),
     "rosenbrock_euler, path": ("rosenbrock_euler, path_control()", SKY, "D", "--"),
     "rosenbrock_euler, secant": ('rosenbrock_euler("secant")', GREEN, "X", "--"),
+    "rosenbrock_euler, limited secant": ('rosenbrock_euler("limited_secant")', GREEN, "X", ":"),
     "residual_euler": ("residual_euler", BLUE, "o", "-"),
     "residual_euler, search": ("residual_euler, line_search()", BLUE, "o", ":"),
     "residual_euler, path": ("residual_euler, path_control()", BLUE, "o", "--"),

@@ -20,6 +20,9 @@ def get_config() -> RaceConfig:
             ),
             "rkc": EntrantConfig("rkc", seconds=4, chunk=2),
             "rosenbrock_euler": EntrantConfig("rosenbrock_euler", seconds=4, chunk=1),
+            "rosenbrock_euler, limited secant": EntrantConfig(
+                "rosenbrock_euler", options={"curvature": "limited_secant"}, seconds=4, chunk=5
+            ),
             "rosenbrock_euler, path": EntrantConfig(
                 "rosenbrock_euler", rule="path_control", options={"curvature": "hessian"}, seconds=4, chunk=1
             ),

@@ -23,7 +23,7 @@ from rk_optax.solver import (
 )
 from rk_optax.solver.exponential import LinearPart
 from rk_optax.solver.linear_solvers import CONJUGATE_GRADIENTS
-from rk_optax.solver.linearly_implicit import Curvature
+from rk_optax.solver.linearly_implicit import BY_SECANTS, Curvature
 from rk_optax.step_size import LearningRate
 from rk_optax.tableau import ButcherTableau
 from rk_optax.transform import RungeKutta, runge_kutta
@@ -247,12 +247,12 @@ def rosenbrock_euler(
     """Linearly implicit Euler, by CG: order 1, no stability limit; two gradients and a product per CG iteration.
 
     By default `rk_optax.trust_ratio_control()` finds h, and the loss is a `rk_optax.ModelLoss` or `LeastSquares`; any
-    loss goes with `curvature="hessian"`, and with `"secant"`, a quasi-Newton method for data that stay (of more than
-    4,096 parameters with a limited memory), by default under `rk_optax.line_search(first=True)`. See
-    `rk_optax.RosenbrockEuler`.
+    loss goes with `curvature="hessian"`, and with `"secant"`, a quasi-Newton method for data that stay, by default
+    under `rk_optax.line_search(first=True)`: of more than 4,096 parameters with a limited memory, with
+    `"limited_secant"` of fewer, too. See `rk_optax.RosenbrockEuler`.
     """
     solver = RosenbrockEuler(curvature, tolerance, max_iterations, linear_solver=linear_solver)
-    control = _search_for_secants if curvature == "secant" else trust_ratio_control
+    control = _search_for_secants if curvature in BY_SECANTS else trust_ratio_control
     return runge_kutta(loss_fn, _given_or(learning_rate, control), solver, momentum=momentum, **options)
 
 

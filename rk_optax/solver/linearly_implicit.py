@@ -23,7 +23,8 @@ from rk_optax.solver._secant import SecantState
 from rk_optax.solver.linear_solvers import CONJUGATE_GRADIENTS, LinearSolver, check_linear_solver
 
 PyTree = Any
-Curvature = Literal["hessian", "gauss_newton", "diagonal", "secant", "zero"] | DiagonalCurvature
+Curvature = Literal["hessian", "gauss_newton", "diagonal", "secant", "limited_secant", "zero"] | DiagonalCurvature
+BY_SECANTS = ("secant", "limited_secant")
 _Solve = Callable[[Any, PyTree], Solution]
 _MOST_OF_DENSE_SECANTS = 4096  # parameters: beyond, the factor of such a matrix takes longer than a hundred gradients
 
@@ -53,11 +54,11 @@ class _Rosenbrock(Solver):
     linear_solver: LinearSolver = dataclasses.field(default=CONJUGATE_GRADIENTS, kw_only=True)
 
     def __post_init__(self):
-        named = self.curvature in ("hessian", "gauss_newton", "diagonal", "secant", "zero")
+        named = self.curvature in ("hessian", "gauss_newton", "diagonal", *BY_SECANTS, "zero")
         if not (named or isinstance(self.curvature, DiagonalCurvature)):
             raise ValueError(
-                "curvature must be 'hessian', 'gauss_newton', 'diagonal', 'secant', 'zero' or a DiagonalCurvature, got "
-                f"{self.curvature!r}."
+                "curvature must be 'hessian', 'gauss_newton', 'diagonal', 'secant', 'limited_secant', 'zero' or a "
+                f"DiagonalCurvature, got {self.curvature!r}."
             )
         if not 0 < _checks.number(self.tolerance, "tolerance", "positive") < 1:
             raise ValueError(f"tolerance must be in (0, 1), got {self.tolerance}.")
@@ -71,7 +72,7 @@ class _Rosenbrock(Solver):
             return frozenset({"product", "diagonal_scale"})
         if self.curvature == "hessian":
             return self.linear_solver.needs.union(("product", "diagonal_scale"))
-        if self.curvature == "secant":  # of gradients, whose changes show curvature and not noise
+        if self.curvature in BY_SECANTS:  # of gradients, whose changes show curvature and not noise
             return frozenset({"symmetric", "diagonal_scale", "deterministic"})
         if self.curvature == "zero":
             return frozenset({"diagonal_scale"})
@@ -79,9 +80,10 @@ class _Rosenbrock(Solver):
 
     def init(self, params: PyTree) -> LinearState:
         """Nothing has been solved yet."""
-        if self.curvature == "secant":
+        if self.curvature in BY_SECANTS:
             size = RealVectors(params, None).size
-            form = SecantState if size <= _MOST_OF_DENSE_SECANTS else LimitedSecantState
+            dense = self.curvature == "secant" and size <= _MOST_OF_DENSE_SECANTS
+            form = SecantState if dense else LimitedSecantState
             return _initial_state(secant=form.empty(size, _real_dtype(params)))
         return _initial_state(() if self._estimator is None else self._estimator.init(params))
 
@@ -107,7 +109,7 @@ class _Rosenbrock(Solver):
             return functools.partial(_divide, rate), {"diagonal": diagonal}, cost
         if self.curvature == "zero":
             return functools.partial(_divide, None), {}, Cost()
-        if self.curvature == "secant":
+        if self.curvature in BY_SECANTS:
             vectors = RealVectors(params, state.secant.params.dtype)  # which stage_dtype may exceed
             scale = None if field.scale is None else vectors.diagonal(field.scale)
             k1 = vectors.flatten(k1)
@@ -174,7 +176,8 @@ class RosenbrockEuler(_Rosenbrock):
         `DiagonalCurvature`, which needs no CG: a product each `every` steps. "secant" is what the steps so far say of
         the Hessian: any loss, no product; its rule is `rk_optax.line_search(first=True)`, and the data are to stay.
         Up to 4,096 parameters it is the self-scaled Broyden method, with P×P numbers; beyond, BFGS of the latest 20
-        steps, with 40·P numbers, whose direction for h → ∞ is that of L-BFGS.
+        steps, with 40·P numbers, whose direction for h → ∞ is that of L-BFGS. "limited_secant" is the latter of fewer
+        parameters, too: where a gradient takes less time than a P×P matrix.
       tolerance: relative residual at which the linear solver stops, in (0, 1).
       max_iterations: cap on it, in products.
       linear_solver: `rk_optax.ConjugateGradients()`, for symmetric systems, or `rk_optax.Gmres()`, for any.
@@ -249,7 +252,8 @@ class Ros2(_Rosenbrock):
     grow tenfold, and γ = 1 + 1/√2 does not.
 
     Args:
-      curvature: B: "gauss_newton", "hessian", "diagonal" or a `DiagonalCurvature`, "secant", or "zero" (Heun's method).
+      curvature: B: "gauss_newton", "hessian", "diagonal" or a `DiagonalCurvature`, "secant", "limited_secant", or
+        "zero" (Heun's method).
       tolerance: as for `RosenbrockEuler`.
       max_iterations: as for `RosenbrockEuler`, for each of the two systems.
       gamma: γ; by default 1 − 1/√2 for the Hessian and 1 + 1/√2 for anything less exact.

@@ -11,14 +11,13 @@ import scipy.optimize
 from training import FixedScale
 
 import rk_optax
-from rk_optax.solver import _limited_secant, linearly_implicit
+from rk_optax.solver import _limited_secant
 from rk_optax.solver._limited_secant import LimitedSecantState
 
 
 @pytest.fixture
 def limited(monkeypatch):
-    """For few parameters too, with a memory that is soon full."""
-    monkeypatch.setattr(linearly_implicit, "_MOST_OF_DENSE_SECANTS", 0)
+    """With a memory that is soon full."""
     monkeypatch.setattr(_limited_secant, "MEMORY", 4)
 
 
@@ -81,12 +80,12 @@ def test_a_step_solves_the_system_with_the_matrix_of_the_latest_secants(scale, l
     given = {}
     if scale is not None:
         given = {"preconditioner": FixedScale({"a": jnp.array(scale[:2]), "b": jnp.array(scale[2:])})}
-    tx = rk_optax.runge_kutta(rosenbrock, 2e-4, rk_optax.RosenbrockEuler("secant"), **given)
+    tx = rk_optax.runge_kutta(rosenbrock, 2e-4, rk_optax.RosenbrockEuler("limited_secant"), **given)
 
     @jax.jit
     def directions(hs, state, w):
         def one(h):
-            tx = rk_optax.scale_by_rk(rosenbrock, lambda count: h, rk_optax.RosenbrockEuler("secant"), **given)
+            tx = rk_optax.scale_by_rk(rosenbrock, lambda count: h, rk_optax.RosenbrockEuler("limited_secant"), **given)
             return tx.update(jax.grad(rosenbrock)(w), state, w)[0]
 
         return jax.vmap(one)(hs)
@@ -187,7 +186,7 @@ def test_units_and_inert_leaves_change_no_step(optimizer, limited):
     def run(c, length, inert):
         h = jnp.float32(0.1) / c * length * length
         rule = rk_optax.line_search(1e9 * h, first=True, parts=24) if optimizer == "rosenbrock_euler" else h
-        tx = getattr(rk_optax, optimizer)(loss, rule, curvature="secant")
+        tx = getattr(rk_optax, optimizer)(loss, rule, curvature="limited_secant")
         params, data = {"w": length * begin, "inert": inert * jnp.ones(2)}, {"c": c, "length": length}
 
         def update(carry, _):
@@ -206,7 +205,7 @@ def test_units_and_inert_leaves_change_no_step(optimizer, limited):
 
 
 def test_complex_parameters_many_at_once(limited):
-    tx = rk_optax.rosenbrock_euler(lambda z: jnp.sum(jnp.abs(z - (1 + 2j)) ** 4), curvature="secant")
+    tx = rk_optax.rosenbrock_euler(lambda z: jnp.sum(jnp.abs(z - (1 + 2j)) ** 4), curvature="limited_secant")
 
     @jax.jit
     @jax.vmap
@@ -224,7 +223,7 @@ def test_complex_parameters_many_at_once(limited):
 
 
 def test_its_state_keeps_its_types_in_a_wider_stage_dtype(limited, x64):
-    tx = rk_optax.rosenbrock_euler(lambda w: jnp.sum(w**2), curvature="secant", stage_dtype="float64")
+    tx = rk_optax.rosenbrock_euler(lambda w: jnp.sum(w**2), curvature="limited_secant", stage_dtype="float64")
     w = jnp.zeros(3, jnp.float32)
     state = tx.init(w)
     new = jax.eval_shape(tx.value_and_update, state, w)[2]
