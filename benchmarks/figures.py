@@ -132,7 +132,12 @@ def race_cost(ax: Axes, problem: str) -> None:
         if prices:
             ax.loglog(*zip(*prices, strict=True), **style(entrant["entrant"], markersize=7))
             ax.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-    if not ax.lines:
+    if ax.lines:
+        # A decade at least: of less Matplotlib labels more marks than there is room for.
+        low, high = ax.get_xlim()
+        wider = max(1.0, (10 * low / high) ** 0.5)
+        ax.set_xlim(low / wider, high * wider)
+    else:
         ax.set(xticks=[], yticks=[])
         ax.text(0.5, 0.5, "no target was reached in the median", ha="center", transform=ax.transAxes)
     ax.set(

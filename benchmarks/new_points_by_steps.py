@@ -19,10 +19,8 @@ from typing import Any
 import jax
 import optax
 
-jax.config.update("jax_enable_x64", True)
-
-import rk_optax  # noqa: E402
-from rk_optax.experiment.tasks import pinn  # noqa: E402
+import rk_optax
+from rk_optax.experiment.tasks import pinn
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "new_points_by_steps.json"
 
@@ -57,6 +55,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=172)
     given = parser.parse_args()
+    jax.config.update("jax_enable_x64", True)
     found = run(given.seed, given.steps)
     kept = json.loads(RESULTS.read_text())["seeds"] if RESULTS.exists() else {}
     content = {

@@ -18,9 +18,9 @@ _within = contextvars.ContextVar("_within", default=False)
 def widest_float() -> np.dtype:
     """Float64 where `doubled` has it, and else the default of floats.
 
-    `jax.enable_x64` came with JAX 0.8, and TPUs have no factorisations in float64.
+    `jax.enable_x64` came with JAX 0.8. TPUs have no factorisations in float64, and other backends no float64 at all.
     """
-    there = hasattr(jax, "enable_x64") and jax.default_backend() != "tpu"
+    there = hasattr(jax, "enable_x64") and jax.default_backend() in ("cpu", "gpu")
     return np.dtype(np.float64) if there else _tree.default_float()
 
 
@@ -31,26 +31,23 @@ def doubled(dtype: np.dtype) -> Iterator[None]:
     What is traced in it is lowered out of it: matrix products, sums, factorisations and loops are none the worse,
     argmax and frexp fail.
     """
-    if jnp.finfo(dtype).bits < 64 or _tree.default_float() == dtype:
+    needed = jnp.finfo(dtype).bits >= 64 and _tree.default_float() != dtype
+    with _switched(True) if needed else contextlib.nullcontext():
         yield
-        return
-    token = _within.set(True)
-    try:
-        with jax.enable_x64(True):
-            yield
-    finally:
-        _within.reset(token)
 
 
 @contextlib.contextmanager
 def callers() -> Iterator[None]:
     """In it the functions of a caller are evaluated as everywhere, within `doubled`, too."""
-    if not _within.get():
+    with _switched(False) if _within.get() else contextlib.nullcontext():
         yield
-        return
-    token = _within.set(False)
+
+
+@contextlib.contextmanager
+def _switched(on: bool) -> Iterator[None]:
+    token = _within.set(on)
     try:
-        with jax.enable_x64(False):
+        with jax.enable_x64(on):
             yield
     finally:
         _within.reset(token)

@@ -66,7 +66,7 @@ class PathControl(KeptStepSize):
     the reciprocal of the mean eigenvalue one, they begin there anew.
 
     Use it on data that stay, in either precision: its steps on all points cost 1.8 times as much as those of
-    `trust_ratio_control` in float64 and three times in float32, and lead further. Relative errors in float64 on a 2-D
+    `trust_ratio_control` in float64 and four times in float32, and lead further. Relative errors in float64 on a 2-D
     Poisson network of 2,241 weights and 1,020 residuals, medians of five seeds after so many seconds of one core: 6e-4
     (1 s), 3e-6 (3 s), 4e-8 (10 s) and 4e-10 (25 s), and of the trust ratio 2e-2 (5 s), 2e-4 (10 s) and 2e-5 (25 s). A
     smaller `boldness` goes on with longer steps while their loss is not yet the least: it falls later, maybe lower.
@@ -79,8 +79,8 @@ class PathControl(KeptStepSize):
     In float32 the residuals and their Jacobian are in float32, and what is made of them in float64, also where
     `jax_enable_x64` is off: the Gram matrix, its factor and the coordinates of the steps. That needs JAX 0.8 and a CPU
     or GPU; elsewhere all steps are by singular values in float32, which take several times as long. What bounds the
-    error in the end is the rounding of the residuals, 3e-6 of that network. Where they are evaluated in float64 (with
-    `jax_enable_x64` and points in float64), parameters in float32 have led to 1.3e-7.
+    error in the end is the rounding of the residuals, at 2e-6 to 5e-6 of that network. Where they are evaluated in
+    float64 (with `jax_enable_x64` and points in float64), parameters in float32 have led to 1.3e-7.
 
     It begins with few of the loss's points, where a step costs little and leads nearly as far: `subsets` divides their
     number. Where a step lowers the loss on all points by less than half as much as that on its subset, as logarithms,
@@ -285,15 +285,14 @@ class PathControl(KeptStepSize):
     def _trial_steps(self, path: Path) -> tuple[int, Number, int]:
         """How many, how far from h the outermost, and their corrections: more where the factor takes most of a step."""
         double = jnp.finfo(path.dtype).bits >= 64
-        network = jnp.finfo(
-            _tree.default_float()
-        ).bits  # in float32 a trial costs half as much, and the factor the same
+        # In a program in float32 a trial costs half as much as in one in float64, and the factor the same.
+        single = jnp.finfo(_tree.default_float()).bits < 64
         if not path.correctable:
             probes, corrections = 6 if double else 16, 0
         elif path.precise:
             probes, corrections = (6, 12) if double else (8, 10)
         else:
-            probes, corrections = 4, 6 if network >= 64 else 10
+            probes, corrections = 4, 10 if single else 6
         probes = probes if self.probes is None else self.probes
         if path.correctable and self.corrections is not None:
             corrections = self.corrections

@@ -30,3 +30,11 @@ def test_the_results_are_those_of_the_config(path):
 
 def test_the_table_is_in_the_text(path):
     assert table(path.stem.removeprefix("race_")) in (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+
+
+def test_the_steps_with_new_points_are_in_the_text():
+    runs = json.loads((ROOT / "benchmarks" / "results" / "new_points_by_steps.json").read_text())["seeds"]
+    error = runs["0"]["error"]
+    first = next(count for count, value in enumerate(error, 1) if value <= 1e-4)
+    said = f"is at 1e-4 after {first} steps, at {error[66]:.1e} after 67 and at {error[171]:.1e} after 172"
+    assert said in (ROOT / "RESULTS.md").read_text(encoding="utf-8")

@@ -7,27 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from training import FixedScale
+from valley import flat, gradient, rosenbrock
 
 import rk_optax
 from rk_optax.solver._secant import SecantState
 
 
-def rosenbrock(w):
-    return 50 * (w["a"][1] - w["a"][0] ** 2) ** 2 + 0.5 * (1 - w["a"][0]) ** 2 + 0.5 * jnp.sum(w["b"] ** 4)
-
-
-def gradient(theta):
-    """By hand, in the order of the leaves."""
-    a, b, c = theta[0], theta[1], theta[2:]
-    return np.r_[-200 * a * (b - a * a) - (1 - a), 100 * (b - a * a), 2 * c**3]
-
-
 def start():
     return {"a": jnp.array([-1.2, 1.0]), "b": jnp.array([0.7])}
-
-
-def flat(tree):
-    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 @functools.cache
